@@ -1,0 +1,34 @@
+//! The update trait: how a device goes from one image to the next.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use theseus_resources::vault::VaultError;
+
+/// Why a device could not be saved or restored; the caller adds the device's name.
+#[derive(Debug, thiserror::Error)]
+pub enum CarryError {
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    #[error("{what}: {source}")]
+    Os { what: String, source: std::io::Error },
+    #[error("{0}")]
+    State(String),
+}
+
+/// A device whose state goes over to the next image. No default methods: "nothing to save" is something somebody wrote.
+///
+/// `save` names every field of the device (destructure without `..`), so that a new field does not compile until
+/// somebody has decided about it. `restore` is a constructor: there is no half-restored device.
+pub trait Carried: Sized {
+    /// The section's kind in the saved state, e.g. "serial".
+    const KIND: &'static str;
+    /// Readers take the version before and after theirs (new fields `#[serde(default)]`).
+    const VERSION: u16;
+    type State: Serialize + DeserializeOwned;
+    /// What restore needs from the new image: buses, interrupt lines, claims on kept fds.
+    type Parts<'a>;
+
+    /// Pure: may be called while the guest runs (a dry run) and any number of times.
+    fn save(&self) -> Result<Self::State, CarryError>;
+    fn restore(state: Self::State, parts: Self::Parts<'_>) -> Result<Self, CarryError>;
+}

@@ -1,0 +1,8 @@
+//! All that the guest sees on a bus: legacy devices, PCI, VFIO passthrough. A folder (or file) per device.
+
+pub mod bus;
+pub mod carried;
+pub mod interrupt;
+pub mod legacy;
+pub mod pci;
+pub mod vfio;

@@ -1,0 +1,109 @@
+//! kvmclock over an update: it runs on through the pause and agrees with the host's TSC after any number of updates.
+//!
+//! KVM_SET_CLOCK takes effect some hundred nanoseconds after the value was computed. Saved and set each time, that error
+//! would add up. So the first image to save takes an anchor (guest clock, host TSC) which goes over verbatim, and each
+//! image sets its clock to what the anchor says: set, read back with the TSC at which it was read, correct by the difference.
+
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, kvm_clock_data};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, Vm};
+
+/// Beyond this the guest's clock was moved by something else than updates (host suspend, master clock update).
+const SAME_CLOCK_NS: u64 = 20_000;
+
+/// A moment at which the guest's clock is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockAnchor {
+    /// kvmclock, ns.
+    pub clock: u64,
+    /// Host TSC at that moment; 0 where the kernel does not tell (no master clock).
+    pub host_tsc: u64,
+    /// CLOCK_MONOTONIC_RAW at that moment, ns: used where there is no host TSC.
+    pub raw_ns: u64,
+    pub tsc_khz: u32,
+}
+
+impl ClockAnchor {
+    /// The guest's clock at the host TSC `tsc`.
+    fn at_tsc(&self, tsc: u64) -> u64 {
+        let delta = i128::from(tsc) - i128::from(self.host_tsc);
+        let ns = delta * 1_000_000 / i128::from(self.tsc_khz.max(1));
+        self.clock.wrapping_add_signed(ns as i64)
+    }
+
+    fn has_tsc(&self) -> bool {
+        self.host_tsc != 0 && self.tsc_khz != 0
+    }
+}
+
+/// The host's time stamp counter.
+pub fn read_tsc() -> u64 {
+    // SAFETY: RDTSC is unprivileged on Linux (CR4.TSD is off unless a process asks for it).
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+fn raw_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicRaw);
+    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
+}
+
+impl Vm {
+    fn clock(&self) -> Result<kvm_clock_data> {
+        self.fd().get_clock().map_err(Error::call("KVM_GET_CLOCK"))
+    }
+
+    /// The anchor to hand over: the one this image was given while it still holds, else a new one.
+    pub fn save_clock(&self, given: Option<ClockAnchor>, tsc_khz: u32) -> Result<ClockAnchor> {
+        let now = self.clock()?;
+        let host_tsc = if now.flags & KVM_CLOCK_HOST_TSC != 0 { now.host_tsc } else { 0 };
+        let fresh = ClockAnchor { clock: now.clock, host_tsc, raw_ns: raw_ns(), tsc_khz };
+        match given.filter(|anchor| anchor.has_tsc() && fresh.has_tsc()) {
+            Some(anchor) if anchor.at_tsc(host_tsc).abs_diff(now.clock) <= SAME_CLOCK_NS => Ok(anchor),
+            _ => Ok(fresh),
+        }
+    }
+
+    /// Call when all vCPUs have their TSC offsets (only then is there a master clock) and before the kvmclock MSRs are set.
+    /// Returns the error left, in ns, where it can be known.
+    pub fn restore_clock(&self, anchor: &ClockAnchor) -> Result<Option<i64>> {
+        let set = |clock: u64| {
+            let data = kvm_clock_data { clock, ..Default::default() };
+            self.fd().set_clock(&data).map_err(Error::call("KVM_SET_CLOCK"))
+        };
+        if !anchor.has_tsc() {
+            set(anchor.clock.wrapping_add(raw_ns().saturating_sub(anchor.raw_ns)))?;
+            return Ok(None);
+        }
+        let mut lead = 0i64;
+        let mut left = None;
+        // The first round measures how long a set takes to take effect, the second uses it.
+        for _ in 0..2 {
+            set(anchor.at_tsc(read_tsc()).wrapping_add_signed(lead))?;
+            let now = self.clock()?;
+            if now.flags & KVM_CLOCK_HOST_TSC == 0 {
+                break;
+            }
+            let error = now.clock.wrapping_sub(anchor.at_tsc(now.host_tsc)) as i64;
+            left = Some(error);
+            lead = lead.wrapping_sub(error);
+        }
+        Ok(left)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_anchor_runs_with_the_tsc_both_ways() {
+        let anchor = ClockAnchor { clock: 5_000_000_000, host_tsc: 1_000_000, raw_ns: 0, tsc_khz: 2_000_000 };
+        assert_eq!(anchor.at_tsc(1_000_000), 5_000_000_000);
+        assert_eq!(anchor.at_tsc(3_000_000), 5_001_000_000);
+        assert_eq!(anchor.at_tsc(0), 4_999_500_000);
+        // 100 days at 5 GHz neither overflow nor lose a nanosecond.
+        let fast = ClockAnchor { tsc_khz: 5_000_000, ..anchor };
+        assert_eq!(fast.at_tsc(1_000_000 + 100 * 86_400 * 5_000_000_000), 5_000_000_000 + 100 * 86_400 * 1_000_000_000);
+    }
+}

@@ -1,0 +1,23 @@
+//! KVM: the VM, its vCPUs, interrupt routing and clock, and what of them is saved (x86-64).
+//!
+//! VM and vCPU fds are bound to the address space that created the VM and never survive exec: every image makes its own.
+
+mod clock;
+mod error;
+mod irqchip;
+mod raw;
+mod routing;
+mod system;
+pub mod vcpu;
+mod vfio;
+mod vm;
+
+pub use clock::{ClockAnchor, read_tsc};
+pub use error::Error;
+pub use irqchip::IrqchipState;
+pub use routing::MsiRoute;
+pub use system::Hypervisor;
+pub use vcpu::{Exit, Vcpu, VcpuState};
+pub use vm::Vm;
+
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,133 @@
+//! GSI routing and irqfds. GSIs below [`FIRST_MSI_GSI`] are IOAPIC and PIC pins, those above are MSI routes.
+
+use std::collections::BTreeMap;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::sync::{MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+};
+use theseus_resources::layout::FIRST_MSI_GSI;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{Error, Result, Vm};
+
+/// Highest GSI count KVM takes (KVM_MAX_IRQ_ROUTES).
+const MAX_GSI: u32 = 4096;
+
+/// Where an MSI goes, as the guest programmed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsiRoute {
+    pub address: u64,
+    pub data: u32,
+}
+
+/// The table as KVM has it, plus the GSIs that are taken without having a route yet.
+pub(crate) struct Routing {
+    msi: BTreeMap<u32, Option<MsiRoute>>,
+}
+
+impl Routing {
+    pub(crate) fn new() -> Self {
+        Self { msi: BTreeMap::new() }
+    }
+}
+
+impl Vm {
+    fn routing(&self) -> MutexGuard<'_, Routing> {
+        self.routing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `count` GSIs that are nobody's yet. They have no route until [`Vm::route_msi`].
+    pub fn allocate_gsis(&self, count: u32) -> Result<Vec<u32>> {
+        let mut routing = self.routing();
+        let free: Vec<u32> =
+            (FIRST_MSI_GSI..MAX_GSI).filter(|gsi| !routing.msi.contains_key(gsi)).take(count as usize).collect();
+        if free.len() < count as usize {
+            return Err(Error::Exhausted("GSI"));
+        }
+        routing.msi.extend(free.iter().map(|gsi| (*gsi, None)));
+        Ok(free)
+    }
+
+    pub fn free_gsis(&self, gsis: &[u32]) {
+        let mut routing = self.routing();
+        for gsi in gsis {
+            routing.msi.remove(gsi);
+        }
+    }
+
+    /// Routes one GSI; the kernel takes the whole table each time.
+    pub fn route_msi(&self, gsi: u32, route: MsiRoute) -> Result<()> {
+        let mut routing = self.routing();
+        if routing.msi.insert(gsi, Some(route)) == Some(Some(route)) {
+            return Ok(());
+        }
+        self.write_table(&routing)
+    }
+
+    /// Notes routes without telling KVM, for a restore: [`Vm::commit_routes`] then sets all of them in one call.
+    pub fn stage_routes(&self, routes: impl IntoIterator<Item = (u32, Option<MsiRoute>)>) {
+        self.routing().msi.extend(routes);
+    }
+
+    pub fn commit_routes(&self) -> Result<()> {
+        self.write_table(&self.routing())
+    }
+
+    fn write_table(&self, routing: &Routing) -> Result<()> {
+        let mut entries = Vec::with_capacity(40 + routing.msi.len());
+        for pin in 0..16 {
+            let (chip, pic_pin) =
+                if pin < 8 { (KVM_IRQCHIP_PIC_MASTER, pin) } else { (KVM_IRQCHIP_PIC_SLAVE, pin - 8) };
+            entries.push(pin_entry(pin, chip, pic_pin));
+        }
+        for pin in 0..FIRST_MSI_GSI {
+            entries.push(pin_entry(pin, KVM_IRQCHIP_IOAPIC, pin));
+        }
+        for (gsi, route) in &routing.msi {
+            entries.extend(route.map(|route| msi_entry(*gsi, route)));
+        }
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Exhausted("GSI route"))?;
+        self.fd()
+            .set_gsi_routing(&table)
+            .map_err(Error::call(format!("KVM_SET_GSI_ROUTING with {} entries", entries.len())))
+    }
+
+    /// From now on each count in `eventfd` is an interrupt on `gsi`; what it holds already is injected once, now
+    /// (kvm_irqfd_assign polls it). The GSI must have a route, or that one is silently lost.
+    pub fn attach_irqfd(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<()> {
+        let view = view(eventfd);
+        self.fd().register_irqfd(&view, gsi).map_err(Error::call(format!("KVM_IRQFD assign GSI {gsi}")))
+    }
+
+    /// Detaches and waits for injections under way; what comes later stays counted in the eventfd.
+    pub fn detach_irqfd(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<()> {
+        let view = view(eventfd);
+        self.fd().unregister_irqfd(&view, gsi).map_err(Error::call(format!("KVM_IRQFD deassign GSI {gsi}")))
+    }
+}
+
+fn view(eventfd: BorrowedFd<'_>) -> ManuallyDrop<EventFd> {
+    // SAFETY: used for one call while the borrow lives; ManuallyDrop never closes it.
+    ManuallyDrop::new(unsafe { EventFd::from_raw_fd(eventfd.as_raw_fd()) })
+}
+
+fn pin_entry(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+    entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
+    entry
+}
+
+fn msi_entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    entry.u.msi = kvm_irq_routing_msi {
+        address_lo: route.address as u32,
+        address_hi: (route.address >> 32) as u32,
+        data: route.data,
+        ..Default::default()
+    };
+    entry
+}

@@ -1,0 +1,91 @@
+//! One vCPU: run it, stop it between instructions, save and restore it.
+
+mod msrs;
+mod state;
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+pub use state::{VcpuState, XsaveBytes};
+
+use crate::{Error, Hypervisor, Result, Vm};
+
+/// Why a vCPU came back from the guest. Buffers are in the shared run page: fill reads before running again.
+pub enum Exit<'a> {
+    IoIn(u16, &'a mut [u8]),
+    IoOut(u16, &'a [u8]),
+    MmioRead(u64, &'a mut [u8]),
+    MmioWrite(u64, &'a [u8]),
+    /// A signal, or `immediate_exit`: nothing is pending.
+    Interrupted,
+    /// Triple fault.
+    Reset,
+    /// KVM or the guest did something that cannot go on.
+    Failed(String),
+}
+
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u32,
+    /// The MSRs this vCPU has, all readable and writable here.
+    msr_list: Vec<u32>,
+    xsave_size: usize,
+}
+
+impl Vcpu {
+    pub fn new(vm: &Vm, index: u32) -> Result<Self> {
+        let fd = vm.fd().create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))?;
+        let xsave_size = usize::try_from(vm.fd().check_extension_int(kvm_ioctls::Cap::Xsave2)).unwrap_or(0);
+        Ok(Self { fd, index, msr_list: Vec::new(), xsave_size })
+    }
+
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// What KVM runs the guest's TSC at.
+    pub fn tsc_khz(&self) -> u32 {
+        self.fd.get_tsc_khz().unwrap_or(0)
+    }
+
+    pub fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
+        let cpuid = CpuId::from_entries(entries).map_err(|_| Error::Exhausted("CPUID entry"))?;
+        self.fd.set_cpuid2(&cpuid).map_err(Error::call(format!("vCPU {}: KVM_SET_CPUID2", self.index)))
+    }
+
+    /// Finds out which MSRs there are to save. Once, at the guest's boot, after CPUID is set; the list is saved state.
+    pub fn discover_msrs(&mut self, hypervisor: &Hypervisor) -> Result<()> {
+        self.msr_list = msrs::discover(&self.fd, &hypervisor.msr_index_list()?);
+        Ok(())
+    }
+
+    /// Lets `KVM_RUN` return at once from now on (or no more). Also completes what the last exit left pending.
+    pub fn set_immediate_exit(&mut self, on: bool) {
+        self.fd.set_kvm_immediate_exit(u8::from(on));
+    }
+
+    /// Runs the guest until something is to be done.
+    pub fn run(&mut self) -> Result<Exit<'_>> {
+        match self.fd.run() {
+            Ok(exit) => Ok(match exit {
+                VcpuExit::IoIn(port, data) => Exit::IoIn(port, data),
+                VcpuExit::IoOut(port, data) => Exit::IoOut(port, data),
+                VcpuExit::MmioRead(addr, data) => Exit::MmioRead(addr, data),
+                VcpuExit::MmioWrite(addr, data) => Exit::MmioWrite(addr, data),
+                VcpuExit::Shutdown => Exit::Reset,
+                VcpuExit::Intr => Exit::Interrupted,
+                VcpuExit::InternalError => Exit::Failed("KVM_EXIT_INTERNAL_ERROR".into()),
+                VcpuExit::FailEntry(reason, cpu) => {
+                    Exit::Failed(format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x} on host CPU {cpu}"))
+                }
+                other => Exit::Failed(format!("unexpected exit {other:?}")),
+            }),
+            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => Ok(Exit::Interrupted),
+            Err(error) => Err(Error::call(format!("vCPU {}: KVM_RUN", self.index))(error)),
+        }
+    }
+}

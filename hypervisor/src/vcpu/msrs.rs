@@ -1,0 +1,81 @@
+//! Which MSRs a vCPU has, and moving them in bulk.
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+
+use crate::{Error, Result};
+
+const MSR_IA32_TSC: u32 = 0x10;
+pub const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// KVM takes at most this many at once (KVM_MAX_MSR_ENTRIES in the bindings).
+const CHUNK: usize = 200;
+
+/// What KVM_GET_MSR_INDEX_LIST leaves out: MTRRs and machine check banks (kernel.md).
+fn unlisted() -> impl Iterator<Item = u32> {
+    let mtrrs = [0x250, 0x258, 0x259, 0x2ff].into_iter().chain(0x200..0x210).chain(0x268..0x270);
+    let mce = [0x179, 0x17a, 0x17b].into_iter().chain(0x400..0x480);
+    mtrrs.chain(mce)
+}
+
+/// The MSRs that answer, and take their own value back, on this vCPU. The TSC is left out: its offset is what goes over. The
+/// deadline timer is left out: it comes later than the others.
+pub fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
+    let mut candidates: Vec<u32> = listed.iter().copied().chain(unlisted()).collect();
+    candidates.sort_unstable();
+    candidates.dedup();
+    candidates.retain(|index| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(index));
+    let values = read_skipping(fd, &candidates);
+    values.iter().filter(|entry| write_once(fd, std::slice::from_ref(entry)) == 1).map(|entry| entry.index).collect()
+}
+
+/// KVM_GET_MSRS stops at the first MSR it cannot read: step over that one and go on.
+fn read_skipping(fd: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
+    let mut found = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let chunk = &rest[..rest.len().min(CHUNK)];
+        let read = read_once(fd, chunk);
+        let got = read.len();
+        found.extend(read);
+        let step = if got < chunk.len() { got + 1 } else { got };
+        rest = &rest[step.min(rest.len())..];
+    }
+    found
+}
+
+fn entries(indices: &[u32]) -> Vec<kvm_msr_entry> {
+    indices.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect()
+}
+
+fn read_once(fd: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
+    let Ok(mut msrs) = Msrs::from_entries(&entries(indices)) else { return Vec::new() };
+    let count = fd.get_msrs(&mut msrs).unwrap_or(0);
+    msrs.as_slice().iter().take(count).copied().collect()
+}
+
+fn write_once(fd: &VcpuFd, values: &[kvm_msr_entry]) -> usize {
+    Msrs::from_entries(values).map_or(0, |msrs| fd.set_msrs(&msrs).unwrap_or(0))
+}
+
+/// Reads all of `indices`; one that has gone away is an error.
+pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
+    let values = read_skipping(fd, indices);
+    if values.len() == indices.len() {
+        return Ok(values);
+    }
+    let missing = indices.iter().find(|index| !values.iter().any(|value| value.index == **index)).copied();
+    Err(Error::Call {
+        what: format!("vCPU {vcpu}: MSR {:#x} can no longer be read", missing.unwrap_or_default()),
+        source: std::io::ErrorKind::NotFound.into(),
+    })
+}
+
+/// Writes all of `values`; KVM_SET_MSRS stops at the first that it refuses, which is named.
+pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
+    for chunk in values.chunks(CHUNK) {
+        if let Some(refused) = chunk.get(write_once(fd, chunk)) {
+            return Err(Error::Msr { vcpu, index: refused.index, data: refused.data });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! What a vCPU is saved as, and the order in which KVM wants it back.
+
+use kvm_bindings::nested::KvmNestedStateBuffer;
+use kvm_bindings::{
+    Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_segment, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use serde::{Deserialize, Serialize};
+
+use super::Vcpu;
+use super::msrs::{self, MSR_IA32_TSC_DEADLINE};
+use crate::{Error, Result, raw};
+
+/// The XSAVE area, as long as the host's features make it (KVM_CAP_XSAVE2).
+#[derive(Clone, Serialize, Deserialize)]
+pub struct XsaveBytes(#[serde(with = "serde_bytes")] pub Vec<u8>);
+
+/// `kvm_sregs2`, field by field: the bindings have no serde for it.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Sregs {
+    /// cs, ds, es, fs, gs, ss, tr, ldt
+    pub segments: [kvm_segment; 8],
+    /// gdt, idt
+    pub tables: [kvm_dtable; 2],
+    /// cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags
+    pub control: [u64; 8],
+    pub pdptrs: [u64; 4],
+}
+
+/// One vCPU between two instructions.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct VcpuState {
+    pub index: u32,
+    /// Frozen at the guest's boot: a newer build adds nothing to it.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    pub mp_state: kvm_mp_state,
+    pub regs: kvm_regs,
+    pub sregs: Sregs,
+    pub xsave: XsaveBytes,
+    pub xcrs: kvm_xcrs,
+    pub debugregs: kvm_debugregs,
+    pub lapic: kvm_lapic_state,
+    pub msrs: Vec<kvm_msr_entry>,
+    pub tsc_deadline: Option<u64>,
+    pub nested: Option<KvmNestedStateBuffer>,
+    pub events: kvm_vcpu_events,
+    pub tsc_offset: u64,
+    pub tsc_khz: u32,
+}
+
+impl Vcpu {
+    fn err(&self, what: &str) -> impl FnOnce(kvm_ioctls::Error) -> Error + use<> {
+        Error::call(format!("vCPU {}: {what}", self.index))
+    }
+
+    fn io_err(&self, what: &str) -> impl FnOnce(std::io::Error) -> Error + use<> {
+        Error::io(format!("vCPU {}: {what}", self.index))
+    }
+
+    /// Changes nothing. The vCPU must have no exit pending: [`Vcpu::run`] with immediate exit until `Interrupted`.
+    pub fn save(&self) -> Result<VcpuState> {
+        let fd = &self.fd;
+        // First: KVM_GET_MP_STATE takes a pending INIT or SIPI into account, which changes what the others read.
+        let mp_state = fd.get_mp_state().map_err(self.err("KVM_GET_MP_STATE"))?;
+        let regs = fd.get_regs().map_err(self.err("KVM_GET_REGS"))?;
+        let sregs = raw::get_sregs2(fd).map_err(self.io_err("KVM_GET_SREGS2"))?;
+        let xsave = self.get_xsave()?;
+        let xcrs = fd.get_xcrs().map_err(self.err("KVM_GET_XCRS"))?;
+        let debugregs = fd.get_debug_regs().map_err(self.err("KVM_GET_DEBUGREGS"))?;
+        let lapic = fd.get_lapic().map_err(self.err("KVM_GET_LAPIC"))?;
+        let msrs = msrs::read(fd, self.index, &self.msr_list)?;
+        let tsc_deadline =
+            msrs::read(fd, self.index, &[MSR_IA32_TSC_DEADLINE]).ok().and_then(|found| Some(found.first()?.data));
+        let nested = self.get_nested()?;
+        let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(self.err("KVM_GET_CPUID2"))?;
+        // Last: reading the others may turn something into an event (kernel.md).
+        let events = fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
+        Ok(VcpuState {
+            index: self.index,
+            cpuid: cpuid.as_slice().to_vec(),
+            mp_state,
+            regs,
+            sregs: Sregs::from_kvm(&sregs),
+            xsave,
+            xcrs,
+            debugregs,
+            lapic,
+            msrs,
+            tsc_deadline,
+            nested,
+            events,
+            tsc_offset: raw::tsc_offset(fd).map_err(self.io_err("read the TSC offset"))?,
+            tsc_khz: self.tsc_khz(),
+        })
+    }
+
+    /// The part before the VM's clock can be set, up to the TSC offset. Then [`crate::Vm::restore_clock`], then
+    /// [`Vcpu::restore_late`].
+    pub fn restore_early(&mut self, state: &VcpuState) -> Result<()> {
+        self.set_cpuid(&state.cpuid)?;
+        let fd = &self.fd;
+        fd.set_mp_state(state.mp_state).map_err(self.err("KVM_SET_MP_STATE"))?;
+        fd.set_regs(&state.regs).map_err(self.err("KVM_SET_REGS"))?;
+        raw::set_sregs2(fd, &state.sregs.to_kvm()).map_err(self.io_err("KVM_SET_SREGS2"))?;
+        // XCRS first: KVM checks the XSAVE area against them.
+        fd.set_xcrs(&state.xcrs).map_err(self.err("KVM_SET_XCRS"))?;
+        self.set_xsave(&state.xsave)?;
+        fd.set_debug_regs(&state.debugregs).map_err(self.err("KVM_SET_DEBUGREGS"))?;
+        fd.set_lapic(&state.lapic).map_err(self.err("KVM_SET_LAPIC"))?;
+        raw::set_tsc_offset(fd, state.tsc_offset).map_err(self.io_err("set the TSC offset"))
+    }
+
+    pub fn restore_late(&mut self, state: &VcpuState) -> Result<()> {
+        let fd = &self.fd;
+        msrs::write(fd, self.index, &state.msrs)?;
+        if let Some(data) = state.tsc_deadline {
+            // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake up.
+            let deadline = kvm_msr_entry { index: MSR_IA32_TSC_DEADLINE, data, ..Default::default() };
+            msrs::write(fd, self.index, &[deadline])?;
+        }
+        if let Some(nested) = &state.nested {
+            fd.set_nested_state(nested).map_err(self.err("KVM_SET_NESTED_STATE"))?;
+        }
+        fd.set_vcpu_events(&state.events).map_err(self.err("KVM_SET_VCPU_EVENTS"))?;
+        self.msr_list = state.msrs.iter().map(|entry| entry.index).collect();
+        // Tells a guest's watchdogs that time was taken from it; EINVAL where it has no kvmclock.
+        let _ = self.fd.kvmclock_ctrl();
+        Ok(())
+    }
+
+    fn get_xsave(&self) -> Result<XsaveBytes> {
+        let mut xsave = Xsave::new(self.xsave_extra_words()).map_err(|_| Error::Exhausted("memory for XSAVE"))?;
+        // SAFETY: as long as KVM_CAP_XSAVE2 says.
+        unsafe { self.fd.get_xsave2(&mut xsave) }.map_err(self.err("KVM_GET_XSAVE2"))?;
+        let header = &xsave.as_fam_struct_ref().xsave.region;
+        let words = header.iter().chain(xsave.as_slice());
+        Ok(XsaveBytes(words.flat_map(|word| word.to_le_bytes()).collect()))
+    }
+
+    fn set_xsave(&self, bytes: &XsaveBytes) -> Result<()> {
+        let mut xsave = Xsave::new(self.xsave_extra_words()).map_err(|_| Error::Exhausted("memory for XSAVE"))?;
+        let mut words = bytes.0.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]));
+        // SAFETY: only the contents change, not the length.
+        let header = unsafe { &mut xsave.as_mut_fam_struct().xsave.region };
+        for (to, from) in header.iter_mut().zip(&mut words) {
+            *to = from;
+        }
+        for (to, from) in xsave.as_mut_slice().iter_mut().zip(&mut words) {
+            *to = from;
+        }
+        // SAFETY: as long as KVM_CAP_XSAVE2 says.
+        unsafe { self.fd.set_xsave2(&xsave) }.map_err(self.err("KVM_SET_XSAVE"))
+    }
+
+    fn xsave_extra_words(&self) -> usize {
+        self.xsave_size.saturating_sub(size_of::<kvm_xsave>()).div_ceil(4)
+    }
+
+    fn get_nested(&self) -> Result<Option<KvmNestedStateBuffer>> {
+        let mut buffer = KvmNestedStateBuffer::empty();
+        match self.fd.nested_state(&mut buffer) {
+            // Outside of nested guest mode too: the header holds SVM's GIF and VMX's VMXON pointer.
+            Ok(_) => Ok(Some(buffer)),
+            // No nested virtualisation on this host, or none for this guest.
+            Err(error) if [libc::EINVAL, libc::ENOTTY].contains(&error.errno()) => Ok(None),
+            Err(error) => Err(self.err("KVM_GET_NESTED_STATE")(error)),
+        }
+    }
+}
+
+impl Sregs {
+    fn from_kvm(s: &kvm_sregs2) -> Self {
+        Self {
+            segments: [s.cs, s.ds, s.es, s.fs, s.gs, s.ss, s.tr, s.ldt],
+            tables: [s.gdt, s.idt],
+            control: [s.cr0, s.cr2, s.cr3, s.cr4, s.cr8, s.efer, s.apic_base, s.flags],
+            pdptrs: s.pdptrs,
+        }
+    }
+
+    fn to_kvm(&self) -> kvm_sregs2 {
+        let [cs, ds, es, fs, gs, ss, tr, ldt] = self.segments;
+        let [gdt, idt] = self.tables;
+        let [cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags] = self.control;
+        let pdptrs = self.pdptrs;
+        kvm_sregs2 {
+            cs,
+            ds,
+            es,
+            fs,
+            gs,
+            ss,
+            tr,
+            ldt,
+            gdt,
+            idt,
+            cr0,
+            cr2,
+            cr3,
+            cr4,
+            cr8,
+            efer,
+            apic_base,
+            flags,
+            pdptrs,
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! One KVM VM: memslots and the in-kernel devices.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use theseus_resources::layout;
+
+use crate::routing::Routing;
+use crate::vfio::VfioFiles;
+use crate::{Error, Hypervisor, Result};
+
+pub struct Vm {
+    fd: VmFd,
+    slots: Mutex<BTreeSet<u32>>,
+    max_slots: u32,
+    pub(crate) routing: Mutex<Routing>,
+    pub(crate) vfio: VfioFiles,
+}
+
+impl Vm {
+    /// A VM with an in-kernel PIC, IOAPIC and LAPICs. There is no PIT: the guest is told of a TSC deadline timer and, by
+    /// hardware-reduced ACPI, of no legacy timers.
+    ///
+    /// `avoid`: an fd number the VM must not get. While a parked helper keeps the last image's VM alive in the same PID,
+    /// the same number would be refused its debugfs folder (kvm_create_vm_debugfs names it PID-FD).
+    pub fn new(hypervisor: &Hypervisor, avoid: Option<RawFd>) -> Result<Self> {
+        let spare = File::open("/dev/null").map_err(Error::io("open /dev/null"))?;
+        // The kernel hands out the lowest free number: the spare holds the one to avoid, or is closed to make room.
+        let spare = (avoid == Some(spare.as_raw_fd())).then_some(spare);
+        let fd = hypervisor.kvm().create_vm().map_err(Error::call("KVM_CREATE_VM"))?;
+        drop(spare);
+        if std::env::consts::ARCH == "x86_64" {
+            // Needed on Intel hosts without unrestricted guest, harmless elsewhere.
+            fd.set_identity_map_address(layout::IDENTITY_MAP_ADDR).map_err(Error::call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+            fd.set_tss_address(layout::TSS_ADDR as usize).map_err(Error::call("KVM_SET_TSS_ADDR"))?;
+        }
+        fd.create_irq_chip().map_err(Error::call("KVM_CREATE_IRQCHIP"))?;
+        let max_slots = u32::try_from(hypervisor.kvm().get_nr_memslots()).unwrap_or(u32::MAX);
+        Ok(Self {
+            fd,
+            slots: Mutex::default(),
+            max_slots,
+            routing: Mutex::new(Routing::new()),
+            vfio: VfioFiles::default(),
+        })
+    }
+
+    pub fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    fn slots(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shows `size` bytes of this process at `hva` to the guest at `gpa`. Returns the slot's number.
+    ///
+    /// # Safety
+    /// `hva..hva+size` must stay mapped until the slot is removed or the VM is gone, and be memory that may be shared
+    /// with a guest (nothing in it is a Rust object).
+    pub unsafe fn add_memslot(&self, gpa: u64, size: u64, hva: u64, readonly: bool) -> Result<u32> {
+        let mut slots = self.slots();
+        let slot = (0..self.max_slots).find(|slot| !slots.contains(slot)).ok_or(Error::Exhausted("memslot"))?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: if readonly { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: gpa,
+            memory_size: size,
+            userspace_addr: hva,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(Error::call(format!("memslot {slot} at {gpa:#x}+{size:#x}")))?;
+        slots.insert(slot);
+        Ok(slot)
+    }
+
+    pub fn remove_memslot(&self, slot: u32) -> Result<()> {
+        let mut slots = self.slots();
+        let region = kvm_userspace_memory_region { slot, memory_size: 0, ..Default::default() };
+        // SAFETY: size 0 deletes the slot; no memory is handed over.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(Error::call(format!("delete memslot {slot}")))?;
+        slots.remove(&slot);
+        Ok(())
+    }
+
+    /// One edge on an IOAPIC pin.
+    pub fn pulse_irq(&self, gsi: u32) -> Result<()> {
+        self.fd.set_irq_line(gsi, true).map_err(Error::call(format!("raise GSI {gsi}")))?;
+        self.fd.set_irq_line(gsi, false).map_err(Error::call(format!("lower GSI {gsi}")))
+    }
+}

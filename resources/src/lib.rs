@@ -1,0 +1,12 @@
+//! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved state's
+//! envelope ([`state`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]).
+
+pub mod alloc;
+pub mod layout;
+pub mod ram;
+pub mod state;
+pub mod vault;
+
+pub use ram::{GuestRam, Pages, RamRange};
+pub use state::{StateReader, StateWriter};
+pub use vault::{Claims, KeptFd, Purpose, Slot, Vault};

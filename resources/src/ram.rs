@@ -1,0 +1,270 @@
+//! Guest RAM: one shared memfd, mapped once per image.
+//!
+//! Always a memfd: it is what the next image maps again. Sealed against resizing only; write seals would forbid that mapping.
+
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use serde::{Deserialize, Serialize};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::layout;
+use crate::vault::{Claims, KeptFd, Purpose, Slot, Vault, VaultError};
+
+/// KVM maps a huge page only where guest address, host address and file offset agree modulo its size.
+const HUGE: u64 = 2 << 20;
+
+/// Which pages back the RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pages {
+    #[default]
+    Small,
+    /// Transparent huge pages, where the host allows them for shared memory (shmem_enabled = advise).
+    Transparent,
+    /// hugetlbfs pages of this many bytes.
+    Huge(u64),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    #[error("guest RAM: cannot create a memfd of {size} bytes: {source}: {remedy}")]
+    Create { size: u64, source: std::io::Error, remedy: &'static str },
+    #[error(
+        "guest RAM: cannot map {size:#x} bytes at offset {offset:#x}: {source}: is there enough free memory (huge pages)?"
+    )]
+    Map { size: u64, offset: u64, source: std::io::Error },
+    #[error("guest RAM: {0}")]
+    Layout(String),
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+}
+
+/// A piece of RAM as seen from all sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamRange {
+    pub gpa: u64,
+    pub size: u64,
+    /// Offset in the memfd.
+    pub offset: u64,
+    /// Address in this process; means nothing to the next one.
+    #[serde(skip)]
+    pub hva: u64,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+pub struct RamState {
+    pub size: u64,
+    pub pages: Pages,
+    pub ranges: Vec<RamRange>,
+    pub memfd: Slot,
+}
+
+pub struct GuestRam {
+    size: u64,
+    pages: Pages,
+    ranges: Vec<RamRange>,
+    memfd: KeptFd,
+    memory: GuestMemoryMmap,
+    _mappings: Vec<Mapping>,
+}
+
+impl GuestRam {
+    pub fn new(vault: &Vault, size: u64, pages: Pages) -> Result<Self, RamError> {
+        let create = |source: rustix::io::Errno, remedy| RamError::Create { size, source: source.into(), remedy };
+        let flags = match pages {
+            Pages::Huge(bytes) => MemfdFlags::HUGETLB | huge_flag(bytes)?,
+            Pages::Small | Pages::Transparent => MemfdFlags::empty(),
+        };
+        let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | flags)
+            .map_err(|error| create(error, "does this kernel have huge pages of that size?"))?;
+        rustix::fs::ftruncate(&fd, size).map_err(|error| create(error, "is there enough memory?"))?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(|error| create(error, "sealing failed"))?;
+        let mut offset = 0;
+        let mut ranges = Vec::new();
+        for (gpa, size) in layout::ram_regions(size) {
+            ranges.push(RamRange { gpa, size, offset, hva: 0 });
+            offset += size;
+        }
+        Self::map(vault.keep("guest RAM", Purpose::GuestMemory, fd), size, pages, ranges)
+    }
+
+    pub fn restore(state: RamState, claims: &mut Claims) -> Result<Self, RamError> {
+        let RamState { size, pages, ranges, memfd } = state;
+        Self::map(claims.claim(memfd, Purpose::GuestMemory)?, size, pages, ranges)
+    }
+
+    pub fn save(&self) -> RamState {
+        let Self { size, pages, ranges, memfd, memory: _, _mappings } = self;
+        RamState { size: *size, pages: *pages, ranges: ranges.clone(), memfd: memfd.slot() }
+    }
+
+    fn map(memfd: KeptFd, size: u64, pages: Pages, mut ranges: Vec<RamRange>) -> Result<Self, RamError> {
+        let mut mappings = Vec::new();
+        let mut regions = Vec::new();
+        for range in &mut ranges {
+            let mapping = Mapping::new(&memfd, range.offset, range.size, pages)?;
+            range.hva = mapping.addr.as_ptr() as u64;
+            // SAFETY: `mapping` covers exactly this many bytes and lives beside the region in the same struct.
+            let region =
+                unsafe { MmapRegionBuilder::new(mapping.len).with_raw_mmap_pointer(mapping.addr.as_ptr()).build() }
+                    .map_err(|error| RamError::Layout(error.to_string()))?;
+            let region = GuestRegionMmap::new(region, GuestAddress(range.gpa))
+                .ok_or_else(|| RamError::Layout(format!("{:#x}+{:#x} wraps", range.gpa, range.size)))?;
+            regions.push(region);
+            mappings.push(mapping);
+        }
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(|error| RamError::Layout(error.to_string()))?;
+        Ok(Self { size, pages, ranges, memfd, memory, _mappings: mappings })
+    }
+
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub fn ranges(&self) -> &[RamRange] {
+        &self.ranges
+    }
+
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Touches every page now rather than at first use.
+    pub fn prefault(&self) -> Result<(), RamError> {
+        self.advise(Advice::LinuxPopulateWrite)
+    }
+
+    /// Fills this image's page tables from pages that exist already, so that the guest does not fault them in one by one.
+    /// Meant for a background thread.
+    pub fn populate_page_tables(&self) -> Result<(), RamError> {
+        self.advise(Advice::LinuxPopulateRead)
+    }
+
+    fn advise(&self, advice: Advice) -> Result<(), RamError> {
+        for range in &self.ranges {
+            // Piece by piece: one call over all of it would hold mmap_lock against vCPU faults for long.
+            let mut done = 0;
+            while done < range.size {
+                let len = (range.size - done).min(64 << 20);
+                // SAFETY: inside one of our mappings; populating changes no contents.
+                unsafe { rustix::mm::madvise((range.hva + done) as *mut _, len as usize, advice) }.map_err(
+                    |source| RamError::Map { size: len, offset: range.offset + done, source: source.into() },
+                )?;
+                done += len;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn huge_flag(bytes: u64) -> Result<MemfdFlags, RamError> {
+    match bytes {
+        0x20_0000 => Ok(MemfdFlags::HUGE_2MB),
+        0x4000_0000 => Ok(MemfdFlags::HUGE_1GB),
+        other => Err(RamError::Layout(format!("huge pages of {other} bytes: use 2M or 1G"))),
+    }
+}
+
+/// A shared mapping of the memfd, aligned for huge pages.
+struct Mapping {
+    addr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a plain range of shared memory; all access goes through vm-memory's volatile accessors or the guest.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(memfd: impl AsFd, offset: u64, size: u64, pages: Pages) -> Result<Self, RamError> {
+        let fail = |source: rustix::io::Errno| RamError::Map { size, offset, source: source.into() };
+        let align = if let Pages::Huge(bytes) = pages { bytes.max(HUGE) } else { HUGE };
+        let reserve =
+            size.checked_add(align).ok_or_else(|| RamError::Layout(format!("{size:#x} bytes are too many")))?;
+        // SAFETY: a fresh reservation that nothing else uses.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                reserve as usize,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(fail)? as u64;
+        let start = base.next_multiple_of(align);
+        // SAFETY: replaces part of the reservation made just above.
+        let mapped = unsafe {
+            rustix::mm::mmap(
+                start as *mut _,
+                size as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+                memfd,
+                offset,
+            )
+        };
+        // Give back what the alignment left over (or everything, on failure).
+        let keep = if mapped.is_ok() { start..start + size } else { base..base };
+        for (from, to) in [(base, keep.start), (keep.end, base + reserve)] {
+            if to > from {
+                // SAFETY: ours, and outside of what stays mapped.
+                let _ = unsafe { rustix::mm::munmap(from as *mut _, (to - from) as usize) };
+            }
+        }
+        let addr = NonNull::new(mapped.map_err(fail)?.cast::<u8>())
+            .ok_or_else(|| RamError::Layout("mapped at address 0".into()))?;
+        if pages == Pages::Transparent {
+            // SAFETY: our own mapping; only a hint.
+            let _ = unsafe { rustix::mm::madvise(addr.as_ptr().cast(), size as usize, Advice::LinuxHugepage) };
+        }
+        // SAFETY: our own mapping. Guest memory in a core dump helps nobody and takes minutes.
+        let _ = unsafe { rustix::mm::madvise(addr.as_ptr().cast(), size as usize, Advice::LinuxDontDump) };
+        Ok(Self { addr, len: size as usize })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and the owner drops its memslots and DMA maps first.
+        let _ = unsafe { rustix::mm::munmap(self.addr.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn small_ram_is_one_range_aligned_for_huge_pages() {
+        let ram = GuestRam::new(&Vault::new(), 128 << 20, Pages::Small).unwrap();
+        assert_eq!(ram.ranges().len(), 1);
+        assert_eq!(ram.ranges()[0].hva % HUGE, 0);
+        ram.memory().write_obj(0x1234_5678u32, GuestAddress(0x1000)).unwrap();
+        assert_eq!(ram.memory().read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 0x1234_5678);
+    }
+
+    #[test]
+    fn big_ram_leaves_the_hole() {
+        let ram = GuestRam::new(&Vault::new(), 6 << 30, Pages::Small).unwrap();
+        let ranges: Vec<_> = ram.ranges().iter().map(|r| (r.gpa, r.size, r.offset)).collect();
+        assert_eq!(ranges, [(0, 3 << 30, 0), (4 << 30, 3 << 30, 3 << 30)]);
+    }
+
+    #[test]
+    fn a_second_mapping_sees_the_same_pages() {
+        let vault = Vault::new();
+        let old = GuestRam::new(&vault, 128 << 20, Pages::Small).unwrap();
+        old.memory().write_obj(7u64, GuestAddress(0x10_0000)).unwrap();
+        let state = old.save();
+        let new = GuestRam::map(old.memfd.clone(), state.size, state.pages, state.ranges).unwrap();
+        assert_ne!(new.ranges()[0].hva, old.ranges()[0].hva);
+        assert_eq!(new.memory().read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 7);
+        new.populate_page_tables().unwrap();
+    }
+}

@@ -1,0 +1,212 @@
+//! The envelope of the saved state: named sections, each of a kind and a version, under magic, format, build id and checksum.
+//!
+//! ```text
+//! "THESEUS\0" | format u32 | crc32 u32 | length u64 | MessagePack map { build_id, sections: [{ name, kind, version, data }] }
+//! ```
+//! All integers little endian; the checksum covers the MessagePack. A section is consumed exactly once, and what is left over is an error.
+
+use std::collections::BTreeMap;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+const MAGIC: [u8; 8] = *b"THESEUS\0";
+/// Readers take the format before and the one after theirs.
+pub const FORMAT: u32 = 1;
+const HEADER: usize = 24;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("not a saved state of Theseus (wrong magic)")]
+    Magic,
+    #[error("saved state: format {0} cannot be read by this build (it reads {min} to {max})", min = FORMAT - 1, max = FORMAT + 1)]
+    Format(u32),
+    #[error("saved state: {have} bytes instead of {want}: truncated?")]
+    Length { have: u64, want: u64 },
+    #[error("saved state: wrong checksum: it was damaged")]
+    Checksum,
+    #[error("saved state: cannot be decoded: {0}")]
+    Envelope(String),
+    #[error("section '{name}': {reason}")]
+    Section { name: String, reason: String },
+    #[error("section '{name}': version {found} of kind '{kind}' cannot be read by this build (it has version {ours})")]
+    Version { name: String, kind: String, found: u16, ours: u16 },
+    #[error("sections that nothing read: {0}")]
+    Leftover(String),
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Section {
+    pub name: String,
+    pub kind: String,
+    pub version: u16,
+    #[serde(with = "serde_bytes")]
+    pub data: Vec<u8>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Body {
+    build_id: String,
+    sections: Vec<Section>,
+}
+
+/// Collects sections.
+pub struct StateWriter {
+    body: Body,
+}
+
+impl StateWriter {
+    pub fn new(build_id: &str) -> Self {
+        Self { body: Body { build_id: build_id.to_owned(), sections: Vec::new() } }
+    }
+
+    pub fn add<T: Serialize>(&mut self, name: &str, kind: &str, version: u16, value: &T) -> Result<(), StateError> {
+        let section = |reason: String| StateError::Section { name: name.to_owned(), reason };
+        if self.body.sections.iter().any(|other| other.name == name) {
+            return Err(section("is written twice".into()));
+        }
+        let data = rmp_serde::to_vec_named(value).map_err(|error| section(error.to_string()))?;
+        self.body.sections.push(Section { name: name.to_owned(), kind: kind.to_owned(), version, data });
+        Ok(())
+    }
+
+    pub fn finish(&self) -> Result<Vec<u8>, StateError> {
+        let body = rmp_serde::to_vec_named(&self.body).map_err(|error| StateError::Envelope(error.to_string()))?;
+        let mut out = Vec::with_capacity(HEADER + body.len());
+        out.extend(MAGIC);
+        out.extend(FORMAT.to_le_bytes());
+        out.extend(checksum(&body).to_le_bytes());
+        out.extend((body.len() as u64).to_le_bytes());
+        out.extend(body);
+        Ok(out)
+    }
+}
+
+/// A checked envelope whose sections wait to be taken.
+pub struct StateReader {
+    build_id: String,
+    sections: BTreeMap<String, Section>,
+}
+
+impl StateReader {
+    pub fn new(bytes: &[u8]) -> Result<Self, StateError> {
+        let (header, body) = bytes.split_at_checked(HEADER).ok_or(StateError::Magic)?;
+        let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        if header[..8] != MAGIC {
+            return Err(StateError::Magic);
+        }
+        let format = word(8);
+        if format.abs_diff(FORMAT) > 1 {
+            return Err(StateError::Format(format));
+        }
+        let want = u64::from(word(16)) | u64::from(word(20)) << 32;
+        if body.len() as u64 != want {
+            return Err(StateError::Length { have: body.len() as u64, want });
+        }
+        if checksum(body) != word(12) {
+            return Err(StateError::Checksum);
+        }
+        let body: Body = rmp_serde::from_slice(body).map_err(|error| StateError::Envelope(error.to_string()))?;
+        let mut sections = BTreeMap::new();
+        for section in body.sections {
+            let name = section.name.clone();
+            if sections.insert(name.clone(), section).is_some() {
+                return Err(StateError::Section { name, reason: "is there twice".into() });
+            }
+        }
+        Ok(Self { build_id: body.build_id, sections })
+    }
+
+    /// The build that wrote it.
+    pub fn build_id(&self) -> &str {
+        &self.build_id
+    }
+
+    /// What is there, for a check beforehand.
+    pub fn sections(&self) -> impl Iterator<Item = &Section> {
+        self.sections.values()
+    }
+
+    /// Takes one section out. A reader takes the version before and the one after its own: new fields have defaults,
+    /// unknown ones are skipped.
+    pub fn take<T: DeserializeOwned>(&mut self, name: &str, kind: &str, version: u16) -> Result<T, StateError> {
+        let error = |reason: String| StateError::Section { name: name.to_owned(), reason };
+        let section = self.sections.remove(name).ok_or_else(|| error("is missing, or read twice".into()))?;
+        if section.kind != kind {
+            return Err(error(format!("is of kind '{}', not '{kind}'", section.kind)));
+        }
+        if !readable(section.version, version) {
+            let (name, kind) = (name.to_owned(), kind.to_owned());
+            return Err(StateError::Version { name, kind, found: section.version, ours: version });
+        }
+        rmp_serde::from_slice(&section.data).map_err(|reason| error(reason.to_string()))
+    }
+
+    pub fn finish(self) -> Result<(), StateError> {
+        if self.sections.is_empty() {
+            return Ok(());
+        }
+        Err(StateError::Leftover(self.sections.into_keys().collect::<Vec<_>>().join(", ")))
+    }
+}
+
+/// Whether a build whose version of a kind is `ours` reads version `found`.
+pub fn readable(found: u16, ours: u16) -> bool {
+    found.abs_diff(ours) <= 1
+}
+
+fn checksum(bytes: &[u8]) -> u32 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32IsoHdlc, bytes) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Serialize, Deserialize, PartialEq, Debug)]
+    struct V1 {
+        a: u32,
+    }
+
+    #[derive(Serialize, Deserialize, PartialEq, Debug)]
+    struct V2 {
+        a: u32,
+        #[serde(default)]
+        b: Option<u8>,
+    }
+
+    fn written() -> Vec<u8> {
+        let mut writer = StateWriter::new("id");
+        writer.add("x", "thing", 1, &V1 { a: 5 }).unwrap();
+        assert!(writer.add("x", "thing", 1, &V1 { a: 5 }).is_err());
+        writer.add("y", "thing", 2, &V2 { a: 6, b: Some(1) }).unwrap();
+        writer.finish().unwrap()
+    }
+
+    #[test]
+    fn old_and_new_readers_cope_and_every_section_is_read_once() {
+        let mut reader = StateReader::new(&written()).unwrap();
+        assert_eq!(reader.build_id(), "id");
+        assert_eq!(reader.take::<V2>("x", "thing", 2).unwrap(), V2 { a: 5, b: None });
+        assert_eq!(reader.take::<V1>("y", "thing", 1).unwrap(), V1 { a: 6 });
+        assert!(reader.take::<V1>("y", "thing", 1).is_err());
+        reader.finish().unwrap();
+        let mut reader = StateReader::new(&written()).unwrap();
+        assert!(matches!(reader.take::<V1>("x", "thing", 3), Err(StateError::Version { found: 1, ours: 3, .. })));
+        assert!(reader.take::<V1>("y", "other", 1).is_err());
+        assert!(StateReader::new(&written()).unwrap().finish().is_err());
+    }
+
+    #[test]
+    fn damage_is_found() {
+        let good = written();
+        for cut in [0, 7, 23, 24, good.len() - 1] {
+            assert!(StateReader::new(&good[..cut]).is_err(), "cut at {cut}");
+        }
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            assert!(StateReader::new(&bad).is_err(), "flip at {at}");
+        }
+    }
+}
