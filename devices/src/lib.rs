@@ -2,6 +2,7 @@
 
 pub mod bus;
 pub mod carried;
+pub mod catalogue;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_msi, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use theseus_resources::layout;
 
@@ -47,6 +47,11 @@ impl Vm {
             routing: Mutex::new(Routing::new()),
             vfio: VfioFiles::default(),
         })
+    }
+
+    /// For [`Vm::new`] of the next image.
+    pub fn raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     pub fn fd(&self) -> &VmFd {
@@ -92,5 +97,11 @@ impl Vm {
     pub fn pulse_irq(&self, gsi: u32) -> Result<()> {
         self.fd.set_irq_line(gsi, true).map_err(Error::call(format!("raise GSI {gsi}")))?;
         self.fd.set_irq_line(gsi, false).map_err(Error::call(format!("lower GSI {gsi}")))
+    }
+
+    /// An NMI to all vCPUs: an MSI with delivery mode NMI to the physical broadcast destination (SDM 3A, 11.11).
+    pub fn broadcast_nmi(&self) -> Result<()> {
+        let msi = kvm_msi { address_lo: 0xFEEF_F000, data: 0x400, ..Default::default() };
+        self.fd.signal_msi(msi).map(drop).map_err(Error::call("KVM_SIGNAL_MSI for an NMI"))
     }
 }

@@ -81,10 +81,15 @@ pub struct Windows {
 impl Windows {
     /// As [`layout`] has them, for `ram_size` bytes of RAM and a guest with `phys_bits` address bits.
     pub fn new(ram_size: u64, phys_bits: u8) -> Self {
+        Self::with_window64(layout::pci_window64(ram_size, phys_bits))
+    }
+
+    /// With the 64-bit window that a running guest was told of.
+    pub fn with_window64(window64: Range<u64>) -> Self {
         let io = layout::PCI_IO_WINDOW;
         Self {
             mmio32: Window::new(layout::PCI_WINDOW32),
-            mmio64: Window::new(layout::pci_window64(ram_size, phys_bits)),
+            mmio64: Window::new(window64),
             io: Window::new(io.start.into()..io.end.into()),
         }
     }

@@ -3,7 +3,11 @@
 mod msrs;
 mod state;
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 pub use state::{VcpuState, XsaveBytes};
@@ -24,8 +28,43 @@ pub enum Exit<'a> {
     Failed(String),
 }
 
+/// Makes KVM_RUN of one vCPU return at once, from any thread: `immediate_exit` in the shared run page. Raised before the kick
+/// signal is sent, it closes the gap in which the signal comes just before KVM_RUN.
+#[derive(Clone)]
+pub struct ExitFlag(Arc<Mutex<FlagAddr>>);
+
+/// Empty once the vCPU, and with it the mapping of its run page, is gone.
+struct FlagAddr(Option<NonNull<AtomicU8>>);
+
+// SAFETY: the byte is only accessed atomically, and only while the lock says that it is still mapped.
+unsafe impl Send for FlagAddr {}
+
+impl ExitFlag {
+    fn lock(&self) -> MutexGuard<'_, FlagAddr> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn raise(&self) {
+        self.set(true);
+    }
+
+    fn set(&self, on: bool) {
+        if let Some(flag) = self.lock().0 {
+            // SAFETY: mapped: the vCPU clears the address, under this lock, before it unmaps the page.
+            unsafe { flag.as_ref() }.store(on.into(), Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.exit_flag.lock().0 = None;
+    }
+}
+
 pub struct Vcpu {
     fd: VcpuFd,
+    exit_flag: ExitFlag,
     index: u32,
     /// The MSRs this vCPU has, all readable and writable here.
     msr_list: Vec<u32>,
@@ -34,17 +73,29 @@ pub struct Vcpu {
 
 impl Vcpu {
     pub fn new(vm: &Vm, index: u32) -> Result<Self> {
-        let fd = vm.fd().create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))?;
+        let mut fd = vm.fd().create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))?;
         let xsave_size = usize::try_from(vm.fd().check_extension_int(kvm_ioctls::Cap::Xsave2)).unwrap_or(0);
-        Ok(Self { fd, index, msr_list: Vec::new(), xsave_size })
+        let byte = NonNull::from(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
+        let exit_flag = ExitFlag(Arc::new(Mutex::new(FlagAddr(Some(byte)))));
+        Ok(Self { fd, exit_flag, index, msr_list: Vec::new(), xsave_size })
     }
 
     pub fn index(&self) -> u32 {
         self.index
     }
 
-    pub fn fd(&self) -> &VcpuFd {
-        &self.fd
+    pub fn exit_flag(&self) -> ExitFlag {
+        self.exit_flag.clone()
+    }
+
+    /// The special registers, as KVM made them: where the boot registers start from.
+    pub fn sregs(&self) -> Result<kvm_sregs> {
+        self.fd.get_sregs().map_err(Error::call(format!("vCPU {}: KVM_GET_SREGS", self.index)))
+    }
+
+    pub fn set_registers(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> Result<()> {
+        self.fd.set_sregs(sregs).map_err(Error::call(format!("vCPU {}: KVM_SET_SREGS", self.index)))?;
+        self.fd.set_regs(regs).map_err(Error::call(format!("vCPU {}: KVM_SET_REGS", self.index)))
     }
 
     /// What KVM runs the guest's TSC at.
@@ -57,6 +108,10 @@ impl Vcpu {
         self.fd.set_cpuid2(&cpuid).map_err(Error::call(format!("vCPU {}: KVM_SET_CPUID2", self.index)))
     }
 
+    pub fn set_msrs(&self, values: &[kvm_msr_entry]) -> Result<()> {
+        msrs::write(&self.fd, self.index, values)
+    }
+
     /// Finds out which MSRs there are to save. Once, at the guest's boot, after CPUID is set; the list is saved state.
     pub fn discover_msrs(&mut self, hypervisor: &Hypervisor) -> Result<()> {
         self.msr_list = msrs::discover(&self.fd, &hypervisor.msr_index_list()?);
@@ -64,8 +119,8 @@ impl Vcpu {
     }
 
     /// Lets `KVM_RUN` return at once from now on (or no more). Also completes what the last exit left pending.
-    pub fn set_immediate_exit(&mut self, on: bool) {
-        self.fd.set_kvm_immediate_exit(u8::from(on));
+    pub fn set_immediate_exit(&self, on: bool) {
+        self.exit_flag.set(on);
     }
 
     /// Runs the guest until something is to be done.

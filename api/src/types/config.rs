@@ -1,0 +1,158 @@
+//! The configuration of a VM, with the keys of Cloud Hypervisor.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the VFIO container that devices without one of their own share.
+pub const DEFAULT_CONTAINER: &str = "default";
+
+/// The huge page size supported, in bytes.
+pub const HUGEPAGE_SIZE: u64 = 2 << 20;
+
+/// Body of `vm.create`. [`VmConfig::validate`] checks what the types cannot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    #[serde(default)]
+    pub payload: PayloadConfig,
+    #[serde(default)]
+    pub serial: SerialConfig,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceConfig>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    pub boot_vcpus: u32,
+    /// Default: `boot_vcpus`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpus: Option<u32>,
+}
+
+impl CpusConfig {
+    /// `max_vcpus`, or `boot_vcpus` where it was not given.
+    pub fn max(&self) -> u32 {
+        self.max_vcpus.unwrap_or(self.boot_vcpus)
+    }
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self { boot_vcpus: 1, max_vcpus: None }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Bytes.
+    pub size: u64,
+    /// Guest memory is always a shared memfd, or it could not be carried through an update; `false` is refused.
+    #[serde(default = "yes")]
+    pub shared: bool,
+    /// Back the guest with hugetlbfs pages.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Bytes; only [`HUGEPAGE_SIZE`] is supported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Ask for transparent huge pages; changes nothing where `hugepages` is on.
+    #[serde(default)]
+    pub thp: bool,
+    /// Allocate all of the memory before the guest starts.
+    #[serde(default)]
+    pub prefault: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { size: 512 << 20, shared: true, hugepages: false, hugepage_size: None, thp: false, prefault: false }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PayloadConfig {
+    /// bzImage, or ELF with a PVH note. Required, though the type lets it be absent so that validation can say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+}
+
+/// Where the bytes of the serial port go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SerialMode {
+    /// The guest has no serial port.
+    Off,
+    /// The port is there, its output is dropped.
+    #[default]
+    Null,
+    /// Standard input and output of the VMM.
+    Tty,
+    Pty,
+    File,
+    Socket,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    #[serde(default)]
+    pub mode: SerialMode,
+    /// For mode File.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// For mode Socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// A PCI device passed through with VFIO.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// `/sys/bus/pci/devices/DDDD:BB:DD.F`
+    pub path: PathBuf,
+    /// Default: chosen by the VMM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Name of the VFIO container; default: the shared one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+}
+
+impl DeviceConfig {
+    /// The host address `DDDD:BB:DD.F` at the end of the path, or None where the path does not have the shape.
+    pub fn bdf(&self) -> Option<&str> {
+        let name = self.path.to_str()?.strip_prefix("/sys/bus/pci/devices/")?;
+        let b = name.as_bytes();
+        let shape = b.len() == 12
+            && b.iter().enumerate().all(|(i, c)| match i {
+                4 | 7 => *c == b':',
+                10 => *c == b'.',
+                // A bus has 32 devices of 8 functions.
+                8 => matches!(c, b'0' | b'1'),
+                11 => matches!(c, b'0'..=b'7'),
+                _ => c.is_ascii_hexdigit(),
+            });
+        shape.then_some(name)
+    }
+
+    /// The container's name, [`DEFAULT_CONTAINER`] where none was given.
+    pub fn container(&self) -> &str {
+        self.container.as_deref().unwrap_or(DEFAULT_CONTAINER)
+    }
+}

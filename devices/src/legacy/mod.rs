@@ -1,0 +1,48 @@
+//! The devices of a PC that are not on PCI: serial port, clock, reset, ACPI power management.
+
+pub mod cmos;
+pub mod i8042;
+pub mod pm;
+pub mod serial;
+
+#[cfg(test)]
+mod test_parts {
+    //! The machine around a legacy device, in its unit tests.
+
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use crate::interrupt::{GuestRequest, GuestRequests, IrqLine};
+
+    #[derive(Default)]
+    pub struct Pulses(AtomicUsize);
+
+    impl Pulses {
+        /// How many since it was last asked.
+        pub fn take(&self) -> usize {
+            self.0.swap(0, Ordering::SeqCst)
+        }
+    }
+
+    impl IrqLine for Pulses {
+        fn pulse(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[derive(Default)]
+    pub struct Asked(Mutex<Vec<GuestRequest>>);
+
+    impl Asked {
+        /// What was asked for since it was last asked.
+        pub fn take(&self) -> Vec<GuestRequest> {
+            std::mem::take(&mut self.0.lock().unwrap())
+        }
+    }
+
+    impl GuestRequests for Asked {
+        fn ask(&self, request: GuestRequest) {
+            self.0.lock().unwrap().push(request);
+        }
+    }
+}

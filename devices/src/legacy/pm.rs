@@ -1,0 +1,151 @@
+//! ACPI power management of a hardware-reduced machine (ACPI 6.5, 4.8.3.7 and 5.6.9): power-off, reset, power button.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bus::BusDevice;
+use crate::carried::{Carried, CarryError};
+use crate::interrupt::{GuestRequest, GuestRequests, IrqLine};
+
+/// Registers, relative to `layout::PM_BASE`, one byte each; the ACPI tables name them.
+pub const SLEEP_CONTROL: u64 = 0;
+pub const SLEEP_STATUS: u64 = 1;
+pub const RESET: u64 = 2;
+/// What the generic event device's interrupt was for. Reading clears it.
+pub const GED_STATUS: u64 = 3;
+
+/// The value for [`RESET`] that resets.
+pub const RESET_VALUE: u8 = 1;
+/// SLP_TYP of soft-off, as the `\_S5` object gives it.
+pub const SLEEP_TYPE_S5: u8 = 5;
+pub const GED_POWER_BUTTON: u8 = 1;
+const SLEEP_ENABLE: u8 = 1 << 5;
+
+pub struct Pm {
+    requests: Arc<dyn GuestRequests>,
+    ged: Arc<dyn IrqLine>,
+    ged_status: u8,
+}
+
+impl Pm {
+    /// `ged` is the generic event device's interrupt, `layout::GED_GSI`.
+    pub fn new(requests: Arc<dyn GuestRequests>, ged: Arc<dyn IrqLine>) -> Self {
+        Self { requests, ged, ged_status: 0 }
+    }
+
+    pub fn press_power_button(&mut self) {
+        self.ged_status |= GED_POWER_BUTTON;
+        self.ged.pulse();
+    }
+
+    /// The guest was reset: a button press it has not seen is forgotten.
+    pub fn reset(&mut self) {
+        self.ged_status = 0;
+    }
+
+    fn write_register(&mut self, register: u64, value: u8) {
+        match register {
+            SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && (value >> 2) & 7 == SLEEP_TYPE_S5 => {
+                self.requests.ask(GuestRequest::PowerOff);
+            }
+            RESET if value == RESET_VALUE => self.requests.ask(GuestRequest::Reset),
+            _ => {}
+        }
+    }
+}
+
+impl BusDevice for Pm {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for (register, byte) in (offset..=u64::MAX).zip(data) {
+            *byte = match register {
+                GED_STATUS => std::mem::take(&mut self.ged_status),
+                // No sleep state is ever woken from: the status register stays 0.
+                _ => 0,
+            };
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        for (register, byte) in (offset..=u64::MAX).zip(data) {
+            self.write_register(register, *byte);
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PmState {
+    ged_status: u8,
+}
+
+/// What a restore needs. The interrupt controller must be restored before: a pending event is raised again.
+pub struct PmParts {
+    pub requests: Arc<dyn GuestRequests>,
+    pub ged: Arc<dyn IrqLine>,
+}
+
+impl Carried for Pm {
+    const KIND: &'static str = "acpi-pm";
+    const VERSION: u16 = 1;
+    type State = PmState;
+    type Parts<'a> = PmParts;
+
+    fn save(&self) -> Result<PmState, CarryError> {
+        let Self { requests: _, ged: _, ged_status } = self;
+        Ok(PmState { ged_status: *ged_status })
+    }
+
+    fn restore(state: PmState, parts: PmParts) -> Result<Self, CarryError> {
+        let PmState { ged_status } = state;
+        let PmParts { requests, ged } = parts;
+        if ged_status != 0 {
+            ged.pulse();
+        }
+        Ok(Self { requests, ged, ged_status })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::legacy::test_parts::{Asked, Pulses};
+
+    fn read(pm: &mut Pm, register: u64) -> u8 {
+        let mut byte = [0xEE];
+        pm.read(register, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn power_off_and_reset() {
+        let asked = Arc::new(Asked::default());
+        let mut pm = Pm::new(asked.clone(), Arc::new(Pulses::default()));
+        for value in [0, SLEEP_TYPE_S5 << 2, SLEEP_ENABLE, SLEEP_ENABLE | 3 << 2] {
+            pm.write(SLEEP_CONTROL, &[value]);
+        }
+        pm.write(RESET, &[0]);
+        pm.write(SLEEP_STATUS, &[0xFF]);
+        pm.write(u64::MAX, &[1, 1]);
+        assert_eq!(asked.take(), []);
+        pm.write(SLEEP_CONTROL, &[SLEEP_ENABLE | SLEEP_TYPE_S5 << 2]);
+        assert_eq!(asked.take(), [GuestRequest::PowerOff]);
+        pm.write(RESET, &[RESET_VALUE]);
+        assert_eq!(asked.take(), [GuestRequest::Reset]);
+    }
+
+    #[test]
+    fn a_button_press_survives_an_update_and_is_seen_once() {
+        let (asked, ged) = (Arc::new(Asked::default()), Arc::new(Pulses::default()));
+        let mut pm = Pm::new(asked.clone(), ged.clone());
+        pm.press_power_button();
+        assert_eq!(ged.take(), 1);
+        let parts = || PmParts { requests: asked.clone(), ged: ged.clone() };
+        let mut pm = Pm::restore(pm.save().unwrap(), parts()).unwrap();
+        assert_eq!(ged.take(), 1);
+        assert_eq!(read(&mut pm, SLEEP_STATUS), 0);
+        assert_eq!(read(&mut pm, GED_STATUS), GED_POWER_BUTTON);
+        assert_eq!(read(&mut pm, GED_STATUS), 0);
+        Pm::restore(pm.save().unwrap(), parts()).unwrap();
+        assert_eq!(ged.take(), 0);
+    }
+}

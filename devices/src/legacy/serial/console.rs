@@ -1,0 +1,201 @@
+//! The host's side of the serial port: where its bytes go and come from.
+//!
+//! Nothing here blocks. What the other side has no room for waits in memory, up to [`UNSENT_MAX`]; beyond that the newest
+//! bytes are dropped and counted. Input is never taken before the UART has room for it: what waits, waits in the kernel,
+//! on an fd that survives an update.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use theseus_resources::vault::{KeptFd, Purpose, Vault};
+
+use super::stream::{Input, Stream};
+use super::tty::RawMode;
+
+/// Output kept for a reader that does not keep up, in bytes.
+pub const UNSENT_MAX: usize = 1 << 20;
+
+pub(super) enum Backend {
+    Null,
+    Tty {
+        input: Option<Stream>,
+        output: Stream,
+        raw: Option<RawMode>,
+    },
+    /// The slave is held open: the master of a pty whose slave nobody has open only reports a hang-up.
+    Pty {
+        master: Stream,
+        slave: KeptFd,
+        path: PathBuf,
+    },
+    File {
+        file: Stream,
+    },
+    /// One client at a time, the next waits in the backlog. Without a client output is dropped.
+    Socket {
+        listener: KeptFd,
+        client: Option<Stream>,
+        path: PathBuf,
+    },
+}
+
+pub struct Console {
+    pub(super) backend: Backend,
+    pub(super) vault: Vault,
+    pub(super) unsent: VecDeque<u8>,
+    /// Bytes dropped because `unsent` was full, since the device was made.
+    pub(super) dropped: u64,
+    /// The input (not of a socket) has ended, or accept failed for a lasting reason: waiting for it would only spin.
+    pub(super) deaf: bool,
+}
+
+impl Console {
+    pub(super) fn new(backend: Backend, vault: Vault) -> Self {
+        Self { backend, vault, unsent: VecDeque::new(), dropped: 0, deaf: false }
+    }
+
+    /// The slave's path, for a person to attach to.
+    pub fn pty_path(&self) -> Option<&Path> {
+        match &self.backend {
+            Backend::Pty { path, .. } => Some(path),
+            _ => None,
+        }
+    }
+
+    fn output(&self) -> Option<&Stream> {
+        match &self.backend {
+            Backend::Null => None,
+            Backend::Tty { output, .. } => Some(output),
+            Backend::Pty { master, .. } => Some(master),
+            Backend::File { file } => Some(file),
+            Backend::Socket { client, .. } => client.as_ref(),
+        }
+    }
+
+    fn input(&self) -> Option<&Stream> {
+        match &self.backend {
+            Backend::Null | Backend::File { .. } => None,
+            Backend::Tty { input, .. } => input.as_ref(),
+            Backend::Pty { master, .. } => Some(master),
+            Backend::Socket { client, .. } => client.as_ref(),
+        }
+    }
+
+    /// Sends `bytes` now if they can go now, or keeps them for [`Self::flush`].
+    pub(super) fn write(&mut self, bytes: &[u8]) {
+        if matches!(self.backend, Backend::Socket { .. }) {
+            self.deaf = false;
+        }
+        if self.output().is_some_and(|output| !output.pollable()) {
+            // A short write to a file: nothing will say that the rest can go.
+            self.flush();
+        }
+        let Some(output) = self.output() else { return };
+        let sent = if self.unsent.is_empty() { output.write(bytes) } else { Ok(0) };
+        match sent {
+            Ok(count) => self.keep(bytes.get(count..).unwrap_or_default()),
+            Err(error) => self.lost(bytes.len(), error),
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        let (kept, rest) = bytes.split_at(bytes.len().min(UNSENT_MAX.saturating_sub(self.unsent.len())));
+        self.unsent.extend(kept);
+        if !rest.is_empty() {
+            if self.dropped == 0 {
+                log::warn!("serial: nobody reads the output: what exceeds {UNSENT_MAX} bytes is dropped");
+            }
+            self.dropped = self.dropped.saturating_add(rest.len() as u64);
+        }
+    }
+
+    /// Output that the other side will never take. A client that is gone is normal; its input may still be waiting, so
+    /// only the end of that ends the connection.
+    fn lost(&mut self, count: usize, error: Errno) {
+        if !matches!(self.backend, Backend::Socket { .. }) {
+            if self.dropped == 0 {
+                log::warn!("serial: output is dropped: {error}");
+            }
+            self.dropped = self.dropped.saturating_add(count as u64);
+        }
+    }
+
+    /// Sends what has waited, as far as it goes.
+    pub(super) fn flush(&mut self) {
+        while !self.unsent.is_empty() {
+            let Some(output) = self.output() else { return self.unsent.clear() };
+            match output.write(self.unsent.as_slices().0) {
+                Ok(0) => return,
+                Ok(count) => drop(self.unsent.drain(..count.min(self.unsent.len()))),
+                Err(error) => {
+                    self.lost(self.unsent.len(), error);
+                    return self.unsent.clear();
+                }
+            }
+        }
+    }
+
+    pub(super) fn read(&self, buf: &mut [u8]) -> Input {
+        match self.input() {
+            Some(input) if !self.deaf => input.read(buf),
+            _ => Input::Nothing,
+        }
+    }
+
+    /// After [`Input::Ended`].
+    pub(super) fn hang_up(&mut self) {
+        match &mut self.backend {
+            Backend::Socket { client, .. } => {
+                *client = None;
+                self.unsent.clear();
+            }
+            _ => self.deaf = true,
+        }
+    }
+
+    pub(super) fn lacks_client(&self) -> bool {
+        matches!(self.backend, Backend::Socket { client: None, .. })
+    }
+
+    /// Takes a waiting client, if there is none yet.
+    pub(super) fn accept(&mut self) {
+        let Backend::Socket { listener, client: client @ None, path } = &mut self.backend else { return };
+        let accepted = rustix::net::accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+            .map(|fd| self.vault.keep("serial socket client", Purpose::Console, fd));
+        match accepted {
+            Ok(fd) => match Stream::new(fd) {
+                Ok(stream) => *client = Some(stream),
+                Err(error) => log::error!("serial socket {}: client refused: {error}", path.display()),
+            },
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+            Err(error) => {
+                log::error!("serial socket {}: accept: {error}: trying again at the next output", path.display());
+                self.deaf = true;
+            }
+        }
+    }
+
+    /// What to wait for: output that has waited, a client, and input if the UART wants it.
+    pub(super) fn interest(&self, wants_input: bool) -> [Option<(BorrowedFd<'_>, EventFlags)>; 2] {
+        let wants_input = wants_input && !self.deaf;
+        let flags = |on: bool, flag: EventFlags| if on { flag } else { EventFlags::empty() };
+        let input_fd = self.input().filter(|stream| stream.pollable()).map(AsFd::as_fd);
+        let output_fd = self.output().filter(|stream| stream.pollable()).map(AsFd::as_fd);
+        let (read, write) = (flags(wants_input, EventFlags::IN), flags(!self.unsent.is_empty(), EventFlags::OUT));
+        match &self.backend {
+            Backend::Null => [None, None],
+            Backend::Socket { listener, client: None, .. } => {
+                [Some((listener.as_fd(), flags(!self.deaf, EventFlags::IN))), None]
+            }
+            // One fd for both directions.
+            Backend::Pty { .. } | Backend::Socket { .. } => [input_fd.map(|fd| (fd, read | write)), None],
+            Backend::Tty { .. } | Backend::File { .. } => {
+                [input_fd.map(|fd| (fd, read)), output_fd.map(|fd| (fd, write))]
+            }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Opening the back ends, at boot.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::pty::OpenptFlags;
+use theseus_resources::vault::{Purpose, Vault};
+
+use super::console::{Backend, Console};
+use super::stream::Stream;
+use super::tty::{RawMode, make_raw};
+
+/// Where the serial port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConsoleConfig {
+    /// There is no serial port.
+    Off,
+    /// Output is dropped, there is no input.
+    Null,
+    /// Standard input and output of the VMM; a terminal is put into raw mode.
+    Tty,
+    /// A new pseudo-terminal, see [`Console::pty_path`].
+    Pty,
+    /// Output is appended to a file.
+    File(PathBuf),
+    /// A unix stream socket that the VMM listens on.
+    Socket(PathBuf),
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("serial {what}: {source}")]
+pub struct ConsoleError {
+    what: String,
+    source: std::io::Error,
+}
+
+/// Names what was being done in an error of the system.
+fn doing<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> ConsoleError {
+    let what = what.into();
+    |source| ConsoleError { what, source: source.into() }
+}
+
+impl Console {
+    /// `None` for [`ConsoleConfig::Off`].
+    pub fn open(config: &ConsoleConfig, vault: &Vault) -> Result<Option<Self>, ConsoleError> {
+        let backend = match config {
+            ConsoleConfig::Off => return Ok(None),
+            ConsoleConfig::Null => Backend::Null,
+            ConsoleConfig::Tty => open_tty(vault)?,
+            ConsoleConfig::Pty => open_pty(vault).map_err(doing("pty: cannot make one (is /dev/pts mounted?)"))?,
+            ConsoleConfig::File(path) => open_file(path, vault)?,
+            ConsoleConfig::Socket(path) => open_socket(path, vault)?,
+        };
+        Ok(Some(Self::new(backend, vault.clone())))
+    }
+}
+
+fn open_tty(vault: &Vault) -> Result<Backend, ConsoleError> {
+    let keep = |name: &str, fd: BorrowedFd<'_>, access: OFlags| {
+        let fd = private(fd, access)?;
+        Stream::new(vault.keep(name, Purpose::Console, fd))
+    };
+    let output = keep("serial stdout", rustix::stdio::stdout(), OFlags::WRONLY)
+        .map_err(doing("tty: standard output cannot be used: is it open?"))?;
+    // Closed, a regular file, /dev/null: no input.
+    let input = keep("serial stdin", rustix::stdio::stdin(), OFlags::RDONLY).ok().filter(Stream::pollable);
+    let raw = match &input {
+        Some(stream) if rustix::termios::isatty(stream) => {
+            Some(RawMode::enter(stream.kept().clone()).map_err(doing("tty: cannot put the terminal into raw mode"))?)
+        }
+        _ => None,
+    };
+    Ok(Backend::Tty { input, output, raw })
+}
+
+/// O_NONBLOCK belongs to the open file description, and that of a terminal or pipe is shared with the shell and others: open
+/// our own where possible. A regular file must stay the same description, which has the position.
+fn private(fd: BorrowedFd<'_>, access: OFlags) -> std::io::Result<OwnedFd> {
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
+    if kind == FileType::Fifo || rustix::termios::isatty(fd) {
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+        let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        if let Ok(own) = rustix::fs::open(path, flags, Mode::empty()) {
+            return Ok(own);
+        }
+    }
+    fd.try_clone_to_owned()
+}
+
+fn open_pty(vault: &Vault) -> std::io::Result<Backend> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = rustix::pty::openpt(flags)?;
+    rustix::pty::grantpt(&master)?;
+    rustix::pty::unlockpt(&master)?;
+    let path = rustix::pty::ptsname(&master, Vec::new())?;
+    let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
+    // Its echo would come back to the guest as input.
+    make_raw(slave.as_fd())?;
+    Ok(Backend::Pty {
+        master: Stream::new(vault.keep("serial pty", Purpose::Console, master))?,
+        slave: vault.keep("serial pty slave", Purpose::Console, slave),
+        path: PathBuf::from(std::ffi::OsStr::from_bytes(path.as_bytes())),
+    })
+}
+
+fn open_file(path: &Path, vault: &Vault) -> Result<Backend, ConsoleError> {
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+    rustix::fs::open(path, flags, mode)
+        .map_err(std::io::Error::from)
+        .and_then(|fd| Stream::new(vault.keep("serial file", Purpose::Console, fd)))
+        .map(|file| Backend::File { file })
+        .map_err(doing(format!("file {}: cannot open it for appending", path.display())))
+}
+
+fn open_socket(path: &Path, vault: &Vault) -> Result<Backend, ConsoleError> {
+    let failed = |what: &str| doing(format!("socket {}: {what}", path.display()));
+    let address = SocketAddrUnix::new(path).map_err(failed("not a socket path (at most 107 bytes)"))?;
+    let socket = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+    };
+    // What a VMM that is gone has left: nobody unlinks at exit, because after an update the path belongs to the next image.
+    // Only a socket: connecting to any other file is refused too.
+    let is_socket = rustix::fs::lstat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);
+    let probe = socket().map_err(failed("cannot make a socket"))?;
+    if is_socket && rustix::net::connect(&probe, &address) == Err(Errno::CONNREFUSED) {
+        rustix::fs::unlink(path).map_err(failed("cannot remove the stale socket"))?;
+    }
+    drop(probe);
+    let listener = socket().map_err(failed("cannot make a socket"))?;
+    rustix::net::bind(&listener, &address)
+        .map_err(failed("cannot bind (is the path in use, is its directory there and writable?)"))?;
+    rustix::net::listen(&listener, 8).map_err(failed("cannot listen"))?;
+    let listener = vault.keep("serial socket", Purpose::Console, listener);
+    Ok(Backend::Socket { listener, client: None, path: path.to_owned() })
+}

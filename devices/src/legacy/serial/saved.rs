@@ -1,0 +1,166 @@
+//! The serial port from one image to the next: registers, the FIFO, output that has not gone out, and the console's fds.
+//! Input that has not reached the FIFO is in the kernel, behind the kept fds.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use theseus_resources::vault::{Claims, KeptFd, Purpose, Slot, Vault};
+use vm_superio::Serial;
+use vm_superio::serial::NoEvents;
+
+use super::console::{Backend, Console};
+use super::stream::Stream;
+use super::tty::{RawMode, SavedTermios};
+use super::{IIR_NONE, IIR_RECEIVED, Line, SerialDevice};
+use crate::carried::{Carried, CarryError};
+use crate::interrupt::IrqLine;
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SerialState {
+    #[serde(with = "UartState")]
+    uart: vm_superio::SerialState,
+    console: ConsoleState,
+    /// Output on its way to the console.
+    #[serde(with = "serde_bytes")]
+    unsent: Vec<u8>,
+    dropped: u64,
+}
+
+/// The fields of vm-superio's state, which has no serde of its own.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "vm_superio::SerialState")]
+struct UartState {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    #[serde(with = "serde_bytes")]
+    in_buffer: Vec<u8>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ConsoleState {
+    Null,
+    /// `before`: the settings the terminal had before the VMM, if it was put into raw mode.
+    Tty {
+        input: Option<Slot>,
+        output: Slot,
+        before: Option<SavedTermios>,
+    },
+    Pty {
+        master: Slot,
+        slave: Slot,
+        path: PathBuf,
+    },
+    File {
+        file: Slot,
+    },
+    Socket {
+        listener: Slot,
+        client: Option<Slot>,
+        path: PathBuf,
+    },
+}
+
+/// What a restore needs. The interrupt controller must be restored before: a pending interrupt is raised again.
+pub struct SerialParts<'a> {
+    pub irq: Arc<dyn IrqLine>,
+    pub claims: &'a mut Claims,
+    pub vault: &'a Vault,
+}
+
+impl Carried for SerialDevice {
+    const KIND: &'static str = "serial";
+    const VERSION: u16 = 1;
+    type State = SerialState;
+    type Parts<'a> = SerialParts<'a>;
+
+    fn save(&self) -> Result<SerialState, CarryError> {
+        // `poller` and `wants_input` follow from the rest.
+        let Self { uart, console, poller: _, wants_input: _ } = self;
+        // An input that has ended is found out again.
+        let Console { backend, vault: _, unsent, dropped, deaf: _ } = console;
+        Ok(SerialState {
+            uart: uart.state(),
+            console: save_backend(backend),
+            unsent: unsent.iter().copied().collect(),
+            dropped: *dropped,
+        })
+    }
+
+    fn restore(state: SerialState, parts: SerialParts<'_>) -> Result<Self, CarryError> {
+        let SerialState { uart, console, unsent, dropped } = state;
+        let SerialParts { irq, claims, vault } = parts;
+        let backend = restore_backend(console, claims)?;
+        let console = Console { unsent: VecDeque::from(unsent), dropped, ..Console::new(backend, vault.clone()) };
+        // Raises what was pending and not yet acknowledged.
+        let raised = uart.interrupt_identification & (IIR_NONE | IIR_RECEIVED) == IIR_RECEIVED;
+        let uart = Serial::from_state(&uart, Line(irq), NoEvents, Vec::new())
+            .map_err(|error| CarryError::State(format!("UART: {error}")))?;
+        let device = Self::with_uart(uart, console)
+            .map_err(|source| CarryError::Os { what: "cannot make an epoll instance".to_owned(), source })?;
+        if device.input_pending() && !raised {
+            // Acknowledged, but the guest was stopped before it had read all: once more is legal, once too few is not.
+            device.uart.interrupt_evt().0.pulse();
+        }
+        Ok(device)
+    }
+}
+
+fn save_backend(backend: &Backend) -> ConsoleState {
+    let slot = |stream: &Stream| stream.kept().slot();
+    match backend {
+        Backend::Null => ConsoleState::Null,
+        Backend::Tty { input, output, raw } => ConsoleState::Tty {
+            input: input.as_ref().map(slot),
+            output: slot(output),
+            before: raw.as_ref().map(|raw| raw.before().clone()),
+        },
+        Backend::Pty { master, slave, path } => {
+            ConsoleState::Pty { master: slot(master), slave: slave.slot(), path: path.clone() }
+        }
+        Backend::File { file } => ConsoleState::File { file: slot(file) },
+        Backend::Socket { listener, client, path } => {
+            ConsoleState::Socket { listener: listener.slot(), client: client.as_ref().map(slot), path: path.clone() }
+        }
+    }
+}
+
+fn restore_backend(state: ConsoleState, claims: &mut Claims) -> Result<Backend, CarryError> {
+    let mut claim = |slot: Slot| claims.claim(slot, Purpose::Console);
+    let stream = |kept: KeptFd| {
+        let what = kept.name().to_owned();
+        Stream::new(kept).map_err(|source| CarryError::Os { what, source })
+    };
+    Ok(match state {
+        ConsoleState::Null => Backend::Null,
+        ConsoleState::Tty { input, output, before } => {
+            let input = input.map(&mut claim).transpose()?.map(stream).transpose()?;
+            let output = stream(claim(output)?)?;
+            let raw = match (&input, before) {
+                (Some(terminal), Some(before)) => {
+                    let resumed = RawMode::resume(terminal.kept().clone(), before);
+                    Some(resumed.map_err(|source| CarryError::Os { what: "terminal".to_owned(), source })?)
+                }
+                _ => None,
+            };
+            Backend::Tty { input, output, raw }
+        }
+        ConsoleState::Pty { master, slave, path } => {
+            Backend::Pty { master: stream(claim(master)?)?, slave: claim(slave)?, path }
+        }
+        ConsoleState::File { file } => Backend::File { file: stream(claim(file)?)? },
+        ConsoleState::Socket { listener, client, path } => Backend::Socket {
+            listener: claim(listener)?,
+            client: client.map(&mut claim).transpose()?.map(stream).transpose()?,
+            path,
+        },
+    })
+}

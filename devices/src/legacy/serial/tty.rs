@@ -1,0 +1,128 @@
+//! Terminal settings of the host's side of the serial port.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use serde::{Deserialize, Serialize};
+use theseus_resources::vault::KeptFd;
+
+/// A `termios` that can be serialised (termios(3)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedTermios {
+    iflag: u32,
+    oflag: u32,
+    cflag: u32,
+    lflag: u32,
+    line: u8,
+    #[serde(with = "serde_bytes")]
+    cc: Vec<u8>,
+    ispeed: u32,
+    ospeed: u32,
+}
+
+/// A terminal in raw mode; dropping it puts back the settings it had before. An exec does not drop it: the next image
+/// takes it over with the settings to put back.
+pub(super) struct RawMode {
+    fd: KeptFd,
+    before: SavedTermios,
+}
+
+impl RawMode {
+    pub(super) fn enter(fd: KeptFd) -> std::io::Result<Self> {
+        let before = get(fd.as_fd())?;
+        make_raw(fd.as_fd())?;
+        Ok(Self { fd, before: save(&before) })
+    }
+
+    /// The terminal is raw already, unless an image that failed to start has put it back.
+    pub(super) fn resume(fd: KeptFd, before: SavedTermios) -> std::io::Result<Self> {
+        make_raw(fd.as_fd())?;
+        Ok(Self { fd, before })
+    }
+
+    pub(super) fn before(&self) -> &SavedTermios {
+        &self.before
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        let restored = get(self.fd.as_fd()).and_then(|now| set(self.fd.as_fd(), &load(now, &self.before)));
+        if let Err(error) = restored {
+            log::warn!("serial: cannot restore the terminal: {error}: `reset` does");
+        }
+    }
+}
+
+/// No echo, no line editing, no signals: every byte goes through as it is.
+pub(super) fn make_raw(fd: BorrowedFd<'_>) -> std::io::Result<()> {
+    let mut termios = get(fd)?;
+    // SAFETY: changes only the struct it is given.
+    unsafe { libc::cfmakeraw(&mut termios) };
+    set(fd, &termios)
+}
+
+fn get(fd: BorrowedFd<'_>) -> std::io::Result<libc::termios> {
+    let mut termios = std::mem::MaybeUninit::uninit();
+    // SAFETY: the pointer is valid for a termios, which is complete when 0 is returned.
+    unsafe {
+        if libc::tcgetattr(fd.as_raw_fd(), termios.as_mut_ptr()) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(termios.assume_init())
+    }
+}
+
+fn set(fd: BorrowedFd<'_>, termios: &libc::termios) -> std::io::Result<()> {
+    // SAFETY: reads a valid termios.
+    match unsafe { libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, termios) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+fn save(termios: &libc::termios) -> SavedTermios {
+    SavedTermios {
+        iflag: termios.c_iflag,
+        oflag: termios.c_oflag,
+        cflag: termios.c_cflag,
+        lflag: termios.c_lflag,
+        line: termios.c_line,
+        cc: termios.c_cc.to_vec(),
+        ispeed: termios.c_ispeed,
+        ospeed: termios.c_ospeed,
+    }
+}
+
+fn load(mut termios: libc::termios, saved: &SavedTermios) -> libc::termios {
+    let SavedTermios { iflag, oflag, cflag, lflag, line, cc, ispeed, ospeed } = saved;
+    (termios.c_iflag, termios.c_oflag, termios.c_cflag, termios.c_lflag) = (*iflag, *oflag, *cflag, *lflag);
+    (termios.c_line, termios.c_ispeed, termios.c_ospeed) = (*line, *ispeed, *ospeed);
+    for (to, from) in termios.c_cc.iter_mut().zip(cc) {
+        *to = *from;
+    }
+    termios
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    use theseus_resources::vault::{Purpose, Vault};
+
+    #[test]
+    fn the_terminal_is_as_before_afterwards() {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags).unwrap();
+        unlockpt(&master).unwrap();
+        let tty = Vault::new().keep("tty", Purpose::Console, ioctl_tiocgptpeer(&master, flags).unwrap());
+        let before = save(&get(tty.as_fd()).unwrap());
+        let raw = RawMode::enter(tty.clone()).unwrap();
+        assert_eq!(raw.before(), &before);
+        assert_eq!(get(tty.as_fd()).unwrap().c_lflag & (libc::ECHO | libc::ICANON | libc::ISIG), 0);
+        let resumed = RawMode::resume(tty.clone(), before.clone()).unwrap();
+        drop(resumed);
+        assert_eq!(save(&get(tty.as_fd()).unwrap()), before);
+        drop(raw);
+        assert_eq!(save(&get(tty.as_fd()).unwrap()), before);
+    }
+}

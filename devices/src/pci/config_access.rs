@@ -1,0 +1,132 @@
+//! PCI configuration mechanism #1 (PCI Local Bus 3.0, 3.2.2.3.2): ports 0xCF8 (address) to 0xCFF (data).
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::bus::{Address, PciBus};
+use crate::bus::BusDevice;
+use crate::carried::{Carried, CarryError};
+
+/// Ports: address and data, 4 bytes each.
+pub const CONFIG_ACCESS_SIZE: u64 = 8;
+const DATA: u64 = 4;
+const ENABLE: u32 = 1 << 31;
+/// Enable, bus, device, function, register; the rest reads as 0.
+const ADDRESS_BITS: u32 = 0x80FF_FFFC;
+
+pub struct PciConfigAccess {
+    bus: Arc<PciBus>,
+    /// What was last written to 0xCF8.
+    address: u32,
+}
+
+impl PciConfigAccess {
+    pub fn new(bus: Arc<PciBus>) -> Self {
+        Self { bus, address: 0 }
+    }
+
+    /// The guest was reset.
+    pub fn reset(&mut self) {
+        self.address = 0;
+    }
+
+    /// The function and register that an access at `offset` from 0xCFC means; `None` if the mechanism is not enabled or
+    /// the access leaves the dword.
+    fn target(&self, offset: u64, len: usize) -> Option<Address> {
+        let within = u16::try_from(offset.checked_sub(DATA)?).ok()?;
+        if self.address & ENABLE == 0 || usize::from(within).checked_add(len)? > 4 {
+            return None;
+        }
+        let [register, function, bus, _] = self.address.to_le_bytes();
+        Some(Address { bus, slot: function >> 3, function: function & 7, offset: u16::from(register) + within })
+    }
+}
+
+impl BusDevice for PciConfigAccess {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(target) = self.target(offset, data.len()) {
+            return self.bus.read(target, data);
+        }
+        match (offset, <&mut [u8; 4]>::try_from(&mut *data)) {
+            (0, Ok(address)) => *address = self.address.to_le_bytes(),
+            _ => data.fill(0xFF),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(target) = self.target(offset, data.len()) {
+            return self.bus.write(target, data);
+        }
+        // Only a whole dword reaches the address register; the bytes at these ports are other registers (0xCF9, reset).
+        if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
+            self.address = u32::from_le_bytes(address) & ADDRESS_BITS;
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PciConfigAccessState {
+    address: u32,
+}
+
+impl Carried for PciConfigAccess {
+    const KIND: &'static str = "pci-config-access";
+    const VERSION: u16 = 1;
+    type State = PciConfigAccessState;
+    type Parts<'a> = Arc<PciBus>;
+
+    fn save(&self) -> Result<PciConfigAccessState, CarryError> {
+        let Self { bus: _, address } = self;
+        Ok(PciConfigAccessState { address: *address })
+    }
+
+    fn restore(state: PciConfigAccessState, bus: Arc<PciBus>) -> Result<Self, CarryError> {
+        let PciConfigAccessState { address } = state;
+        Ok(Self { bus, address: address & ADDRESS_BITS })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bus::tests::bus_with_probe;
+    use super::*;
+
+    fn read<const N: usize>(access: &mut PciConfigAccess, offset: u64) -> [u8; N] {
+        let mut data = [0; N];
+        access.read(offset, &mut data);
+        data
+    }
+
+    #[test]
+    fn address_then_data_in_every_size() {
+        let (bus, probe) = bus_with_probe(3);
+        let mut access = PciConfigAccess::new(bus);
+        assert_eq!(read::<4>(&mut access, 4), [0xFF; 4], "not enabled");
+        access.write(0, &0x8000_1843u32.to_le_bytes());
+        assert_eq!(read::<4>(&mut access, 0), 0x8000_1840u32.to_le_bytes());
+        assert_eq!(read::<4>(&mut access, 4), [0x40, 0x41, 0x42, 0x43]);
+        assert_eq!(read::<2>(&mut access, 6), [0x42, 0x43]);
+        assert_eq!(read::<1>(&mut access, 7), [0x43]);
+        assert_eq!(read::<4>(&mut access, 6), [0xFF; 4], "crosses the dword");
+        access.write(5, &[9]);
+        assert_eq!(probe.lock().unwrap().written, [(0x41, vec![9])]);
+        // What Linux does to probe (pci_check_type1).
+        access.write(3, &[1]);
+        assert_eq!(read::<4>(&mut access, 0), 0x8000_1840u32.to_le_bytes());
+        assert_eq!(read::<1>(&mut access, 1), [0xFF]);
+        for absent in [0x8000_2000u32, 0x8000_1900, 0x8001_1800, 0x0000_1800] {
+            access.write(0, &absent.to_le_bytes());
+            assert_eq!(read::<4>(&mut access, 4), [0xFF; 4]);
+        }
+    }
+
+    #[test]
+    fn the_latch_goes_over() {
+        let (bus, _probe) = bus_with_probe(3);
+        let mut access = PciConfigAccess::new(bus.clone());
+        access.write(0, &0x8000_1840u32.to_le_bytes());
+        let mut access = PciConfigAccess::restore(access.save().unwrap(), bus).unwrap();
+        assert_eq!(read::<1>(&mut access, 4), [0x40]);
+    }
+}

@@ -1,0 +1,77 @@
+//! The memory-mapped configuration space (PCI Express 5.0, 7.2.2): bus, slot and function are bits of the address.
+
+use std::sync::Arc;
+
+use super::bus::{Address, PciBus};
+use crate::bus::BusDevice;
+
+/// Has no state: the address it answers at is the machine's, and the bus is rebuilt by the devices on it.
+pub struct Ecam {
+    bus: Arc<PciBus>,
+}
+
+impl Ecam {
+    pub fn new(bus: Arc<PciBus>) -> Self {
+        Self { bus }
+    }
+}
+
+fn target(offset: u64, len: usize) -> Option<Address> {
+    let in_function = offset & 0xFFF;
+    // Within one function; wider accesses than a quadword do not exist.
+    if !matches!(len, 1 | 2 | 4 | 8) || in_function + len as u64 > 0x1000 {
+        return None;
+    }
+    Some(Address {
+        bus: u8::try_from(offset >> 20).ok()?,
+        slot: (offset >> 15 & 0x1F) as u8,
+        function: (offset >> 12 & 7) as u8,
+        offset: in_function as u16,
+    })
+}
+
+impl BusDevice for Ecam {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        match target(offset, data.len()) {
+            Some(target) => self.bus.read(target, data),
+            None => data.fill(0xFF),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(target) = target(offset, data.len()) {
+            self.bus.write(target, data);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bus::tests::bus_with_probe;
+    use super::*;
+
+    #[test]
+    fn addresses_and_sizes() {
+        let (bus, probe) = bus_with_probe(5);
+        let mut ecam = Ecam::new(bus);
+        let base = 5 << 15;
+        let mut data = [0; 8];
+        ecam.read(base + 0x104, &mut data);
+        assert_eq!(data, [4, 5, 6, 7, 8, 9, 10, 11]);
+        assert_eq!(probe.lock().unwrap().accesses, [(0x104, 4), (0x108, 4)]);
+        let mut data = [0; 3];
+        ecam.read(base, &mut data);
+        assert_eq!(data, [0xFF; 3], "no such size");
+        let mut data = [0; 4];
+        ecam.read(base + 0xFFE, &mut data);
+        assert_eq!(data, [0xFF; 4], "leaves the function");
+        for absent in [base + (1 << 12), base + (1 << 15), base + (1 << 20), u64::MAX - 3] {
+            data = [0; 4];
+            ecam.read(absent, &mut data);
+            assert_eq!(data, [0xFF; 4]);
+            ecam.write(absent, &data);
+        }
+        ecam.write(base + 0xFFC, &[1, 2]);
+        assert_eq!(probe.lock().unwrap().written, [(0xFFC, vec![1, 2])]);
+    }
+}

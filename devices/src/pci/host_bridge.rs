@@ -1,0 +1,96 @@
+//! The host bridge, slot 0: only its identity, which guests look for.
+
+use serde::{Deserialize, Serialize};
+
+use super::PciDevice;
+use super::config::{CLASS_CODE, CONFIG_SIZE, ConfigSpace, DEVICE_ID, REVISION_ID, VENDOR_ID};
+use crate::carried::{Carried, CarryError};
+
+const INTEL: u16 = 0x8086;
+/// "Virtual PCIe host" in Intel's list of identities.
+const VIRTUAL_HOST: u16 = 0x0D57;
+const CLASS_HOST_BRIDGE: [u8; 3] = [0x00, 0x00, 0x06];
+
+pub struct HostBridge {
+    config: ConfigSpace,
+}
+
+impl HostBridge {
+    /// `revision` is what this build gives to a guest that boots; a guest that came over from another keeps what it had.
+    pub fn new(revision: u8) -> Self {
+        let mut config = ConfigSpace::new(CONFIG_SIZE);
+        config.set(VENDOR_ID, &INTEL.to_le_bytes());
+        config.set(DEVICE_ID, &VIRTUAL_HOST.to_le_bytes());
+        config.set(REVISION_ID, &[revision]);
+        config.set(CLASS_CODE, &CLASS_HOST_BRIDGE);
+        Self { config }
+    }
+}
+
+impl PciDevice for HostBridge {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct HostBridgeState {
+    config: ConfigSpace,
+}
+
+impl Carried for HostBridge {
+    const KIND: &'static str = "pci-host-bridge";
+    const VERSION: u16 = 1;
+    type State = HostBridgeState;
+    type Parts<'a> = ();
+
+    fn save(&self) -> Result<HostBridgeState, CarryError> {
+        let Self { config } = self;
+        Ok(HostBridgeState { config: config.clone() })
+    }
+
+    fn restore(state: HostBridgeState, (): ()) -> Result<Self, CarryError> {
+        let HostBridgeState { config } = state;
+        if !config.is_whole() {
+            return Err(CarryError::State("the configuration space is not whole".to_owned()));
+        }
+        Ok(Self { config })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dword(device: &mut HostBridge, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        device.config_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn identity_is_read_only() {
+        let mut bridge = HostBridge::new(2);
+        for offset in (0..4096).step_by(4) {
+            bridge.config_write(offset, &[0xFF; 4]);
+        }
+        assert_eq!(dword(&mut bridge, 0), 0x0D57_8086);
+        assert_eq!(dword(&mut bridge, 4), 0);
+        assert_eq!(dword(&mut bridge, 8), 0x0600_0002);
+        assert_eq!(dword(&mut bridge, 0x10), 0, "no BAR");
+        assert_eq!(dword(&mut bridge, 0x100), u32::MAX, "no extended space");
+    }
+
+    #[test]
+    fn the_revision_of_the_boot_stays() {
+        let old = HostBridge::new(1);
+        let bytes = rmp_serde::to_vec_named(&old.save().unwrap()).unwrap();
+        let mut restored = HostBridge::restore(rmp_serde::from_slice(&bytes).unwrap(), ()).unwrap();
+        assert_eq!(dword(&mut restored, 8), 0x0600_0001);
+        assert!(HostBridge::restore(HostBridgeState { config: ConfigSpace::new(3) }, ()).is_err());
+    }
+}

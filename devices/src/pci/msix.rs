@@ -1,0 +1,318 @@
+//! MSI-X emulation (PCI Local Bus 3.0, 6.8.2): the table and the pending bits the guest sees, over an eventfd for each vector.
+//!
+//! ```text
+//! device -> eventfd -> irqfd -> GSI route (the table entry's message) -> guest
+//! ```
+//!
+//! A masked vector is one whose irqfd is detached: its events stay counted in the eventfd, which is the pending bit, and
+//! attaching the irqfd again injects them. An update uses the same mechanism: quiesced, all vectors are detached, so what
+//! comes while vCPUs are stopped waits in the eventfds, which go over.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use serde::{Deserialize, Serialize};
+use theseus_resources::vault::{Claims, VaultError};
+use theseus_resources::{KeptFd, Purpose, Slot, Vault};
+
+use super::complaints::Complaints;
+use crate::interrupt::{Msi, MsiError, MsiMessage};
+
+/// Message control (6.8.2.3): all vectors are masked.
+const FUNCTION_MASK: u16 = 1 << 14;
+/// Message control: MSI-X is on.
+const ENABLE: u16 = 1 << 15;
+/// Bytes of a table entry: address (8), data (4), vector control (4).
+const ENTRY: usize = 16;
+const VECTOR_CONTROL: usize = 12;
+/// Vector control (6.8.2.9): this vector is masked.
+const VECTOR_MASK: u8 = 1;
+
+/// What a vector needs of the host; made when the guest first enables MSI-X.
+#[derive(Debug)]
+struct Wire {
+    eventfd: KeptFd,
+    gsi: u32,
+    /// The message the GSI is routed to.
+    routed: Option<MsiMessage>,
+    /// The irqfd is assigned.
+    attached: bool,
+}
+
+/// See the module.
+pub struct Msix {
+    name: String,
+    msi: Arc<dyn Msi>,
+    vault: Vault,
+    /// As the guest reads it, [`ENTRY`] bytes a vector.
+    table: Vec<u8>,
+    control: u16,
+    /// One for each vector, or none yet.
+    wires: Vec<Wire>,
+    quiesced: bool,
+    complaints: Complaints,
+}
+
+/// Saved state of [`Msix`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    #[serde(with = "serde_bytes")]
+    table: Vec<u8>,
+    control: u16,
+    wires: Vec<WireState>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct WireState {
+    slot: Slot,
+    gsi: u32,
+    routed: Option<MsiMessage>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum MsixError {
+    #[error("MSI-X: cannot make an eventfd for vector {vector}: {source} (raise RLIMIT_NOFILE)")]
+    Eventfd { vector: usize, source: std::io::Error },
+    #[error("MSI-X: {0}")]
+    Msi(#[from] MsiError),
+    #[error("MSI-X: {0}")]
+    Vault(#[from] VaultError),
+    #[error("MSI-X: the saved state has {wires} eventfds and a table of {table} bytes")]
+    State { wires: usize, table: usize },
+}
+
+impl Msix {
+    /// `vectors` vectors, all masked, MSI-X off. `name` is the device's, for errors.
+    pub fn new(name: &str, vectors: u16, msi: Arc<dyn Msi>, vault: Vault) -> Self {
+        let mut table = vec![0; usize::from(vectors) * ENTRY];
+        table.chunks_exact_mut(ENTRY).for_each(|entry| entry[VECTOR_CONTROL] = VECTOR_MASK);
+        Self {
+            name: name.to_owned(),
+            msi,
+            vault,
+            table,
+            control: 0,
+            wires: Vec::new(),
+            quiesced: false,
+            complaints: Complaints::default(),
+        }
+    }
+
+    fn vectors(&self) -> usize {
+        self.table.len() / ENTRY
+    }
+
+    /// Bytes of the table, and of the pending bit array (64 vectors a quadword).
+    pub fn sizes(vectors: u16) -> (u64, u64) {
+        (u64::from(vectors) * ENTRY as u64, u64::from(vectors).div_ceil(64) * 8)
+    }
+
+    pub fn enabled(&self) -> bool {
+        self.control & ENABLE != 0
+    }
+
+    /// The vectors' eventfds, in order, made now if there are none yet: what the device is to signal.
+    pub fn eventfds(&mut self) -> Result<Vec<BorrowedFd<'_>>, MsixError> {
+        if self.wires.is_empty() {
+            let count = self.vectors();
+            let gsis = self.msi.allocate(count as u32)?;
+            let wires: Result<Vec<_>, _> =
+                gsis.iter().enumerate().map(|(vector, gsi)| self.wire(vector, *gsi)).collect();
+            match wires {
+                Ok(wires) => self.wires = wires,
+                Err(e) => {
+                    self.msi.free(&gsis);
+                    return Err(e);
+                }
+            }
+        }
+        Ok(self.wires.iter().map(|wire| wire.eventfd.as_fd()).collect())
+    }
+
+    fn wire(&self, vector: usize, gsi: u32) -> Result<Wire, MsixError> {
+        let eventfd = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
+            .map_err(|e| MsixError::Eventfd { vector, source: e.into() })?;
+        let eventfd = self.vault.keep(format!("{} msix {vector}", self.name), Purpose::Interrupt, eventfd);
+        Ok(Wire { eventfd, gsi, routed: None, attached: false })
+    }
+
+    /// Takes a write of message control. When the guest turns MSI-X on, the device must signal [`Msix::eventfds`] by then.
+    pub fn set_control(&mut self, control: u16) {
+        let was_enabled = self.enabled();
+        self.control = control & (ENABLE | FUNCTION_MASK);
+        self.reconcile(0..self.vectors());
+        if was_enabled && !self.enabled() {
+            // Nothing is pending in a function that is off.
+            for wire in &self.wires {
+                let _ = rustix::io::read(&wire.eventfd, &mut [0; 8]);
+            }
+        }
+    }
+
+    /// Reads from the table; what is behind its end reads as zero.
+    pub fn table_read(&self, offset: u64, data: &mut [u8]) {
+        for (n, out) in data.iter_mut().enumerate() {
+            let at = usize::try_from(offset).ok().and_then(|start| start.checked_add(n));
+            *out = at.and_then(|at| self.table.get(at).copied()).unwrap_or(0);
+        }
+    }
+
+    pub fn table_write(&mut self, offset: u64, data: &[u8]) {
+        let Some(start) = usize::try_from(offset).ok().filter(|start| *start < self.table.len()) else { return };
+        let end = start.saturating_add(data.len()).min(self.table.len());
+        for (at, value) in (start..end).zip(data) {
+            self.table[at] = match at % ENTRY {
+                VECTOR_CONTROL => value & VECTOR_MASK,
+                at if at > VECTOR_CONTROL => 0,
+                _ => *value,
+            };
+        }
+        self.reconcile(start / ENTRY..end.div_ceil(ENTRY));
+    }
+
+    /// Reads from the pending bit array; writes to it have no effect.
+    pub fn pba_read(&self, offset: u64, data: &mut [u8]) {
+        for (n, out) in data.iter_mut().enumerate() {
+            let first = offset.saturating_add(n as u64).saturating_mul(8);
+            *out = (0..8).fold(0, |bits, bit| bits | u8::from(self.pending(first.saturating_add(bit))) << bit);
+        }
+    }
+
+    fn pending(&self, vector: u64) -> bool {
+        let wire = usize::try_from(vector).ok().and_then(|vector| self.wires.get(vector));
+        // The count of an attached eventfd was injected already, and stays until it is detached.
+        wire.is_some_and(|wire| !wire.attached && readable(wire.eventfd.as_fd()))
+    }
+
+    fn masked(&self, vector: usize) -> bool {
+        let control = self.table.get(vector * ENTRY + VECTOR_CONTROL);
+        self.control & FUNCTION_MASK != 0 || control.is_none_or(|control| control & VECTOR_MASK != 0)
+    }
+
+    fn message(&self, vector: usize) -> MsiMessage {
+        let mut entry = [0; ENTRY];
+        self.table_read((vector * ENTRY) as u64, &mut entry);
+        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = entry;
+        MsiMessage { address: u64::from_le_bytes([a, b, c, d, e, f, g, h]), data: u32::from_le_bytes([i, j, k, l]) }
+    }
+
+    /// Brings irqfds and routes of some vectors in line with the table: detach, then route, then attach, each for all of them.
+    /// What the host refuses is logged: the guest has no way to be told.
+    fn reconcile(&mut self, range: Range<usize>) {
+        let on = self.enabled() && !self.quiesced;
+        let range = range.start.min(self.wires.len())..range.end.min(self.wires.len());
+        let plan: Vec<_> = range.clone().map(|n| (on && !self.masked(n), self.message(n))).collect();
+        let mut failed = Vec::new();
+        let Some(wires) = self.wires.get_mut(range) else { return };
+        for (wire, (wanted, _)) in wires.iter_mut().zip(&plan) {
+            if wire.attached && !wanted {
+                // Taken as detached even if not: it may then inject once too often, but no event is lost.
+                wire.attached = false;
+                failed.extend(self.msi.detach(wire.gsi, wire.eventfd.as_fd()).err());
+            }
+        }
+        for (wire, (wanted, message)) in wires.iter_mut().zip(&plan) {
+            if *wanted && wire.routed != Some(*message) {
+                match self.msi.route(wire.gsi, *message) {
+                    Ok(()) => wire.routed = Some(*message),
+                    Err(e) => failed.push(e),
+                }
+            }
+        }
+        for (wire, (wanted, _)) in wires.iter_mut().zip(&plan) {
+            if *wanted && !wire.attached && wire.routed.is_some() {
+                match self.msi.attach(wire.gsi, wire.eventfd.as_fd()) {
+                    Ok(()) => wire.attached = true,
+                    Err(e) => failed.push(e),
+                }
+            }
+        }
+        for error in failed {
+            self.complaints.warn(|| format!("{}: MSI-X: {error}", self.name));
+        }
+    }
+
+    /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`].
+    pub fn quiesce_irqfds(&mut self) {
+        self.quiesced = true;
+        self.reconcile(0..self.vectors());
+    }
+
+    /// Attaches the irqfds of all unmasked vectors, which injects what has come meanwhile: in the old image after an update
+    /// that did not happen, in the new one once all LAPICs and the GSI routes are in place.
+    pub fn resume_irqfds(&mut self) {
+        self.quiesced = false;
+        self.reconcile(0..self.vectors());
+    }
+
+    /// Signals every vector that can fire, once: after an image died in between, whose end drained the eventfds. A spurious
+    /// interrupt is legal, a lost one is not.
+    pub fn signal_all(&self) {
+        for (vector, wire) in self.wires.iter().enumerate().filter(|_| self.enabled()) {
+            if let Err(e) = rustix::io::write(&wire.eventfd, &1u64.to_ne_bytes()) {
+                log::warn!("{}: MSI-X vector {vector}: cannot signal it: {e}", self.name);
+            }
+        }
+    }
+
+    /// The end of the device: detaches everything and gives the GSIs back.
+    pub fn release(&mut self) {
+        self.set_control(0);
+        let gsis: Vec<_> = self.wires.drain(..).map(|wire| wire.gsi).collect();
+        self.msi.free(&gsis);
+    }
+
+    pub fn save(&self) -> MsixState {
+        let Self { name: _, msi: _, vault: _, table, control, wires, quiesced: _, complaints: _ } = self;
+        let wires = wires.iter().map(|wire| {
+            let Wire { eventfd, gsi, routed, attached: _ } = wire;
+            WireState { slot: eventfd.slot(), gsi: *gsi, routed: *routed }
+        });
+        MsixState { table: table.clone(), control: *control, wires: wires.collect() }
+    }
+
+    /// Comes up quiesced, its GSIs and routes given to `msi` but nothing attached.
+    pub fn restore(
+        name: &str,
+        state: MsixState,
+        msi: Arc<dyn Msi>,
+        vault: Vault,
+        claims: &mut Claims,
+    ) -> Result<Self, MsixError> {
+        let MsixState { table, control, wires } = state;
+        if !table.len().is_multiple_of(ENTRY) || !(wires.is_empty() || wires.len() == table.len() / ENTRY) {
+            return Err(MsixError::State { wires: wires.len(), table: table.len() });
+        }
+        let gsis: Vec<_> = wires.iter().map(|wire| (wire.gsi, wire.routed)).collect();
+        msi.adopt(&gsis)?;
+        let wires: Result<_, MsixError> = wires
+            .into_iter()
+            .map(|WireState { slot, gsi, routed }| {
+                let eventfd = claims.claim(slot, Purpose::Interrupt)?;
+                Ok(Wire { eventfd, gsi, routed, attached: false })
+            })
+            .collect();
+        Ok(Self {
+            name: name.to_owned(),
+            msi,
+            vault,
+            table,
+            control,
+            wires: wires?,
+            quiesced: true,
+            complaints: Complaints::default(),
+        })
+    }
+}
+
+fn readable(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1))
+}
+
+#[cfg(test)]
+#[path = "msix_tests.rs"]
+pub mod tests;

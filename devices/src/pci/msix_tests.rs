@@ -1,0 +1,208 @@
+//! MSI-X against an interrupt controller that keeps KVM's rules about irqfds, with real eventfds.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
+use std::sync::Mutex;
+
+use super::*;
+
+/// Routes, attached irqfds and what was injected.
+#[derive(Default)]
+pub struct FakeMsi(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    routes: BTreeMap<u32, MsiMessage>,
+    attached: BTreeMap<u32, i32>,
+    injected: Vec<MsiMessage>,
+    calls: Vec<&'static str>,
+    freed: usize,
+}
+
+impl FakeMsi {
+    pub fn injected(&self) -> Vec<u32> {
+        std::mem::take(&mut self.0.lock().unwrap().injected).iter().map(|message| message.data).collect()
+    }
+
+    pub fn attached(&self) -> usize {
+        self.0.lock().unwrap().attached.len()
+    }
+
+    fn calls(&self) -> Vec<&'static str> {
+        std::mem::take(&mut self.0.lock().unwrap().calls)
+    }
+}
+
+impl Msi for FakeMsi {
+    fn allocate(&self, count: u32) -> Result<Vec<u32>, MsiError> {
+        Ok((24..24 + count).collect())
+    }
+
+    fn adopt(&self, gsis: &[(u32, Option<MsiMessage>)]) -> Result<(), MsiError> {
+        let routed = gsis.iter().filter_map(|(gsi, message)| Some((*gsi, (*message)?)));
+        self.0.lock().unwrap().routes.extend(routed);
+        Ok(())
+    }
+
+    fn free(&self, gsis: &[u32]) {
+        self.0.lock().unwrap().freed += gsis.len();
+    }
+
+    fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), MsiError> {
+        let mut inner = self.0.lock().unwrap();
+        inner.calls.push("route");
+        inner.routes.insert(gsi, message);
+        Ok(())
+    }
+
+    fn attach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
+        let mut inner = self.0.lock().unwrap();
+        inner.calls.push("attach");
+        assert!(inner.attached.insert(gsi, eventfd.as_raw_fd()).is_none(), "EBUSY");
+        if readable(eventfd) {
+            let message = inner.routes[&gsi];
+            inner.injected.push(message);
+        }
+        Ok(())
+    }
+
+    fn detach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
+        let mut inner = self.0.lock().unwrap();
+        inner.calls.push("detach");
+        assert_eq!(inner.attached.remove(&gsi), Some(eventfd.as_raw_fd()));
+        let _ = rustix::io::read(eventfd, &mut [0; 8]);
+        Ok(())
+    }
+}
+
+fn program(msix: &mut Msix, vector: u64, data: u32, masked: bool) {
+    msix.table_write(vector * 16, &0xFEE0_1000u64.to_le_bytes());
+    msix.table_write(vector * 16 + 8, &data.to_le_bytes());
+    msix.table_write(vector * 16 + 12, &u32::from(masked).to_le_bytes());
+}
+
+fn signal(msix: &mut Msix, vector: usize) {
+    rustix::io::write(msix.eventfds().unwrap()[vector], &1u64.to_ne_bytes()).unwrap();
+}
+
+fn pba(msix: &Msix) -> u64 {
+    let mut data = [0; 8];
+    msix.pba_read(0, &mut data);
+    u64::from_le_bytes(data)
+}
+
+fn enabled() -> (Msix, Arc<FakeMsi>, Vault) {
+    let (msi, vault) = (Arc::new(FakeMsi::default()), Vault::new());
+    let mut msix = Msix::new("nic0", 3, msi.clone(), vault.clone());
+    program(&mut msix, 0, 0x40, false);
+    program(&mut msix, 1, 0x41, false);
+    assert!(msi.calls().is_empty() && vault.manifest().is_empty(), "nothing before MSI-X is on");
+    assert_eq!(msix.eventfds().unwrap().len(), 3);
+    msix.set_control(ENABLE);
+    (msix, msi, vault)
+}
+
+#[test]
+fn enabling_routes_all_then_attaches_the_unmasked() {
+    let (_msix, msi, vault) = enabled();
+    assert_eq!(msi.calls(), ["route", "route", "attach", "attach"]);
+    assert_eq!(vault.manifest().len(), 3);
+}
+
+#[test]
+fn a_masked_vector_is_pending_and_fires_at_unmask() {
+    let (mut msix, msi, _vault) = enabled();
+    program(&mut msix, 1, 0x41, true);
+    signal(&mut msix, 1);
+    signal(&mut msix, 1);
+    assert_eq!((pba(&msix), msi.injected()), (0b10, vec![]));
+    msi.calls();
+    program(&mut msix, 1, 0x41, false);
+    assert_eq!((pba(&msix), msi.injected()), (0, vec![0x41]));
+    assert_eq!(msi.calls(), ["attach"], "no new route for the same message");
+    program(&mut msix, 1, 0x41, true);
+    assert_eq!(pba(&msix), 0, "delivered, so no longer pending");
+}
+
+#[test]
+fn a_message_changed_while_masked_is_the_one_delivered() {
+    let (mut msix, msi, _vault) = enabled();
+    program(&mut msix, 0, 0x40, true);
+    signal(&mut msix, 0);
+    msix.table_write(8, &0x77u32.to_le_bytes());
+    msix.table_write(12, &[0; 4]);
+    assert_eq!(msi.injected(), [0x77]);
+}
+
+#[test]
+fn the_function_mask_masks_all() {
+    let (mut msix, msi, _vault) = enabled();
+    msix.set_control(ENABLE | FUNCTION_MASK);
+    assert_eq!(msi.attached(), 0);
+    signal(&mut msix, 0);
+    signal(&mut msix, 2);
+    assert_eq!(pba(&msix), 0b101);
+    msix.set_control(ENABLE);
+    assert_eq!((msi.injected(), msi.attached(), pba(&msix)), (vec![0x40], 2, 0b100));
+}
+
+#[test]
+fn disabling_forgets_what_is_pending() {
+    let (mut msix, msi, _vault) = enabled();
+    signal(&mut msix, 2);
+    msix.set_control(0);
+    assert_eq!((msi.attached(), pba(&msix)), (0, 0));
+    msix.release();
+    assert_eq!(msi.0.lock().unwrap().freed, 3);
+}
+
+#[test]
+fn a_refused_update_loses_nothing() {
+    let (mut msix, msi, _vault) = enabled();
+    msix.quiesce_irqfds();
+    assert_eq!(msi.attached(), 0);
+    signal(&mut msix, 1);
+    msix.resume_irqfds();
+    assert_eq!((msi.injected(), msi.attached()), (vec![0x41], 2));
+}
+
+#[test]
+fn an_event_in_the_pause_is_injected_in_the_new_image() {
+    let (mut msix, _, vault) = enabled();
+    program(&mut msix, 2, 0x42, true);
+    msix.quiesce_irqfds();
+    let state = msix.save();
+    assert_eq!(state, msix.save(), "save is pure");
+    let mut records = vault.manifest();
+    // The new image gets duplicates, as exec would hand the numbers themselves over.
+    for (record, fd) in records.iter_mut().zip(msix.eventfds().unwrap()) {
+        record.fd = std::os::fd::IntoRawFd::into_raw_fd(fd.try_clone_to_owned().unwrap());
+    }
+    signal(&mut msix, 0);
+    // SAFETY: the duplicates were made for this and have no other owner.
+    let (vault, mut claims) = unsafe { Vault::adopt(records) }.unwrap();
+    let msi = Arc::new(FakeMsi::default());
+    let mut new = Msix::restore("nic0", state, msi.clone(), vault, &mut claims).unwrap();
+    claims.finish().unwrap();
+    assert!(msi.calls().is_empty(), "routes are staged, irqfds wait");
+    assert_eq!(pba(&new), 1);
+    new.resume_irqfds();
+    assert_eq!((msi.injected(), msi.calls()), (vec![0x40], vec!["attach", "attach"]));
+    new.signal_all();
+    assert_eq!(pba(&new), 0b100);
+}
+
+#[test]
+fn odd_accesses_do_no_harm() {
+    let (mut msix, _, _vault) = enabled();
+    msix.table_write(47, &[0xFF; 8]);
+    msix.table_write(u64::MAX, &[0xFF; 8]);
+    msix.table_write(12, &[0xFF; 4]);
+    let mut data = [0; 8];
+    msix.table_read(12, &mut data[..4]);
+    assert_eq!(data, [1, 0, 0, 0, 0, 0, 0, 0], "only the mask bit is there");
+    msix.table_read(u64::MAX - 3, &mut data);
+    assert_eq!(data, [0; 8]);
+    msix.pba_read(u64::MAX - 3, &mut data);
+    assert_eq!(data, [0; 8]);
+}

@@ -1,0 +1,351 @@
+//! A BAR of a passed-through device: which parts of it the guest reaches directly (a memslot) and which are trapped (the bus).
+//!
+//! Parts below a page, the pages of the MSI-X table and of the pending bits, I/O ports, and what VFIO does not let anybody map
+//! are trapped; all the rest is mapped from the device fd once, at build, and put before the guest while the BAR decodes.
+
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::mm::{MapFlags, ProtFlags};
+use serde::{Deserialize, Serialize};
+
+use super::config::{BarRegister, MsixLayout};
+use super::container::{Container, MapSource};
+use super::device::{DeviceError, PAGE, Region, VfioDevice};
+use super::pci::Wiring;
+use super::pci_regs::*;
+use crate::bus::{BusDevice, SharedDevice};
+use crate::pci::complaints::Complaints;
+use crate::pci::msix::Msix;
+
+/// A mapping of a piece of a BAR in this process.
+#[derive(Debug)]
+struct Mapping {
+    hva: u64,
+    size: u64,
+}
+
+impl Mapping {
+    fn new(device: &VfioDevice, region: &Region, offset: u64, size: u64) -> Result<Self, DeviceError> {
+        let error =
+            |source| DeviceError { what: format!("cannot map BAR {}: {offset:#x}+{size:#x}", region.index), source };
+        let at = region.offset.checked_add(offset).ok_or_else(|| error(std::io::ErrorKind::InvalidInput.into()))?;
+        let len = usize::try_from(size).map_err(|_| error(std::io::ErrorKind::InvalidInput.into()))?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address the kernel chooses; no Rust reference is ever made to it.
+        let hva =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, device.fd().as_fd(), at) };
+        Ok(Self { hva: hva.map_err(|e| error(e.into()))? as u64, size })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`; the memslots over it are removed before (see `Drop for VfioPci`). The device does not notice.
+        if let Err(e) = unsafe { rustix::mm::munmap(self.hva as *mut _, self.size as usize) } {
+            log::error!("cannot unmap a BAR at {:#x}: {e}", self.hva);
+        }
+    }
+}
+
+/// Where a BAR is now, while it decodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Active {
+    address: u64,
+    /// iovas of the peer-to-peer mappings in the container.
+    dma: Vec<u64>,
+    /// Slots of this VM; a new one has its own.
+    #[serde(skip)]
+    slots: Vec<u32>,
+    /// Starts of the ranges on the bus.
+    #[serde(skip)]
+    ranges: Vec<u64>,
+}
+
+/// See the module.
+pub struct Bar {
+    pub register: BarRegister,
+    region: u32,
+    /// (offset in the BAR, its mapping)
+    direct: Vec<(u64, Mapping)>,
+    /// (offset in the BAR, size, who answers)
+    trapped: Vec<(u64, u64, SharedDevice)>,
+    active: Option<Active>,
+}
+
+/// What a BAR is built on.
+pub struct BarParts<'a> {
+    pub device: &'a Arc<VfioDevice>,
+    pub msix: &'a Arc<Mutex<Msix>>,
+    pub layout: &'a MsixLayout,
+}
+
+impl Bar {
+    /// Maps what can be mapped. Nothing is before the guest yet.
+    pub fn new(register: BarRegister, region: &Region, parts: &BarParts<'_>) -> Result<Self, DeviceError> {
+        let (table, pba) = parts.layout.ranges();
+        let in_bar = |bar: u8, range: Range<u64>| (bar == register.index).then_some(range);
+        let (table, pba) = (in_bar(parts.layout.table_bar, table), in_bar(parts.layout.pba_bar, pba));
+        let cuts: Vec<_> = [&table, &pba].into_iter().flatten().cloned().collect();
+        let mappable = if register.is_io() { &[][..] } else { &region.mappable };
+        let (direct, trapped) = split(register.size, mappable, &cuts);
+        let direct =
+            direct.into_iter().map(|(offset, size)| Ok((offset, Mapping::new(parts.device, region, offset, size)?)));
+        let trapped = trapped.into_iter().map(|(start, size)| {
+            let (device, region, msix) = (parts.device.clone(), region.clone(), parts.msix.clone());
+            let trap = Trap { device, region, start, msix, table: table.clone(), pba: pba.clone() };
+            (start, size, Arc::new(Mutex::new(trap)) as SharedDevice)
+        });
+        Ok(Self {
+            register,
+            region: region.index,
+            direct: direct.collect::<Result<_, DeviceError>>()?,
+            trapped: trapped.collect(),
+            active: None,
+        })
+    }
+
+    pub fn address(&self) -> Option<u64> {
+        self.active.as_ref().map(|active| active.address)
+    }
+
+    pub fn active(&self) -> &Option<Active> {
+        &self.active
+    }
+
+    /// Where this process has `offset..offset + size` of the BAR mapped.
+    pub fn vaddr(&self, offset: u64, size: u64) -> Option<u64> {
+        self.direct.iter().find_map(|(start, mapping)| {
+            let into = offset.checked_sub(*start)?;
+            (into.checked_add(size)? <= mapping.size).then(|| mapping.hva + into)
+        })
+    }
+
+    pub fn region(&self) -> u32 {
+        self.region
+    }
+
+    /// Puts the BAR before the guest at `address`. On failure nothing of it is.
+    pub fn map(&mut self, address: u64, wiring: &Wiring) -> Result<(), String> {
+        self.map_again(Active { address, ..Default::default() }, wiring)
+    }
+
+    /// As [`Bar::map`], in a new image, for a BAR that was before the guest in the old one. Its peer-to-peer mappings are
+    /// in the container still.
+    pub fn map_again(&mut self, mut active: Active, wiring: &Wiring) -> Result<(), String> {
+        let done = self.place(&mut active, wiring);
+        match done {
+            Ok(()) => self.active = Some(active),
+            Err(_) => self.withdraw(&active, wiring),
+        }
+        done
+    }
+
+    fn place(&self, active: &mut Active, wiring: &Wiring) -> Result<(), String> {
+        let at = |offset| active.address.checked_add(offset).ok_or("it wraps around".to_owned());
+        for (offset, mapping) in &self.direct {
+            // SAFETY: mapped until this Bar is dropped, and unmapped from the guest before.
+            let slot = unsafe { wiring.memslots.add(at(*offset)?, mapping.size, mapping.hva) };
+            active.slots.push(slot.map_err(|e| format!("cannot map it into the guest: {e}"))?);
+        }
+        let bus = if self.register.is_io() { &wiring.pio } else { &wiring.mmio };
+        for (offset, size, trap) in &self.trapped {
+            let start = at(*offset)?;
+            bus.insert(start, *size, trap.clone()).map_err(|e| e.to_string())?;
+            active.ranges.push(start);
+        }
+        Ok(())
+    }
+
+    fn withdraw(&self, active: &Active, wiring: &Wiring) {
+        for slot in &active.slots {
+            if let Err(e) = wiring.memslots.remove(*slot) {
+                log::error!("BAR {}: memslot {slot} cannot be removed: {e}", self.register.index);
+            }
+        }
+        let bus = if self.register.is_io() { &wiring.pio } else { &wiring.mmio };
+        active.ranges.iter().for_each(|start| bus.remove(*start));
+    }
+
+    /// Lets the other devices of the container reach the BAR (peer-to-peer). Not all IOMMUs can: then they do not.
+    pub fn map_dma(&mut self, device: &str, container: &Container, complaints: &mut Complaints) {
+        let Some(active) = &mut self.active else { return };
+        for (offset, mapping) in &self.direct {
+            let iova = active.address.saturating_add(*offset);
+            let source = MapSource::Bar { device: device.to_owned(), region: self.region, offset: *offset };
+            // SAFETY: the mapping lives until this Bar is dropped.
+            match unsafe { container.map(iova, mapping.size, mapping.hva, source) } {
+                Ok(()) => active.dma.push(iova),
+                Err(e) => {
+                    complaints.warn(|| format!("device '{device}': no peer-to-peer DMA to BAR {}: {e}", self.region))
+                }
+            }
+        }
+    }
+
+    /// Takes the BAR away from the guest and from the other devices.
+    pub fn unmap(&mut self, container: &Container, wiring: &Wiring) {
+        let Some(active) = self.active.take() else { return };
+        self.withdraw(&active, wiring);
+        for iova in &active.dma {
+            if let Err(e) = container.unmap(*iova) {
+                log::error!("BAR {}: {e}", self.region);
+            }
+        }
+    }
+
+    /// Takes the BAR away from this image's guest only.
+    pub fn forget(&mut self, wiring: &Wiring) {
+        if let Some(active) = self.active.take() {
+            self.withdraw(&active, wiring);
+        }
+    }
+}
+
+impl BarRegister {
+    pub fn is_io(&self) -> bool {
+        self.flags & BAR_IO != 0
+    }
+}
+
+impl MsixLayout {
+    /// Where in their BARs the table and the pending bits are.
+    pub fn ranges(&self) -> (Range<u64>, Range<u64>) {
+        let (table, pba) = Msix::sizes(self.vectors);
+        let (table_start, pba_start) = (u64::from(self.table_offset), u64::from(self.pba_offset));
+        (table_start..table_start + table, pba_start..pba_start + pba)
+    }
+}
+
+type Pieces = Vec<(u64, u64)>;
+
+/// Splits a BAR of `size` bytes into what is mapped and what is trapped, both as (offset, size). `mappable` are whole pages in
+/// order; the pages of the `cuts` are trapped.
+fn split(size: u64, mappable: &[(u64, u64)], cuts: &[Range<u64>]) -> (Pieces, Pieces) {
+    let mut direct: Vec<Range<u64>> =
+        mappable.iter().map(|(start, len)| *start..start.saturating_add(*len).min(size)).collect();
+    for cut in cuts {
+        let (from, to) = (cut.start / PAGE * PAGE, cut.end.next_multiple_of(PAGE));
+        direct = direct.into_iter().flat_map(|r| [r.start..r.end.min(from), r.start.max(to)..r.end]).collect();
+    }
+    direct.retain(|range| !range.is_empty());
+    let mut trapped = Vec::new();
+    let mut at = 0;
+    for range in &direct {
+        trapped.push((at, range.start.saturating_sub(at)));
+        at = at.max(range.end);
+    }
+    trapped.push((at, size.saturating_sub(at)));
+    trapped.retain(|(_, len)| *len > 0);
+    (direct.into_iter().map(|range| (range.start, range.end - range.start)).collect(), trapped)
+}
+
+/// Answers for a trapped part of a BAR.
+struct Trap {
+    device: Arc<VfioDevice>,
+    region: Region,
+    /// Where in the BAR the part starts.
+    start: u64,
+    msix: Arc<Mutex<Msix>>,
+    /// In this BAR, if they are here.
+    table: Option<Range<u64>>,
+    pba: Option<Range<u64>>,
+}
+
+/// Whom an access is for, with the offset there.
+enum Target {
+    Table(u64),
+    Pba(u64),
+    Device(u64),
+}
+
+impl Trap {
+    fn target(&self, at: u64) -> Target {
+        let inside = |range: &Option<Range<u64>>| range.as_ref().filter(|r| r.contains(&at)).map(|r| at - r.start);
+        match (inside(&self.table), inside(&self.pba)) {
+            (Some(offset), _) => Target::Table(offset),
+            (_, Some(offset)) => Target::Pba(offset),
+            _ => Target::Device(at),
+        }
+    }
+
+    /// The pieces of an access: all of it at once where the device answers alone (its registers may need the width), else
+    /// by dword, the smallest unit in which the table and the pending bits begin and end.
+    fn pieces(&self, offset: u64, len: usize) -> Vec<(u64, Range<usize>)> {
+        let start = self.start.saturating_add(offset);
+        let end = start.saturating_add(len as u64);
+        let touches = |range: &Option<Range<u64>>| range.as_ref().is_some_and(|r| r.start < end && start < r.end);
+        if !touches(&self.table) && !touches(&self.pba) {
+            return vec![(start, 0..len)];
+        }
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let at = start.saturating_add(done as u64);
+            let step = (4 - (at % 4) as usize).min(len - done);
+            pieces.push((at, done..done + step));
+            done += step;
+        }
+        pieces
+    }
+}
+
+impl BusDevice for Trap {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
+        for (at, range) in self.pieces(offset, data.len()) {
+            let data = &mut data[range];
+            match self.target(at) {
+                Target::Table(at) => msix.table_read(at, data),
+                Target::Pba(at) => msix.pba_read(at, data),
+                Target::Device(at) => self.device.read(&self.region, at, data),
+            }
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let mut msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
+        // All of an access to the table is one write: an unmask must not be seen before the message beside it.
+        if let (Some((at, _)), true) = (self.pieces(offset, data.len()).first(), data.len() == 8)
+            && let (Target::Table(first), Target::Table(_)) = (self.target(*at), self.target(at.saturating_add(4)))
+        {
+            return msix.table_write(first, data);
+        }
+        for (at, range) in self.pieces(offset, data.len()) {
+            let data = &data[range];
+            match self.target(at) {
+                Target::Table(at) => msix.table_write(at, data),
+                Target::Pba(_) => {}
+                Target::Device(at) => self.device.write(&self.region, at, data),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pages_of_table_and_pba_are_cut_out() {
+        let cuts = [0x2000..0x2030, 0x3800..0x3808];
+        let (direct, trapped) = split(0x8000, &[(0, 0x8000)], &cuts);
+        assert_eq!(direct, [(0, 0x2000), (0x4000, 0x4000)]);
+        assert_eq!(trapped, [(0x2000, 0x2000)]);
+    }
+
+    #[test]
+    fn a_bar_of_only_the_table_or_below_a_page_is_all_trapped() {
+        assert_eq!(split(0x1000, &[(0, 0x1000)], std::slice::from_ref(&(0..0x30))), (vec![], vec![(0, 0x1000)]));
+        assert_eq!(split(0x20, &[], &[]), (vec![], vec![(0, 0x20)]));
+    }
+
+    #[test]
+    fn sparse_areas_leave_holes() {
+        let (direct, trapped) =
+            split(0x8000, &[(0x1000, 0x1000), (0x4000, 0x2000)], std::slice::from_ref(&(0x5000..0x5010)));
+        assert_eq!(direct, [(0x1000, 0x1000), (0x4000, 0x1000)]);
+        assert_eq!(trapped, [(0, 0x1000), (0x2000, 0x2000), (0x5000, 0x3000)]);
+    }
+}

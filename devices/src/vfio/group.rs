@@ -1,0 +1,136 @@
+//! A VFIO group: the devices that the IOMMU cannot tell apart, which go to one owner together.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use theseus_resources::vault::{Claims, VaultError};
+use theseus_resources::{KeptFd, Purpose, Slot, Vault};
+use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
+
+use super::container::Container;
+use super::ioctl;
+
+#[derive(Debug, thiserror::Error)]
+pub enum GroupError {
+    #[error("group {number}: /dev/vfio/{number} is busy: is another VMM using it?")]
+    Busy { number: u32 },
+    #[error(
+        "group {number}: /dev/vfio/{number} does not exist: bind the device to vfio-pci (driver_override, then drivers_probe)"
+    )]
+    Absent { number: u32 },
+    #[error("group {number}: not viable: bind all devices of the group to vfio-pci: {devices}")]
+    NotViable { number: u32, devices: String },
+    #[error("group {number}: {what}: {source}")]
+    Os { number: u32, what: String, source: io::Error },
+    #[error(
+        "group {number}: it is in container '{is}', and a group cannot be in '{wanted}' too: name the same container for all its devices"
+    )]
+    OtherContainer { number: u32, is: String, wanted: String },
+    #[error("group {number}: its saved state is wrong: {source}")]
+    Vault { number: u32, source: VaultError },
+    #[error("group {number}: its saved state names container '{container}', which is not there")]
+    NoContainer { number: u32, container: String },
+}
+
+/// See the module. A group can be opened only once at a time, so its fd is what survives. Dropping it only closes the fd.
+pub struct Group {
+    number: u32,
+    fd: KeptFd,
+    container: Arc<Container>,
+}
+
+/// A group in the saved state.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupState {
+    number: u32,
+    slot: Slot,
+    container: String,
+}
+
+impl Group {
+    /// Opens the group and puts it into `container`.
+    pub(super) fn open(vault: &Vault, number: u32, container: Arc<Container>) -> Result<Self, GroupError> {
+        let file = std::fs::File::options().read(true).write(true).open(format!("/dev/vfio/{number}"));
+        let file = file.map_err(|source| match source.raw_os_error() {
+            Some(libc::EBUSY) => GroupError::Busy { number },
+            Some(libc::ENOENT) => GroupError::Absent { number },
+            _ => GroupError::Os { number, what: format!("cannot open /dev/vfio/{number}"), source },
+        })?;
+        let fd = vault.keep(format!("group {number}"), Purpose::VfioGroup, OwnedFd::from(file));
+        let os = |what: &str, source| GroupError::Os { number, what: what.to_owned(), source };
+        let flags = ioctl::group_status(fd.as_fd()).map_err(|e| os("VFIO_GROUP_GET_STATUS", e))?;
+        if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
+            return Err(GroupError::NotViable { number, devices: devices(number) });
+        }
+        ioctl::set_container(fd.as_fd(), container.fd().as_fd())
+            .map_err(|e| os(&format!("cannot join container '{}'", container.name()), e))?;
+        Ok(Self { number, fd, container })
+    }
+
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    pub fn container(&self) -> &Arc<Container> {
+        &self.container
+    }
+
+    /// For KVM_DEV_VFIO_FILE_ADD, after the group's devices are open.
+    pub fn fd(&self) -> &KeptFd {
+        &self.fd
+    }
+
+    /// Opens a device of the group by its PCI address.
+    pub(super) fn open_device(&self, bdf: &str) -> Result<OwnedFd, GroupError> {
+        let os = |source| GroupError::Os {
+            number: self.number,
+            what: format!("cannot open device {bdf} (is it bound to vfio-pci?)"),
+            source,
+        };
+        let name = CString::new(bdf).map_err(|e| os(e.into()))?;
+        ioctl::device_fd(self.fd.as_fd(), &name).map_err(os)
+    }
+
+    #[cfg(test)]
+    pub(super) fn with(number: u32, fd: KeptFd, container: Arc<Container>) -> Self {
+        Self { number, fd, container }
+    }
+
+    pub(super) fn save(&self) -> GroupState {
+        let Self { number, fd, container } = self;
+        GroupState { number: *number, slot: fd.slot(), container: container.name().to_owned() }
+    }
+
+    /// Touches nothing in the kernel: the group is in use.
+    pub(super) fn restore(
+        state: GroupState,
+        claims: &mut Claims,
+        find: impl Fn(&str) -> Option<Arc<Container>>,
+    ) -> Result<Self, GroupError> {
+        let GroupState { number, slot, container } = state;
+        let container = find(&container).ok_or(GroupError::NoContainer { number, container })?;
+        let fd = claims.claim(slot, Purpose::VfioGroup).map_err(|source| GroupError::Vault { number, source })?;
+        Ok(Self { number, fd, container })
+    }
+}
+
+/// "0000:01:00.0 (igb), 0000:01:00.1 (no driver)"
+fn devices(group: u32) -> String {
+    let dir = PathBuf::from(format!("/sys/kernel/iommu_groups/{group}/devices"));
+    let Ok(entries) = std::fs::read_dir(&dir) else { return format!("see {}", dir.display()) };
+    let mut names: Vec<_> = entries
+        .flatten()
+        .map(|entry| {
+            let driver = std::fs::read_link(entry.path().join("driver")).ok();
+            let driver =
+                driver.as_ref().and_then(|path| path.file_name()).map_or("no driver".into(), |n| n.to_string_lossy());
+            format!("{} ({driver})", entry.file_name().to_string_lossy())
+        })
+        .collect();
+    names.sort();
+    names.join(", ")
+}

@@ -1,0 +1,35 @@
+//! VFIO passthrough: physical PCI devices in the guest, and what it takes to keep them running while the VMM is replaced.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`registry`] | [`Passthrough`]: all containers and groups of a VM, and the update's steps over them |
+//! | [`container`] | [`Container`]: an IOMMU domain and the list of its DMA mappings |
+//! | [`invalidate`] | making way for the next image's addresses, with its undo |
+//! | [`group`], [`device`] | the fds of groups and devices |
+//! | [`pci`] | [`VfioPci`]: the device on the guest's bus |
+//! | [`config`], [`bars`] | its configuration space and its BARs |
+//!
+//! The fds are the device: a group can be opened only once, so they survive exec in the Vault and the new image builds its
+//! objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
+//!
+//! Written on raw ioctls: the objects of the `vfio-ioctls` crate cannot be built again from fds, and detach when dropped.
+
+pub mod bars;
+pub mod config;
+pub mod container;
+pub mod device;
+pub mod group;
+pub mod invalidate;
+mod ioctl;
+#[cfg(test)]
+mod lab_tests;
+pub mod pci;
+mod pci_regs;
+mod placement;
+pub mod registry;
+
+pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
+pub use group::Group;
+pub use invalidate::{InvalidateError, Invalidated};
+pub use pci::{VfioPci, VfioPciParts, VfioPciState, Wiring};
+pub use registry::{AttachError, DeviceConfig, Passthrough, PassthroughState};

@@ -1,0 +1,417 @@
+//! A passed-through PCI device as the guest sees it.
+//!
+//! ```text
+//! config space  --ConfigFilter-->  VFIO config region
+//! BAR pages     --memslot------->  mmap of the VFIO region        (while COMMAND decodes, at the BAR's address)
+//! MSI-X table   --trap---------->  Msix: eventfd -> irqfd -> guest
+//! ```
+//!
+//! The device must have MSI-X: INTx and MSI are not supported yet, and hidden.
+//!
+//! After an update the device is in use when its object is built again: [`Carried::restore`] makes no request to VFIO but mmap,
+//! and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use theseus_resources::Vault;
+use theseus_resources::alloc::Windows;
+use theseus_resources::vault::Claims;
+
+use super::bars::{Active, Bar, BarParts};
+use super::config::{BarRegister, ConfigError, ConfigFilter, ConfigSpace, MsixLayout};
+use super::device::{DeviceError, DeviceState, VfioDevice};
+use super::group::Group;
+use super::pci_regs::*;
+use super::placement::{Decoded, discover_bars, place, reserve, vacate};
+use super::registry::Passthrough;
+use crate::bus::Bus;
+use crate::carried::{Carried, CarryError};
+use crate::interrupt::{Memslots, Msi};
+use crate::pci::PciDevice;
+use crate::pci::complaints::Complaints;
+use crate::pci::msix::{Msix, MsixState};
+
+/// What a device is wired to in this image.
+#[derive(Clone)]
+pub struct Wiring {
+    pub vault: Vault,
+    pub msi: Arc<dyn Msi>,
+    pub memslots: Arc<dyn Memslots>,
+    pub mmio: Arc<Bus>,
+    pub pio: Arc<Bus>,
+}
+
+/// Why a device cannot be passed through; the caller adds the device's name.
+#[derive(Debug, thiserror::Error)]
+pub enum PassthroughError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("BAR {index} of {size:#x} bytes: no room in the guest's PCI windows")]
+    NoRoom { index: u8, size: u64 },
+}
+
+/// See the module.
+pub struct VfioPci {
+    id: String,
+    group: Arc<Group>,
+    device: Arc<VfioDevice>,
+    filter: ConfigFilter,
+    layout: MsixLayout,
+    msix: Arc<Mutex<Msix>>,
+    bars: Vec<Bar>,
+    decoded: Decoded,
+    /// COMMAND as the guest last wrote it: its decode bits say which BARs are mapped.
+    command: u16,
+    /// In D3hot, where the device decodes nothing whatever COMMAND says (PCI PM 1.2, 5.4.1).
+    asleep: bool,
+    wiring: Wiring,
+    complaints: Complaints,
+}
+
+/// Saved state of [`VfioPci`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VfioPciState {
+    id: String,
+    group: u32,
+    device: DeviceState,
+    filter: ConfigFilter,
+    layout: MsixLayout,
+    msix: MsixState,
+    bars: Vec<BarState>,
+    decoded: Decoded,
+    command: u16,
+    asleep: bool,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct BarState {
+    register: BarRegister,
+    region: u32,
+    active: Option<Active>,
+}
+
+/// What [`VfioPci`] needs of the new image.
+pub struct VfioPciParts<'a> {
+    pub claims: &'a mut Claims,
+    pub passthrough: &'a Passthrough,
+    pub windows: &'a mut Windows,
+    pub wiring: Wiring,
+}
+
+impl ConfigSpace for VfioDevice {
+    fn read(&self, offset: u16, data: &mut [u8]) {
+        VfioDevice::read(self, self.config(), offset.into(), data);
+    }
+
+    fn write(&self, offset: u16, data: &[u8]) {
+        VfioDevice::write(self, self.config(), offset.into(), data);
+    }
+}
+
+impl VfioPci {
+    /// Gives the device's BARs addresses in `windows`. It comes up as after a reset: nothing decodes, MSI-X is off.
+    pub(super) fn new(
+        id: &str,
+        device: VfioDevice,
+        group: Arc<Group>,
+        wiring: Wiring,
+        windows: &mut Windows,
+    ) -> Result<Self, PassthroughError> {
+        let (mut filter, layout) = ConfigFilter::new(&device)?;
+        if device.vectors() == 0 {
+            return Err(ConfigError::NoMsix.into());
+        }
+        let mut registers = discover_bars(&device);
+        let fits =
+            |bar: u8, range: Range<u64>| registers.iter().any(|r| r.index == bar && !r.is_io() && range.end <= r.size);
+        let (table, pba) = layout.ranges();
+        if !fits(layout.table_bar, table) || !fits(layout.pba_bar, pba) {
+            return Err(ConfigError::BadMsix(layout).into());
+        }
+        // The BARs below are put before the guest when it asks for it, and not where the host has them.
+        ConfigSpace::write(&device, COMMAND, &[0, 0]);
+
+        place(windows, &mut registers)?;
+        filter.set_bars(&registers);
+        let device = Arc::new(device);
+        let msix = Msix::new(id, layout.vectors, wiring.msi.clone(), wiring.vault.clone());
+        let msix = Arc::new(Mutex::new(msix));
+        let parts = BarParts { device: &device, msix: &msix, layout: &layout };
+        let regions =
+            registers.iter().filter_map(|register| Some((*register, device.bars().get(usize::from(register.index))?)));
+        let bars: Result<Vec<_>, _> = regions.map(|(register, region)| Bar::new(register, region, &parts)).collect();
+        let bars = bars.inspect_err(|_| vacate(windows, &registers))?;
+        let decoded = Decoded::new(windows);
+        Ok(Self {
+            id: id.to_owned(),
+            group,
+            device,
+            filter,
+            layout,
+            msix,
+            bars,
+            decoded,
+            command: 0,
+            asleep: false,
+            wiring,
+            complaints: Complaints::default(),
+        })
+    }
+
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The device's PCI address on the host.
+    pub fn host_bdf(&self) -> &str {
+        self.device.bdf()
+    }
+
+    pub fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    fn msix(&self) -> MutexGuard<'_, Msix> {
+        // Every change of it is whole for each vector; a poisoned lock must not stop the guest's interrupts.
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where this process has a part of a BAR mapped, for [`Passthrough::remap`].
+    pub fn bar_vaddr(&self, region: u32, offset: u64, size: u64) -> Option<u64> {
+        self.bars.iter().find(|bar| bar.region() == region)?.vaddr(offset, size)
+    }
+
+    /// Detaches all irqfds before an update; undone by [`VfioPci::attach_irqfds`]. vCPUs must be stopped.
+    pub fn quiesce_irqfds(&self) {
+        self.msix().quiesce_irqfds();
+    }
+
+    /// Attaches the irqfds of all unmasked vectors, which injects what came meanwhile. In a new image: after all LAPICs and the
+    /// GSI routes.
+    pub fn attach_irqfds(&self) {
+        self.msix().resume_irqfds();
+    }
+
+    /// Signals each vector once, after an image died in between and its end drained the eventfds.
+    pub fn signal_all(&self) {
+        self.msix().signal_all();
+    }
+
+    /// The orderly end of a device that no other image has taken over: interrupts off, bus mastering off, unmapped, its
+    /// addresses given back.
+    pub fn release(&mut self, windows: &mut Windows) {
+        if self.msix().enabled()
+            && let Err(e) = self.device.disable_msix()
+        {
+            log::warn!("device '{}': {e}", self.id);
+        }
+        self.msix().release();
+        let container = self.group.container().clone();
+        for bar in &mut self.bars {
+            bar.unmap(&container, &self.wiring);
+            vacate(windows, &[bar.register]);
+        }
+        ConfigSpace::write(&*self.device, COMMAND, &[0, 0]);
+        self.command = 0;
+    }
+
+    /// Where a BAR is to be now, if anywhere.
+    fn wanted(&self, bar: &Bar) -> Option<u64> {
+        let decodes = if bar.register.is_io() { COMMAND_IO } else { COMMAND_MEMORY };
+        let address = self.filter.bar_address(&bar.register);
+        let on = self.command & decodes != 0 && !self.asleep;
+        (on && self.decoded.covers(&bar.register, address)).then_some(address)
+    }
+
+    fn unmap_stale(&mut self) {
+        for n in 0..self.bars.len() {
+            if self.bars[n].address() != self.wanted(&self.bars[n]) {
+                self.bars[n].unmap(self.group.container(), &self.wiring);
+            }
+        }
+    }
+
+    fn map_missing(&mut self) {
+        for n in 0..self.bars.len() {
+            let wanted = self.wanted(&self.bars[n]);
+            let bar = &mut self.bars[n];
+            let Some(address) = wanted.filter(|_| bar.address().is_none()) else { continue };
+            match bar.map(address, &self.wiring) {
+                Ok(()) => bar.map_dma(&self.id, self.group.container(), &mut self.complaints),
+                Err(e) => self.complaints.warn(|| format!("device '{}': BAR {n} at {address:#x}: {e}", self.id)),
+            }
+        }
+    }
+
+    fn set_msix_control(&mut self, control: u16) {
+        let (on, was) = (control & MSIX_ENABLE != 0, self.msix().enabled());
+        let done = match (was, on) {
+            (false, true) => self.enable_msix(),
+            // The device stops first, so that nothing signals the eventfds any more when they are drained.
+            (true, false) => self.device.disable_msix().map_err(|e| e.to_string()),
+            _ => Ok(()),
+        };
+        // The guest cannot be told: it sees MSI-X on, and no interrupt.
+        if let Err(e) = done {
+            self.complaints.warn(|| format!("device '{}': {e}", self.id));
+        }
+        self.msix().set_control(control);
+    }
+
+    fn enable_msix(&self) -> Result<(), String> {
+        let mut msix = self.msix();
+        let eventfds = msix.eventfds().map_err(|e| e.to_string())?;
+        let usable = eventfds.len().min(self.device.vectors() as usize);
+        self.device.enable_msix(&eventfds[..usable]).map_err(|e| e.to_string())
+    }
+}
+
+impl PciDevice for VfioPci {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        if u64::from(offset).saturating_add(data.len() as u64) > self.device.config().size {
+            data.fill(0xFF);
+            return;
+        }
+        self.filter.read(&*self.device, offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        if u64::from(offset).saturating_add(data.len() as u64) > self.device.config().size {
+            return;
+        }
+        let control = self.filter.msix_control();
+        let physical = self.filter.write(&*self.device, offset, data);
+        self.command = merged(self.command, COMMAND, offset, data);
+        let power = self.filter.power_register().filter(|at| covers(*at, offset, data));
+        if let Some(at) = power {
+            self.asleep = merged(0, at, offset, data) as u8 & PM_STATE == PM_D3HOT;
+        }
+        // Off before the device stops decoding, on after it has started: a guest access in between would find the mapping
+        // there and nothing behind it, and KVM_RUN would fail.
+        self.unmap_stale();
+        if let Some(physical) = physical {
+            ConfigSpace::write(&*self.device, offset, &physical);
+        }
+        if let Some(at) = power {
+            let mut state = [0];
+            ConfigSpace::read(&*self.device, at, &mut state);
+            self.asleep = state[0] & PM_STATE == PM_D3HOT;
+        }
+        self.map_missing();
+        if self.filter.msix_control() != control {
+            self.set_msix_control(self.filter.msix_control());
+        }
+    }
+}
+
+impl Carried for VfioPci {
+    const KIND: &'static str = "vfio-pci";
+    const VERSION: u16 = 1;
+    type State = VfioPciState;
+    type Parts<'a> = VfioPciParts<'a>;
+
+    fn save(&self) -> Result<VfioPciState, CarryError> {
+        let Self {
+            id,
+            group,
+            device,
+            filter,
+            layout,
+            msix: _,
+            bars,
+            decoded,
+            command,
+            asleep,
+            wiring: _,
+            complaints: _,
+        } = self;
+        let bars = bars.iter().map(|bar| BarState {
+            register: bar.register,
+            region: bar.region(),
+            active: bar.active().clone(),
+        });
+        Ok(VfioPciState {
+            id: id.clone(),
+            group: group.number(),
+            device: device.save(),
+            filter: filter.clone(),
+            layout: *layout,
+            msix: self.msix().save(),
+            bars: bars.collect(),
+            decoded: decoded.clone(),
+            command: *command,
+            asleep: *asleep,
+        })
+    }
+
+    /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
+    fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, CarryError> {
+        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, asleep } = state;
+        let VfioPciParts { claims, passthrough, windows, wiring } = parts;
+        let wrong = |what: String| CarryError::State(what);
+        let group =
+            passthrough.group(group).ok_or_else(|| wrong(format!("group {group} is not in the saved state")))?;
+        let device = Arc::new(VfioDevice::restore(device, claims)?);
+        let msix = Msix::restore(&id, msix, wiring.msi.clone(), wiring.vault.clone(), claims);
+        let msix = Arc::new(Mutex::new(msix.map_err(|e| wrong(e.to_string()))?));
+        let mut this = Self {
+            id,
+            group,
+            device: device.clone(),
+            filter,
+            layout,
+            msix: msix.clone(),
+            bars: Vec::new(),
+            decoded,
+            command,
+            asleep,
+            wiring,
+            complaints: Complaints::default(),
+        };
+        let parts = BarParts { device: &device, msix: &msix, layout: &layout };
+        for BarState { register, region: index, active } in bars {
+            reserve(windows, &register).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
+            let region = device.bars().iter().find(|region| region.index == index);
+            let region = region.ok_or_else(|| wrong(format!("BAR {index} has no region")))?;
+            let mut bar = Bar::new(register, region, &parts)
+                .map_err(|DeviceError { what, source }| CarryError::Os { what, source })?;
+            if let Some(active) = active {
+                bar.map_again(active, &this.wiring).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
+            }
+            this.bars.push(bar);
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for VfioPci {
+    fn drop(&mut self) {
+        // Only what is this image's own: the memslots, since the mappings under them end here. DMA, interrupts and the
+        // device itself may be in use by the next image.
+        self.bars.iter_mut().for_each(|bar| bar.forget(&self.wiring));
+    }
+}
+
+fn covers(register: u16, offset: u16, data: &[u8]) -> bool {
+    (offset..offset.saturating_add(data.len() as u16)).contains(&register)
+}
+
+/// The 16-bit register at `register` after a write of `data` at `offset`.
+fn merged(old: u16, register: u16, offset: u16, data: &[u8]) -> u16 {
+    let mut bytes = old.to_le_bytes();
+    for (n, byte) in bytes.iter_mut().enumerate() {
+        let at = (register + n as u16).checked_sub(offset);
+        if let Some(value) = at.and_then(|at| data.get(usize::from(at))) {
+            *byte = *value;
+        }
+    }
+    u16::from_le_bytes(bytes)
+}
+
+#[cfg(test)]
+#[path = "pci_tests.rs"]
+pub mod tests;

@@ -1,0 +1,314 @@
+//! The whole device over a memfd that stands for a VFIO device: BARs can be mapped from it, requests to VFIO fail.
+
+use std::collections::BTreeMap;
+use std::os::fd::IntoRawFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use theseus_resources::{Purpose, StateReader, StateWriter};
+
+use super::super::container::{MapSource, Type1};
+use super::super::device::Region;
+use super::*;
+use crate::pci::msix::tests::FakeMsi;
+
+/// slot -> (gpa, size, hva)
+#[derive(Default)]
+pub struct FakeMemslots(Mutex<BTreeMap<u32, (u64, u64, u64)>>, AtomicU32);
+
+impl FakeMemslots {
+    pub fn count(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+}
+
+impl Memslots for FakeMemslots {
+    unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32> {
+        let mut slots = self.0.lock().unwrap();
+        if slots.values().any(|(other, len, _)| gpa < other + len && *other < gpa + size) {
+            return Err(std::io::Error::from_raw_os_error(libc::EEXIST));
+        }
+        let slot = self.1.fetch_add(1, Ordering::Relaxed);
+        slots.insert(slot, (gpa, size, hva));
+        Ok(slot)
+    }
+
+    fn remove(&self, slot: u32) -> std::io::Result<()> {
+        self.0.lock().unwrap().remove(&slot).map(drop).ok_or(std::io::ErrorKind::NotFound.into())
+    }
+}
+
+struct AnyType1;
+
+impl Type1 for AnyType1 {
+    fn has_extension(&self, _: u32) -> std::io::Result<bool> {
+        Ok(true)
+    }
+
+    unsafe fn map(&self, _: u32, _: u64, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: u32, _: u64, size: u64) -> std::io::Result<u64> {
+        Ok(size)
+    }
+}
+
+const CONFIG: u64 = 0x10_0000;
+
+struct Rig {
+    pci: VfioPci,
+    passthrough: Passthrough,
+    file: std::os::fd::OwnedFd,
+    windows: Windows,
+    memslots: Arc<FakeMemslots>,
+    msi: Arc<FakeMsi>,
+    wiring: Wiring,
+}
+
+pub fn wiring(vault: &Vault) -> (Wiring, Arc<FakeMemslots>, Arc<FakeMsi>) {
+    let (memslots, msi) = (Arc::new(FakeMemslots::default()), Arc::new(FakeMsi::default()));
+    let wiring = Wiring {
+        vault: vault.clone(),
+        msi: msi.clone(),
+        memslots: memslots.clone(),
+        mmio: Arc::new(Bus::new("mmio")),
+        pio: Arc::new(Bus::new("pio")),
+    };
+    (wiring, memslots, msi)
+}
+
+/// BAR 0: 64 KiB, BAR 1: 256 bytes, BAR 2: 32 ports, BAR 3: 64-bit, 16 KiB with table at 0 and PBA at 0x2000, 3 vectors.
+fn rig() -> Rig {
+    let vault = Vault::new();
+    let file = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, CONFIG + 0x1000).unwrap();
+    let put = |offset: u64, value: u32| rustix::io::pwrite(&file, &value.to_le_bytes(), CONFIG + offset).unwrap();
+    put(0x04, 0x0010_0007);
+    put(0x18, 0x1);
+    put(0x1C, 0x4);
+    put(0x34, 0x40);
+    put(0x40, 0x0003_5001);
+    put(0x50, 0x0002_0011);
+    put(0x54, 0x3);
+    put(0x58, 0x2003);
+    let whole = |index, size, offset| Region { index, size, offset, mappable: vec![(0, size)] };
+    let small = |index, size, offset| Region { index, size, offset, mappable: vec![] };
+    let bars = vec![
+        whole(0, 0x1_0000, 0),
+        small(1, 0x100, 0x1_0000),
+        small(2, 0x20, 0x1_1000),
+        whole(3, 0x4000, 0x1_4000),
+        small(4, 0, 0),
+        small(5, 0, 0),
+    ];
+    let fd = vault.keep("device 0000:01:00.0", Purpose::VfioDevice, file.try_clone().unwrap());
+    let device = VfioDevice::with("0000:01:00.0", fd, bars, small(7, 0x1000, CONFIG), 3);
+    let passthrough = Passthrough::with(&vault, Box::new(AnyType1));
+    let (wiring, memslots, msi) = wiring(&vault);
+    let mut windows = Windows::new(1 << 30, 40);
+    let group = passthrough.group(7).unwrap();
+    let pci = VfioPci::new("nic0", device, group, wiring.clone(), &mut windows).unwrap();
+    Rig { pci, passthrough, file, windows, memslots, msi, wiring }
+}
+
+impl Rig {
+    fn write(&mut self, offset: u16, data: &[u8]) {
+        self.pci.config_write(offset, data);
+    }
+
+    fn read32(&mut self, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        self.pci.config_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    /// (gpa, size) of all memslots.
+    fn slots(&self) -> Vec<(u64, u64)> {
+        let mut slots: Vec<_> = self.memslots.0.lock().unwrap().values().map(|(gpa, size, _)| (*gpa, *size)).collect();
+        slots.sort();
+        slots
+    }
+
+    fn dma(&self) -> Vec<(u64, u64)> {
+        let mut maps: Vec<_> = self.passthrough.containers()[0].maps().iter().map(|map| (map.iova, map.size)).collect();
+        maps.sort();
+        maps
+    }
+}
+
+/// Puts duplicates in, as exec would hand over the numbers themselves.
+pub fn duplicate(records: &mut [theseus_resources::vault::Record]) {
+    for record in records {
+        // SAFETY: the vault holds it open.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(record.fd) };
+        record.fd = fd.try_clone_to_owned().unwrap().into_raw_fd();
+    }
+}
+
+const ON: &[u8] = &[7, 0];
+const BAR3: u64 = 64 << 30;
+
+#[test]
+fn bars_are_there_exactly_while_they_decode() {
+    let mut rig = rig();
+    assert_eq!((rig.slots(), rig.dma()), (vec![], vec![]));
+    assert_eq!(rig.read32(COMMAND) & 0xFFFF, 0, "nothing decodes at boot");
+    assert_eq!((rig.read32(0x10), rig.read32(0x14), rig.read32(0x18)), (0xC000_0000, 0xC001_0000, 0x1001));
+    rig.write(COMMAND, ON);
+    let all = vec![(0xC000_0000, 0x1_0000), (BAR3 + 0x1000, 0x1000), (BAR3 + 0x3000, 0x1000)];
+    assert_eq!((rig.slots(), rig.dma()), (all.clone(), all), "the pages of table and PBA are cut out");
+
+    let mut data = [0; 4];
+    rustix::io::pwrite(&rig.file, &[0xAB], 0x1_0010).unwrap();
+    rig.wiring.mmio.read(0xC001_0010, &mut data);
+    assert_eq!(data, [0xAB, 0, 0, 0], "a BAR below a page is trapped");
+    rig.wiring.pio.write(0x1004, &[0xCD]);
+    rustix::io::pread(&rig.file, &mut data[..1], 0x1_1004).unwrap();
+    assert_eq!(data[0], 0xCD, "so are ports");
+
+    rig.write(COMMAND, &[5, 0]);
+    assert_eq!((rig.slots(), rig.dma()), (vec![], vec![]));
+    rig.wiring.mmio.read(0xC001_0010, &mut data);
+    assert_eq!(data, [0xFF; 4]);
+    rig.wiring.pio.read(0x1004, &mut data[..1]);
+    assert_eq!(data[0], 0xCD, "ports decode by their own bit");
+    rig.write(COMMAND, &[0, 0]);
+    rig.wiring.pio.read(0x1004, &mut data[..1]);
+    assert_eq!(data[0], 0xFF);
+}
+
+#[test]
+fn a_bar_can_be_sized_and_moved() {
+    let mut rig = rig();
+    rig.write(0x10, &[0xFF; 4]);
+    assert_eq!(rig.read32(0x10), 0xFFFF_0000);
+    rig.write(0x10, &0xD000_0000u32.to_le_bytes());
+    rig.write(COMMAND, ON);
+    assert_eq!(rig.slots()[0], (0xD000_0000, 0x1_0000));
+    // While decoding, as a guest that does not switch it off: outside the windows it is nowhere.
+    rig.write(0x10, &[0xFF; 4]);
+    assert_eq!(rig.slots().len(), 2);
+    rig.write(0x10, &0xD800_0000u32.to_le_bytes());
+    assert_eq!(rig.slots()[0], (0xD800_0000, 0x1_0000));
+    // Onto the other BAR: one of them loses, nothing breaks, and it can move away again.
+    rig.write(0x20, &[0; 4]);
+    rig.write(0x1C, &0xD800_0000u32.to_le_bytes());
+    assert_eq!(rig.slots(), [(0xD800_0000, 0x1_0000)]);
+    rig.write(0x1C, &0xD900_0000u32.to_le_bytes());
+    assert_eq!(rig.slots().len(), 3);
+}
+
+#[test]
+fn asleep_it_decodes_nothing() {
+    let mut rig = rig();
+    rig.write(COMMAND, ON);
+    rig.write(0x44, &[3, 0]);
+    assert_eq!(rig.slots(), []);
+    rig.write(0x44, &[0, 0]);
+    assert_eq!(rig.slots().len(), 3);
+}
+
+/// Programs vector 0 by the bus as a guest does, and switches MSI-X on.
+fn enable_vector0(rig: &mut Rig) {
+    rig.write(COMMAND, ON);
+    rig.wiring.mmio.write(BAR3, &0xFEE0_1000u64.to_le_bytes());
+    rig.wiring.mmio.write(BAR3 + 8, &0x41u64.to_le_bytes());
+    rig.write(0x52, &[0, 0x80]);
+}
+
+#[test]
+fn the_table_is_ours_and_the_bytes_beside_it_are_the_device_s() {
+    let mut rig = rig();
+    enable_vector0(&mut rig);
+    assert_eq!(rig.msi.attached(), 1);
+    let mut entry = [0; 8];
+    rig.wiring.mmio.read(BAR3 + 8, &mut entry);
+    assert_eq!(entry, 0x41u64.to_le_bytes());
+    rig.wiring.mmio.write(BAR3 + 0x30, &[1; 8]);
+    rustix::io::pread(&rig.file, &mut entry, 0x1_4030).unwrap();
+    assert_eq!(entry, [1; 8]);
+    rustix::io::pread(&rig.file, &mut entry, 0x1_4000).unwrap();
+    assert_eq!(entry, [0; 8], "the physical table is VFIO's");
+    rig.wiring.mmio.write(BAR3 + 0x2000, &[0xFF; 8]);
+    rig.wiring.mmio.read(BAR3 + 0x2000, &mut entry);
+    assert_eq!(entry, [0; 8], "the pending bits cannot be written");
+    rig.write(0x52, &[0, 0]);
+    assert_eq!(rig.msi.attached(), 0);
+}
+
+#[test]
+fn a_moved_and_running_device_goes_over_whole() {
+    let mut rig = rig();
+    rig.write(0x10, &0xD000_0000u32.to_le_bytes());
+    enable_vector0(&mut rig);
+    rig.pci.quiesce_irqfds();
+    let (slots, dma) = (rig.slots(), rig.dma());
+    let mut writer = StateWriter::new("test");
+    writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &rig.passthrough.save().unwrap()).unwrap();
+    writer.add("nic0", VfioPci::KIND, VfioPci::VERSION, &rig.pci.save().unwrap()).unwrap();
+    let mut reader = StateReader::new(&writer.finish().unwrap()).unwrap();
+    let vfio = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION).unwrap();
+    let state = reader.take("nic0", VfioPci::KIND, VfioPci::VERSION).unwrap();
+    let mut records = rig.wiring.vault.manifest();
+    let msix_fd = rig.pci.msix().eventfds().unwrap()[0].try_clone_to_owned().unwrap();
+    duplicate(&mut records);
+    let before: Vec<u8> = (0..64).flat_map(|n| rig.read32(n * 4).to_le_bytes()).collect();
+    drop(rig.pci);
+    assert_eq!(rig.memslots.0.lock().unwrap().len(), 0, "no memslot outlives its mapping");
+    assert_eq!(rig.passthrough.containers()[0].maps().len(), 3, "but DMA does");
+    rustix::io::write(&msix_fd, &1u64.to_ne_bytes()).unwrap();
+
+    // SAFETY: the duplicates were made for this and have no other owner.
+    let (vault, mut claims) = unsafe { Vault::adopt(records) }.unwrap();
+    let (wiring, memslots, msi) = wiring(&vault);
+    let passthrough = Passthrough::restore(vfio, (vault.clone(), &mut claims)).unwrap();
+    let mut windows = Windows::new(1 << 30, 40);
+    let parts =
+        VfioPciParts { claims: &mut claims, passthrough: &passthrough, windows: &mut windows, wiring: wiring.clone() };
+    let pci = VfioPci::restore(state, parts).unwrap();
+    claims.finish().unwrap();
+    let mut new = Rig { pci, passthrough, file: rig.file, windows, memslots, msi, wiring };
+    assert_eq!((new.slots(), new.dma()), (slots, dma));
+    let after: Vec<u8> = (0..64).flat_map(|n| new.read32(n * 4).to_le_bytes()).collect();
+    assert_eq!(before, after);
+    for map in new.passthrough.containers()[0].maps() {
+        let MapSource::Bar { region, offset, .. } = map.source else { panic!("{map:?}") };
+        assert!(new.pci.bar_vaddr(region, offset, map.size).is_some());
+    }
+    assert_eq!(new.msi.attached(), 0);
+    new.pci.attach_irqfds();
+    assert_eq!(new.msi.injected(), [0x41], "what came in the pause");
+    assert_eq!(new.windows.mmio32.allocate(0x1_0000), Some(0xC002_0000), "the addresses stay taken");
+}
+
+#[test]
+fn release_gives_all_back() {
+    let mut rig = rig();
+    enable_vector0(&mut rig);
+    assert_eq!(rig.windows.mmio32.allocate(0x1_0000), Some(0xC002_0000));
+    rig.pci.release(&mut rig.windows);
+    assert_eq!((rig.slots(), rig.dma(), rig.msi.attached()), (vec![], vec![], 0));
+    assert_eq!(rig.windows.mmio32.allocate(0x1_0000), Some(0xC000_0000));
+    assert_eq!(rig.read32(COMMAND) & 0xFFFF, 0);
+}
+
+#[test]
+fn no_access_breaks_it() {
+    let mut rig = rig();
+    let mut random = 0x2545_F491_4F6C_DD1Du64;
+    for _ in 0..20_000 {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let (offset, len) = ((random >> 8) as u16 & 0xFC, [1, 2, 4][(random % 3) as usize]);
+        rig.write(offset, &random.to_le_bytes()[..len]);
+        rig.wiring.mmio.write(BAR3 + (random >> 32) % 0x4000, &random.to_be_bytes()[..len]);
+        let mut data = [0; 8];
+        rig.wiring.mmio.read(BAR3 + (random >> 20) % 0x4000, &mut data);
+        rig.pci.config_read((random >> 40) as u16 & 0xFFC, &mut data[..len]);
+    }
+    rig.write(0xFFFC, &[0; 4]);
+    let mut data = [0; 4];
+    rig.pci.config_read(0xFFFF, &mut data);
+    assert_eq!(data, [0xFF; 4]);
+}

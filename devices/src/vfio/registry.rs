@@ -1,0 +1,316 @@
+//! All containers and groups of a VM: who shares what, and the steps of an update over all of them.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use theseus_resources::alloc::Windows;
+use theseus_resources::vault::Claims;
+use theseus_resources::{KeptFd, Vault};
+
+use super::container::{Container, ContainerError, ContainerState, DmaMap, MapSource, RamRange};
+use super::device::VfioDevice;
+use super::group::{Group, GroupError, GroupState};
+use super::invalidate::{InvalidateError, Invalidated, invalidate_all};
+use super::pci::{PassthroughError, VfioPci, Wiring};
+use crate::carried::{Carried, CarryError};
+
+/// The container of devices that name none.
+pub const DEFAULT_CONTAINER: &str = "default";
+
+/// A device to pass through.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// In sysfs, e.g. `/sys/bus/pci/devices/0000:01:00.0`.
+    pub path: PathBuf,
+    pub id: String,
+    pub container: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("device '{id}' ({}): {reason}", path.display())]
+pub struct AttachError {
+    id: String,
+    path: PathBuf,
+    reason: Box<AttachReason>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum AttachReason {
+    #[error("not a PCI device in sysfs: {0}")]
+    Path(std::io::Error),
+    #[error("it has no IOMMU group: is the IOMMU enabled (intel_iommu=on or amd_iommu=on)? {0}")]
+    NoGroup(std::io::Error),
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    #[error(transparent)]
+    Device(#[from] PassthroughError),
+}
+
+#[derive(Default)]
+struct Inner {
+    containers: Vec<Arc<Container>>,
+    groups: Vec<Arc<Group>>,
+    ram: Vec<RamRange>,
+}
+
+/// See the module.
+pub struct Passthrough {
+    vault: Vault,
+    inner: Mutex<Inner>,
+}
+
+/// Saved state of [`Passthrough`]: containers with what is mapped in them, and groups.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PassthroughState {
+    containers: Vec<ContainerState>,
+    groups: Vec<GroupState>,
+}
+
+impl Passthrough {
+    pub fn new(vault: Vault) -> Self {
+        Self { vault, inner: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Containers and groups enter the lists whole, so a panic elsewhere does not spoil them.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets all devices reach the guest's RAM: those there are, and those that are attached later. Call it once, at boot.
+    ///
+    /// # Safety
+    /// The ranges must be guest RAM, shared with the guest, mapped for as long as a device is attached.
+    pub unsafe fn map_ram(&self, ram: &[RamRange]) -> Result<(), ContainerError> {
+        let mut inner = self.lock();
+        for container in &inner.containers {
+            // SAFETY: the caller's promise.
+            unsafe { map_ranges(container, ram) }?;
+        }
+        inner.ram.extend_from_slice(ram);
+        Ok(())
+    }
+
+    /// Opens the device, and its group and container if nobody has yet. It is reset. Add [`Passthrough::group_fds`] to KVM
+    /// afterwards (before, the first VM would be kept alive by the device).
+    pub fn attach(
+        &self,
+        config: &DeviceConfig,
+        wiring: Wiring,
+        windows: &mut Windows,
+    ) -> Result<Arc<Mutex<VfioPci>>, AttachError> {
+        let mut inner = self.lock();
+        let device = self.open(&mut inner, config, wiring, windows);
+        inner.prune();
+        device.map_err(|reason| AttachError {
+            id: config.id.clone(),
+            path: config.path.clone(),
+            reason: Box::new(reason),
+        })
+    }
+
+    fn open(
+        &self,
+        inner: &mut Inner,
+        config: &DeviceConfig,
+        wiring: Wiring,
+        windows: &mut Windows,
+    ) -> Result<Arc<Mutex<VfioPci>>, AttachReason> {
+        let (bdf, number) = identify(&config.path)?;
+        let name = config.container.as_deref().unwrap_or(DEFAULT_CONTAINER);
+        let group = match inner.groups.iter().find(|group| group.number() == number) {
+            Some(group) if group.container().name() == name => group.clone(),
+            Some(group) => {
+                let (is, wanted) = (group.container().name().to_owned(), name.to_owned());
+                return Err(GroupError::OtherContainer { number, is, wanted }.into());
+            }
+            None => {
+                let group = self.open_group(inner, number, name)?;
+                inner.groups.push(group.clone());
+                group
+            }
+        };
+        let fd = group.open_device(&bdf)?;
+        let device = VfioDevice::new(&self.vault, &bdf, fd).map_err(PassthroughError::from)?;
+        let device = VfioPci::new(&config.id, device, group, wiring, windows)?;
+        Ok(Arc::new(Mutex::new(device)))
+    }
+
+    fn open_group(&self, inner: &mut Inner, number: u32, name: &str) -> Result<Arc<Group>, AttachReason> {
+        if let Some(container) = inner.containers.iter().find(|container| container.name() == name) {
+            return Ok(Arc::new(Group::open(&self.vault, number, container.clone())?));
+        }
+        let container = Arc::new(Container::open(&self.vault, name)?);
+        let group = Arc::new(Group::open(&self.vault, number, container.clone())?);
+        container.set_iommu()?;
+        // SAFETY: what map_ram was promised.
+        unsafe { map_ranges(&container, &inner.ram) }?;
+        inner.containers.push(container);
+        Ok(group)
+    }
+
+    /// A container over `type1` with group 7 in it, without a kernel.
+    #[cfg(test)]
+    pub(super) fn with(vault: &Vault, type1: Box<dyn super::container::Type1>) -> Self {
+        use theseus_resources::Purpose;
+        let fd = || rustix::fs::memfd_create("vfio", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let container_fd = vault.keep("container", Purpose::VfioContainer, fd());
+        let container = Arc::new(Container::with(DEFAULT_CONTAINER, container_fd, type1));
+        let group = Group::with(7, vault.keep("group 7", Purpose::VfioGroup, fd()), container.clone());
+        let inner = Inner { containers: vec![container], groups: vec![Arc::new(group)], ram: Vec::new() };
+        Self { vault: vault.clone(), inner: Mutex::new(inner) }
+    }
+
+    /// Closes groups and containers that no device uses any more; call it after a device was released and dropped.
+    pub fn prune(&self) {
+        self.lock().prune();
+    }
+
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        self.lock().containers.clone()
+    }
+
+    pub fn group(&self, number: u32) -> Option<Arc<Group>> {
+        self.lock().groups.iter().find(|group| group.number() == number).cloned()
+    }
+
+    /// The groups' fds, for KVM_DEV_VFIO_FILE_ADD.
+    pub fn group_fds(&self) -> Vec<KeptFd> {
+        self.lock().groups.iter().map(|group| group.fd().clone()).collect()
+    }
+
+    /// Why an update is not possible: every reason there is.
+    pub fn probe(&self) -> Vec<String> {
+        self.containers().iter().flat_map(|container| container.probe()).collect()
+    }
+
+    /// Makes way for the next image's addresses in all containers, or in none.
+    pub fn invalidate(&self) -> Result<Invalidated, InvalidateError> {
+        invalidate_all(&self.containers())
+    }
+
+    /// In a new image: gives every mapping of every container its address here. `bar_vaddr(device, region, offset, size)` is
+    /// [`VfioPci::bar_vaddr`] of the device with that id. May be called again after a failure.
+    ///
+    /// # Safety
+    /// `ram` must be mapped from the same memory as in the image that mapped it first, at the same guest addresses.
+    pub unsafe fn remap(
+        &self,
+        ram: &[RamRange],
+        bar_vaddr: impl Fn(&str, u32, u64, u64) -> Option<u64>,
+    ) -> Result<(), ContainerError> {
+        let mut inner = self.lock();
+        let vaddr_of = |map: &DmaMap| match &map.source {
+            MapSource::Ram => ram.iter().find_map(|range| range.hva_of(map.iova, map.size)),
+            MapSource::Bar { device, region, offset } => bar_vaddr(device, *region, *offset, map.size),
+        };
+        for container in &inner.containers {
+            // SAFETY: the caller's promise; the BAR mappings are of the same device fds.
+            unsafe { container.remap(vaddr_of) }?;
+        }
+        inner.ram = ram.to_vec();
+        Ok(())
+    }
+
+    /// The orderly end, after the devices were released: nothing stays mapped.
+    pub fn release(&self) {
+        for container in self.containers() {
+            for map in container.maps() {
+                if let Err(e) = container.unmap(map.iova) {
+                    log::warn!("{e}");
+                }
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn prune(&mut self) {
+        self.groups.retain(|group| Arc::strong_count(group) > 1);
+        self.containers.retain(|container| Arc::strong_count(container) > 1);
+    }
+}
+
+impl Carried for Passthrough {
+    const KIND: &'static str = "vfio";
+    const VERSION: u16 = 1;
+    type State = PassthroughState;
+    type Parts<'a> = (Vault, &'a mut Claims);
+
+    fn save(&self) -> Result<PassthroughState, CarryError> {
+        let Self { vault: _, inner } = self;
+        // `ram` is this image's addresses: the next one gives its own at remap.
+        let Inner { containers, groups, ram: _ } = &*inner.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(PassthroughState {
+            containers: containers.iter().map(|container| container.save()).collect(),
+            groups: groups.iter().map(|group| group.save()).collect(),
+        })
+    }
+
+    /// Touches nothing in the kernel. Restore the devices next, then [`Passthrough::remap`].
+    fn restore(state: PassthroughState, (vault, claims): Self::Parts<'_>) -> Result<Self, CarryError> {
+        let PassthroughState { containers, groups } = state;
+        let mut inner = Inner::default();
+        for state in containers {
+            let container = Container::restore(state, claims).map_err(|e| CarryError::State(e.to_string()))?;
+            inner.containers.push(Arc::new(container));
+        }
+        for state in groups {
+            let find = |name: &str| inner.containers.iter().find(|container| container.name() == name).cloned();
+            let group = Group::restore(state, claims, find).map_err(|e| CarryError::State(e.to_string()))?;
+            inner.groups.push(Arc::new(group));
+        }
+        Ok(Self { vault, inner: Mutex::new(inner) })
+    }
+}
+
+/// # Safety
+/// As [`Passthrough::map_ram`].
+unsafe fn map_ranges(container: &Container, ram: &[RamRange]) -> Result<(), ContainerError> {
+    for range in ram {
+        // SAFETY: the caller's promise.
+        unsafe { container.map(range.gpa, range.size, range.hva, MapSource::Ram) }?;
+    }
+    Ok(())
+}
+
+/// The PCI address and the IOMMU group of a device in sysfs.
+fn identify(path: &Path) -> Result<(String, u32), AttachReason> {
+    let invalid = |what: &str| std::io::Error::new(std::io::ErrorKind::InvalidInput, what.to_owned());
+    let real = path.canonicalize().map_err(AttachReason::Path)?;
+    let bdf = real.file_name().and_then(|name| name.to_str());
+    let bdf = bdf.ok_or_else(|| AttachReason::Path(invalid("the path has no last component")))?;
+    let group = std::fs::read_link(real.join("iommu_group")).map_err(AttachReason::NoGroup)?;
+    let number = group.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+    let number = number.ok_or_else(|| AttachReason::NoGroup(invalid("iommu_group is not a number")))?;
+    Ok((bdf.to_owned(), number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysfs_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("0000:01:00.0");
+        std::fs::create_dir(&device).unwrap();
+        assert!(matches!(identify(&device), Err(AttachReason::NoGroup(_))));
+        std::os::unix::fs::symlink("../../../kernel/iommu_groups/12", device.join("iommu_group")).unwrap();
+        let link = dir.path().join("nic");
+        std::os::unix::fs::symlink(&device, &link).unwrap();
+        assert_eq!(identify(&link).unwrap(), ("0000:01:00.0".to_owned(), 12));
+        assert!(matches!(identify(&dir.path().join("none")), Err(AttachReason::Path(_))));
+    }
+
+    #[test]
+    fn ram_is_found_by_guest_address() {
+        let range = RamRange { gpa: 0x1000, size: 0x3000, hva: 0x7000_0000 };
+        assert_eq!(range.hva_of(0x2000, 0x2000), Some(0x7000_1000));
+        assert_eq!(range.hva_of(0x2000, 0x2001), None);
+        assert_eq!(range.hva_of(0, 0x1000), None);
+        assert_eq!(range.hva_of(0x1000, u64::MAX), None);
+    }
+}

@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# stages.sh test|lint|unit|build|bench|demo|soak [ARGS]: what './dev' runs. Every failure is counted and ends in a non-zero exit.
+source "$(dirname "$0")/common.sh"
+source "$LAB/build.sh"
+[[ ! -d ${HOME:-/root}/.cargo/bin ]] || PATH=$PATH:${HOME:-/root}/.cargo/bin
+cd "$ROOT"
+export CARGO_TARGET_DIR=$TARGET CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
+
+passed=0 failed=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# Runs one check that either passes or fails as a whole.
+check() { # NAME CMD...
+    local name=$1 start=$SECONDS
+    shift
+    note "== $name"
+    if "$@" </dev/null; then
+        passed=$((passed + 1))
+        note "== $name: ok ($((SECONDS - start)) s)"
+    else
+        failed=$((failed + 1))
+        echo "== $name: FAILED"
+        return 1
+    fi
+}
+
+# Runs CMD, whose tests report by 'test result: ... N passed; N failed' lines, and adds up what they say.
+count() { # NAME CMD...
+    local name=$1 start=$SECONDS code=0 good=0 bad=0 line
+    shift
+    note "== $name"
+    "$@" </dev/null 2>&1 | tee "$log" || code=${PIPESTATUS[0]}
+    while read -r line; do
+        [[ $line =~ ^test\ result:.*\ ([0-9]+)\ passed\;\ ([0-9]+)\ failed ]] || continue
+        good=$((good + BASH_REMATCH[1])) bad=$((bad + BASH_REMATCH[2]))
+    done <"$log"
+    # What fails without a failed test (does not build, dies, is ended) is a failure too, and so is a run without tests.
+    if [[ $bad == 0 && ($code != 0 || $good == 0) ]]; then bad=1; fi
+    passed=$((passed + good)) failed=$((failed + bad))
+    note "== $name: $good passed, $bad failed, exit code $code ($((SECONDS - start)) s)"
+    [[ $bad == 0 && $code == 0 ]]
+}
+
+verdict() {
+    echo
+    echo "$passed passed, $failed failed"
+    [[ $failed == 0 ]] || exit 1
+    exit 0
+}
+
+lint() {
+    check fmt cargo fmt --all --check || true
+    check clippy cargo clippy --workspace --all-targets -- -D warnings || true
+}
+unit() { count 'unit tests' cargo test --workspace --no-fail-fast || true; }
+
+in_lab() { # LIMIT_S ARGS...: l1-tests with ARGS in L1
+    local limit=$1
+    shift
+    "$LAB/run.sh" --kernel "$kernel" --timeout "$limit" -- l1-tests "$@"
+}
+
+# The same tests on this machine's own KVM, IOMMU and device.
+on_hardware() { # BDF ARGS...
+    local dir
+    dir=$(kernel_dir "$kernel")
+    export LAB_BIN=$OUT LAB_KERNEL=$dir/vmlinuz LAB_KERNEL_VERSION=$kernel LAB_MODULES=$dir
+    export LAB_INITRAMFS=$OUT/l2-initramfs-$kernel.cpio LAB_RESULTS=$OUT/results/hardware
+    mkdir -p "$LAB_RESULTS"
+    "$LAB/l2-initramfs.sh" "$LAB_INITRAMFS" "$OUT/agent" "$dir" || return
+    ulimit -l unlimited 2>/dev/null || note "'ulimit -l unlimited' failed: pinning guest memory then needs CAP_IPC_LOCK"
+    "$OUT/l1-tests" test --hardware "$@"
+}
+
+command=$1
+shift
+kernel=$DEFAULT_KERNEL hardware=''
+args=()
+while [[ $# -gt 0 ]]; do
+    case $1 in
+    --kernel | --hardware)
+        [[ $# -ge 2 ]] || die "$1 needs a value"
+        declare "${1#--}=$2" && shift 2
+        ;;
+    *) args+=("$1") && shift ;;
+    esac
+done
+
+case $command in
+lint | unit | build) "$LAB/setup.sh" rust ;;
+soak) "$LAB/setup.sh" all ;;
+*) "$LAB/setup.sh" "$kernel" ;;
+esac
+
+case $command in
+lint) lint && verdict ;;
+unit) unit && verdict ;;
+build) build_release ;;
+test)
+    # Naming tests is for working on them: straight to the lab.
+    if [[ ${#args[@]} == 0 && ! $hardware ]]; then
+        lint
+        unit
+    fi
+    if check build build_all; then
+        if [[ $hardware ]]; then
+            count "tests with device $hardware" on_hardware "$hardware" ${args[@]+"${args[@]}"} || true
+        else
+            count "lab tests, kernel $kernel" in_lab 1800 test ${args[@]+"${args[@]}"} || true
+        fi
+    fi
+    verdict
+    ;;
+bench)
+    build_all || die "the build failed"
+    # Native numbers need only /dev/kvm, and no lab.
+    if [[ ${args[0]:-} == native ]]; then exec "$OUT/l1-tests" bench "${args[@]}"; fi
+    in_lab 3600 bench ${args[@]+"${args[@]}"}
+    ;;
+demo)
+    build_all || die "the build failed"
+    in_lab 900 demo ${args[@]+"${args[@]}"}
+    ;;
+soak)
+    check build build_all || verdict
+    for kernel in "${ALL_KERNELS[@]}"; do
+        count "soak, kernel $kernel" in_lab 10800 soak ${args[@]+"${args[@]}"} || true
+    done
+    verdict
+    ;;
+*) die "unknown command $command" ;;
+esac

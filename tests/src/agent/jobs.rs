@@ -1,0 +1,322 @@
+//! Work that goes on in the guest while it is updated.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{SocketAddr, UdpSocket},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use crate::{
+    agent::machine::pin_to,
+    clock::{mono_ns, rdtsc},
+    proto::{Arrival, MemoryStats, Sent, TimerFired},
+    seq::SeqStats,
+    stream::{Receiver, Sender},
+};
+
+fn none(what: &str, flow: u32) -> io::Error {
+    io::Error::other(format!("no {what} of flow {flow}"))
+}
+
+/// Senders and receivers by flow.
+#[derive(Default)]
+pub struct Streams {
+    senders: HashMap<u32, Sender>,
+    receivers: HashMap<u32, Receiver>,
+}
+
+impl Streams {
+    pub fn send_start(&mut self, flow: u32, from: SocketAddr, to: SocketAddr, rate: u32) -> io::Result<()> {
+        self.senders.remove(&flow);
+        self.senders.insert(flow, Sender::start(flow, from, to, rate)?);
+        Ok(())
+    }
+
+    pub fn send_stats(&self, flow: u32) -> io::Result<Sent> {
+        Ok(self.senders.get(&flow).ok_or_else(|| none("sender", flow))?.stats())
+    }
+
+    pub fn send_stop(&mut self, flow: u32) -> io::Result<Sent> {
+        Ok(self.senders.remove(&flow).ok_or_else(|| none("sender", flow))?.stop())
+    }
+
+    pub fn recv_start(&mut self, flow: u32, at: SocketAddr) -> io::Result<()> {
+        self.receivers.remove(&flow);
+        self.receivers.insert(flow, Receiver::start(flow, at)?);
+        Ok(())
+    }
+
+    pub fn recv_stats(&self, flow: u32) -> io::Result<SeqStats> {
+        Ok(self.receivers.get(&flow).ok_or_else(|| none("receiver", flow))?.stats())
+    }
+
+    pub fn recv_take(&mut self, flow: u32) -> io::Result<Receiver> {
+        self.receivers.remove(&flow).ok_or_else(|| none("receiver", flow))
+    }
+}
+
+/// Sockets that wait for a single packet, by port.
+#[derive(Default)]
+pub struct Watches(HashMap<u16, Arc<UdpSocket>>);
+
+impl Watches {
+    pub fn open(&mut self, port: u16) -> io::Result<()> {
+        self.0.remove(&port);
+        self.0.insert(port, Arc::new(UdpSocket::bind(("0.0.0.0", port))?));
+        Ok(())
+    }
+
+    pub fn socket(&self, port: u16) -> io::Result<Arc<UdpSocket>> {
+        self.0.get(&port).cloned().ok_or_else(|| io::Error::other(format!("port {port} is not watched")))
+    }
+
+    pub fn close(&mut self, port: u16) -> io::Result<()> {
+        self.0.remove(&port);
+        Ok(())
+    }
+}
+
+/// Waits for one packet and says when it came.
+pub fn wait_packet(socket: &UdpSocket, timeout_ms: u64) -> io::Result<Arrival> {
+    let mut bytes = [0; 2048];
+    socket.set_read_timeout(Some(Duration::from_millis(timeout_ms.max(1))))?;
+    let len = socket.recv(&mut bytes)?;
+    let (mono_ns, tsc) = (mono_ns(), rdtsc());
+    Ok(Arrival { mono_ns, tsc, len, head: bytes[..len.min(32)].to_vec() })
+}
+
+const PAGE_WORDS: usize = 512;
+
+/// Rewrites and verifies memory, page after page, each time with other contents.
+pub struct Memory {
+    stop: Arc<AtomicBool>,
+    checked: Arc<AtomicU64>,
+    wrong: Arc<AtomicU64>,
+    passes: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Memory {
+    pub fn start(mib: u64, seed: u64) -> io::Result<Self> {
+        let pages = (mib * 256) as usize;
+        let (stop, checked, wrong, passes) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::<AtomicU64>::default(),
+            Arc::<AtomicU64>::default(),
+            Arc::<AtomicU64>::default(),
+        );
+        let shared = (Arc::clone(&stop), Arc::clone(&checked), Arc::clone(&wrong), Arc::clone(&passes));
+        let thread = std::thread::Builder::new().name("memory".into()).spawn(move || {
+            let (stop, checked, wrong, passes) = shared;
+            // SAFETY: plain system call; a lower priority leaves the CPU to the streams.
+            unsafe { libc::nice(19) };
+            let mut words = vec![0_u64; pages * PAGE_WORDS];
+            for (page, words) in words.chunks_exact_mut(PAGE_WORDS).enumerate() {
+                fill(words, seed, page, 0);
+            }
+            let mut generation = 0;
+            loop {
+                // Read before the pass: a stop that comes in the middle is followed by one whole pass more.
+                let last = stop.load(Ordering::Relaxed);
+                for (page, words) in words.chunks_exact_mut(PAGE_WORDS).enumerate() {
+                    let good = holds(words, seed, page, generation);
+                    wrong.fetch_add(u64::from(!good), Ordering::Relaxed);
+                    checked.fetch_add(1, Ordering::Relaxed);
+                    fill(words, seed, page, generation + 1);
+                    if page % 16 == 15 && !last {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                }
+                generation += 1;
+                passes.fetch_add(1, Ordering::Relaxed);
+                if last {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { stop, checked, wrong, passes, thread: Some(thread) })
+    }
+
+    pub fn stats(&self) -> MemoryStats {
+        MemoryStats {
+            pages_checked: self.checked.load(Ordering::Relaxed),
+            pages_wrong: self.wrong.load(Ordering::Relaxed),
+            passes: self.passes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Goes through every page once more, then gives the memory back.
+    pub fn stop(mut self) -> MemoryStats {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        self.stats()
+    }
+}
+
+/// A cheap mixer (splitmix64's finaliser): every word of every page of every generation differs.
+fn word(seed: u64, page: usize, generation: u64, i: usize) -> u64 {
+    let mut x = seed ^ (page as u64) << 32 ^ generation << 12 ^ i as u64;
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+fn fill(words: &mut [u64], seed: u64, page: usize, generation: u64) {
+    for (i, to) in words.iter_mut().enumerate() {
+        *to = word(seed, page, generation, i);
+    }
+}
+
+fn holds(words: &[u64], seed: u64, page: usize, generation: u64) -> bool {
+    words.iter().enumerate().all(|(i, &w)| w == word(seed, page, generation, i))
+}
+
+/// Threads that spin, each pinned to a CPU.
+pub struct Busy {
+    stop: Arc<AtomicBool>,
+    counts: Vec<Arc<AtomicU64>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Busy {
+    pub fn start(cpus: &[usize]) -> io::Result<Self> {
+        let mut busy = Self { stop: Arc::default(), counts: Vec::new(), threads: Vec::new() };
+        for &cpu in cpus {
+            let (stop, count) = (Arc::clone(&busy.stop), Arc::<AtomicU64>::default());
+            busy.counts.push(Arc::clone(&count));
+            let thread = std::thread::Builder::new().name(format!("busy{cpu}")).spawn(move || {
+                if let Err(e) = pin_to(cpu) {
+                    return eprintln!("agent: {e}");
+                }
+                // SAFETY: plain system call; the agent's own answers must get through.
+                unsafe { libc::nice(19) };
+                while !stop.load(Ordering::Relaxed) {
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            })?;
+            busy.threads.push(thread);
+        }
+        Ok(busy)
+    }
+
+    pub fn counts(&self) -> Vec<u64> {
+        self.counts.iter().map(|c| c.load(Ordering::Relaxed)).collect()
+    }
+
+    pub fn stop(self) -> Vec<u64> {
+        self.stop.store(true, Ordering::Relaxed);
+        let Self { counts, threads, .. } = self;
+        for thread in threads {
+            let _ = thread.join();
+        }
+        counts.iter().map(|c| c.load(Ordering::Relaxed)).collect()
+    }
+}
+
+/// Timers of the kernel (timerfd, CLOCK_MONOTONIC), each watched by a thread that sleeps in it.
+pub struct Timers {
+    threads: Vec<JoinHandle<io::Result<TimerFired>>>,
+}
+
+impl Timers {
+    pub fn arm(after_ms: &[u64]) -> io::Result<Self> {
+        let start = mono_ns();
+        let mut threads = Vec::new();
+        for &ms in after_ms {
+            let due_ns = start + ms * 1_000_000;
+            let timer = timer_at(due_ns)?;
+            threads.push(std::thread::Builder::new().stack_size(64 << 10).spawn(move || {
+                let mut expirations = 0_u64;
+                // SAFETY: reads 8 bytes into an 8-byte integer.
+                let read = unsafe { libc::read(timer.as_raw_fd(), (&raw mut expirations).cast(), 8) };
+                if read == 8 { Ok(TimerFired { due_ns, fired_ns: mono_ns() }) } else { Err(io::Error::last_os_error()) }
+            })?);
+        }
+        Ok(Self { threads })
+    }
+
+    /// All of them, or an error naming how many have not fired.
+    pub fn wait(self, timeout_ms: u64) -> io::Result<Vec<TimerFired>> {
+        let until = mono_ns() + timeout_ms * 1_000_000;
+        loop {
+            let waiting = self.threads.iter().filter(|t| !t.is_finished()).count();
+            if waiting == 0 {
+                break;
+            }
+            if mono_ns() > until {
+                return Err(io::Error::other(format!("{waiting} of {} timers have not fired", self.threads.len())));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| Err(io::Error::other("timer thread panicked"))))
+            .collect()
+    }
+}
+
+fn timer_at(due_ns: u64) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call.
+    let fd = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    let timer = unsafe { OwnedFd::from_raw_fd(fd) };
+    let value = libc::timespec { tv_sec: (due_ns / 1_000_000_000) as i64, tv_nsec: (due_ns % 1_000_000_000) as i64 };
+    let spec = libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+    // SAFETY: `spec` is valid, the old value is not asked for.
+    if unsafe { libc::timerfd_settime(timer.as_raw_fd(), libc::TFD_TIMER_ABSTIME, &spec, std::ptr::null_mut()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(timer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_checked_whole() {
+        let job = Memory::start(2, 7).unwrap();
+        let stats = job.stop();
+        assert!(stats.pages_checked >= 512 && stats.passes >= 1, "{stats:?}");
+        assert_eq!(stats.pages_wrong, 0);
+    }
+
+    #[test]
+    fn a_changed_word_is_found() {
+        let mut page = [0; PAGE_WORDS];
+        fill(&mut page, 1, 2, 3);
+        assert!(holds(&page, 1, 2, 3));
+        page[300] ^= 1 << 40;
+        assert!(!holds(&page, 1, 2, 3));
+        fill(&mut page, 1, 2, 4);
+        assert!(!holds(&page, 1, 2, 3));
+    }
+
+    #[test]
+    fn timers_fire_when_due() {
+        let fired = Timers::arm(&[20, 5]).unwrap().wait(5000).unwrap();
+        assert_eq!(fired.len(), 2);
+        assert!(fired.iter().all(|t| t.late_us() >= 0), "{fired:?}");
+    }
+
+    #[test]
+    fn busy_threads_count() {
+        let busy = Busy::start(&[0]).unwrap();
+        while busy.counts()[0] == 0 {
+            std::thread::yield_now();
+        }
+        assert!(busy.stop()[0] > 0);
+    }
+}

@@ -1,0 +1,188 @@
+//! The guest agent: reads requests from the serial line, does them, answers.
+//!
+//! One loop reads; a request that waits for something gets a thread of its own, so that others are answered meanwhile. Answers are kept for a
+//! while by ID: a request that comes again is answered again, not done again.
+
+mod jobs;
+mod machine;
+mod tty;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serde::Serialize;
+
+use crate::{
+    clock, net,
+    proto::{Answer, Line, LineBuffer, Notice, Request, UNASKED},
+};
+
+/// How many answers are kept for askers who did not get them.
+const KEPT_ANSWERS: usize = 64;
+
+/// What the agent is doing.
+#[derive(Default)]
+struct Agent {
+    streams: Mutex<jobs::Streams>,
+    watches: Mutex<jobs::Watches>,
+    memory: Mutex<Option<jobs::Memory>>,
+    busy: Mutex<Option<jobs::Busy>>,
+    timers: Mutex<Option<jobs::Timers>>,
+    /// By ID; `None` while it is being done.
+    answers: Mutex<BTreeMap<u64, Option<Answer>>>,
+}
+
+/// A lock whose holder panicked still guards usable data here: every value is replaced whole.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Serves requests from the serial device at `path` until the machine goes down.
+pub fn run(path: &str) -> std::io::Result<()> {
+    let tty = Arc::new(tty::Tty::open(path)?);
+    let agent = Arc::new(Agent::default());
+    tty.write(UNASKED, &Notice::Ready)?;
+    let mut lines = LineBuffer::default();
+    loop {
+        for line in lines.push(&tty.read()?) {
+            match line {
+                Line::Message { id, json } => receive(&agent, &tty, id, &json)?,
+                Line::Garbled => tty.write(UNASKED, &Notice::Garbled)?,
+                Line::Other(_) => {}
+            }
+        }
+    }
+}
+
+fn receive(agent: &Arc<Agent>, tty: &Arc<tty::Tty>, id: u64, json: &str) -> std::io::Result<()> {
+    {
+        let mut answers = lock(&agent.answers);
+        match answers.get(&id) {
+            Some(Some(answer)) => return tty.write(id, answer),
+            Some(None) => return Ok(()),
+            None => {
+                answers.insert(id, None);
+                while answers.len() > KEPT_ANSWERS {
+                    answers.pop_first();
+                }
+            }
+        }
+    }
+    let request = match serde_json::from_str::<Request>(json) {
+        Ok(request) => request,
+        Err(e) => return finish(agent, tty, id, Answer::Err(format!("not a request: {e}"))),
+    };
+    if !waits(&request) {
+        return finish(agent, tty, id, answer(agent, request));
+    }
+    let (agent, tty) = (Arc::clone(agent), Arc::clone(tty));
+    std::thread::Builder::new().name(format!("wait{id}")).spawn(move || {
+        let answer = answer(&agent, request);
+        if let Err(e) = finish(&agent, &tty, id, answer) {
+            eprintln!("agent: cannot answer {id}: {e}");
+        }
+    })?;
+    Ok(())
+}
+
+fn finish(agent: &Agent, tty: &tty::Tty, id: u64, answer: Answer) -> std::io::Result<()> {
+    lock(&agent.answers).insert(id, Some(answer.clone()));
+    tty.write(id, &answer)
+}
+
+fn waits(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::WatchWait { .. }
+            | Request::TimersWait { .. }
+            | Request::InterruptsWait { .. }
+            | Request::PowerButtonWait { .. }
+            | Request::RecvStop { .. }
+            | Request::MemoryStop
+            | Request::IfUp { .. }
+    )
+}
+
+fn answer(agent: &Agent, request: Request) -> Answer {
+    let name = format!("{request:?}");
+    match carry_out(agent, request) {
+        Ok(value) => Answer::Ok(value),
+        Err(e) => Answer::Err(format!("{name}: {e}")),
+    }
+}
+
+type Outcome = Result<serde_json::Value, Box<dyn std::error::Error>>;
+
+fn value<T: Serialize>(value: T) -> Outcome {
+    Ok(serde_json::to_value(value)?)
+}
+
+fn carry_out(agent: &Agent, request: Request) -> Outcome {
+    match request {
+        Request::Ping => value(()),
+        Request::Nics => value(machine::nics()?),
+        Request::IfUp { name, ip, prefix } => {
+            value(net::interface_up(&name, ip.parse()?, prefix, std::time::Duration::from_secs(20))?)
+        }
+        Request::Neighbour { name, ip, mac } => {
+            value(net::set_neighbour(&name, ip.parse()?, net::parse_mac(&mac).ok_or("not a MAC address")?)?)
+        }
+        Request::SendStart { flow, from, to, rate } => {
+            value(lock(&agent.streams).send_start(flow, from.parse()?, to.parse()?, rate)?)
+        }
+        Request::SendStop { flow } => value(lock(&agent.streams).send_stop(flow)?),
+        Request::SendStats { flow } => value(lock(&agent.streams).send_stats(flow)?),
+        Request::RecvStart { flow, at } => value(lock(&agent.streams).recv_start(flow, at.parse()?)?),
+        Request::RecvStats { flow } => value(lock(&agent.streams).recv_stats(flow)?),
+        Request::RecvStop { flow, quiet_ms } => {
+            let receiver = lock(&agent.streams).recv_take(flow)?;
+            value(receiver.stop(std::time::Duration::from_millis(quiet_ms)))
+        }
+        Request::WatchOpen { port } => value(lock(&agent.watches).open(port)?),
+        Request::WatchWait { port, timeout_ms } => {
+            let socket = lock(&agent.watches).socket(port)?;
+            value(jobs::wait_packet(&socket, timeout_ms)?)
+        }
+        Request::WatchClose { port } => value(lock(&agent.watches).close(port)?),
+        Request::MemoryStart { mib, seed } => {
+            let mut memory = lock(&agent.memory);
+            if memory.is_some() {
+                return Err("a memory job is running".into());
+            }
+            *memory = Some(jobs::Memory::start(mib, seed)?);
+            value(())
+        }
+        Request::MemoryStats => value(lock(&agent.memory).as_ref().ok_or("no memory job")?.stats()),
+        Request::MemoryStop => value(lock(&agent.memory).take().ok_or("no memory job")?.stop()),
+        Request::BusyStart { cpus } => {
+            let mut busy = lock(&agent.busy);
+            if busy.is_some() {
+                return Err("busy threads are running".into());
+            }
+            *busy = Some(jobs::Busy::start(&cpus)?);
+            value(())
+        }
+        Request::BusyStats => value(lock(&agent.busy).as_ref().ok_or("no busy threads")?.counts()),
+        Request::BusyStop => value(lock(&agent.busy).take().ok_or("no busy threads")?.stop()),
+        Request::TimersArm { after_ms } => {
+            *lock(&agent.timers) = Some(jobs::Timers::arm(&after_ms)?);
+            value(())
+        }
+        Request::TimersWait { timeout_ms } => {
+            let timers = lock(&agent.timers).take().ok_or("no timers are armed")?;
+            value(timers.wait(timeout_ms)?)
+        }
+        Request::Clock { cpu } => value(machine::on_cpu(cpu, || clock::sample(200))?),
+        Request::Cpuid { cpu } => value(machine::on_cpu(cpu, machine::cpuid_lines)?),
+        Request::Pci => value(machine::pci()?),
+        Request::Interrupts { name } => value(machine::interrupts(&name)?),
+        Request::InterruptsWait { name, timeout_ms } => value(machine::interrupts_wait(&name, timeout_ms)?),
+        Request::Dmesg { bytes } => value(machine::dmesg(bytes)?),
+        Request::Machine => value(machine::info()?),
+        Request::PowerButtonWait { timeout_ms } => value(machine::power_button(timeout_ms)?),
+        Request::PowerOff => value(machine::reboot(libc::RB_POWER_OFF)?),
+        Request::Reboot => value(machine::reboot(libc::RB_AUTOBOOT)?),
+    }
+}

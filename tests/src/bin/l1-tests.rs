@@ -1,0 +1,63 @@
+//! The tests, benchmarks and the demo, run in L1 as root.
+
+use std::process::ExitCode;
+
+use theseus_tests::{bench, cases, demo, harness::lab, soak};
+
+const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer INTERFACE]] [--list]
+       l1-tests bench | demo | soak   [--hardware BDF --peer INTERFACE]
+
+--hardware BDF      use this device (bound to vfio-pci) instead of the lab's; what needs more devices is skipped
+--peer INTERFACE    the interface of this machine that is wired to it";
+
+fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    let Some(command) = words.next() else { return usage("which command?") };
+    let (mut filters, mut rest) = (Vec::new(), Vec::new());
+    let (mut hardware, mut peer) = (None, None);
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--hardware" | "--peer" => {
+                let Some(value) = words.next() else { return usage(&format!("{word} needs a value")) };
+                if word == "--peer" { peer = Some(value) } else { hardware = Some(value) }
+            }
+            "-h" | "--help" => {
+                println!("{USAGE}");
+                return ExitCode::SUCCESS;
+            }
+            // Options of the test harness.
+            option if option.starts_with('-') => rest.push(word),
+            _ => filters.push(word),
+        }
+    }
+    if let Some(bdf) = hardware {
+        lab::use_hardware(&bdf, peer.as_deref());
+    }
+    let outcome = match command.as_str() {
+        "test" => match cases::run(&filters, &rest) {
+            Ok(conclusion) => return conclusion.exit_code(),
+            Err(e) => Err(e),
+        },
+        "bench" => bench::run(),
+        "demo" => demo::run(),
+        "soak" => soak::run(),
+        "-h" | "--help" | "help" => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        other => return usage(&format!("unknown command '{other}'")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            eprintln!("{}", theseus_tests::harness::logs::tails());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage(why: &str) -> ExitCode {
+    eprintln!("error: {why}\n{USAGE}");
+    ExitCode::from(2)
+}

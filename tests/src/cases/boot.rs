@@ -1,0 +1,84 @@
+//! A guest comes up, and goes down by its own will.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    harness::{proc, vm::Vm},
+    proto::Request,
+};
+
+/// Time for a guest to end and the VMM after it.
+const DOWN: Duration = Duration::from_secs(60);
+
+/// What a kernel takes from small memory before it counts: its image, its page structures, the initramfs.
+const TAKEN_MIB: u64 = 130;
+
+fn boot(cpus: u32, mib: u64) -> Result<()> {
+    let vm = Vm::builder().cpus(cpus).memory(&format!("size={mib}M")).boot()?;
+    let machine = vm.agent()?.machine()?;
+    ensure!(machine.cpus_online == cpus as usize, "{machine:?}");
+    let seen = machine.memory_kib / 1024;
+    // 1/40 of large memory are page structures.
+    ensure!(seen < mib && seen + TAKEN_MIB + mib / 40 > mib, "{machine:?} of {mib} MiB");
+    ensure!(vm.state()? == "Running", "{}", vm.info()?);
+    ensure!(vm.info()?["memory_actual_size"] == mib << 20, "{}", vm.info()?);
+    for cpu in 0..cpus {
+        proc::thread_named(vm.pid(), &format!("vcpu{cpu}"))?;
+    }
+    // Memory above 3 GiB is not only counted but there: more than fits below is written and read.
+    if mib > 4096 {
+        vm.agent()?.call_within::<()>(&Request::MemoryStart { mib: 3500, seed: 1 }, DOWN)?;
+        let stats: crate::proto::MemoryStats =
+            vm.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(400))?;
+        ensure!(stats.pages_wrong == 0 && stats.pages_checked >= 3500 * 256, "{stats:?}");
+    }
+    Ok(())
+}
+
+pub fn one_cpu_512m() -> Result<()> {
+    boot(1, 512)
+}
+
+pub fn four_cpus_6g() -> Result<()> {
+    boot(4, 6 << 10)
+}
+
+/// Ends the guest with `request`; the VMM must end by itself. Its exit code and its last words are given back.
+fn end_by(request: &Request) -> Result<(Option<i32>, String)> {
+    let mut vm = Vm::builder().boot()?;
+    vm.agent()?.call::<()>(request)?;
+    let status = vm.wait_exit(DOWN)?;
+    let log = vm.log_text();
+    ensure!(status.success(), "{status}: {log}");
+    Ok((status.code(), log.to_lowercase()))
+}
+
+pub fn poweroff_from_guest() -> Result<()> {
+    let (_, log) = end_by(&Request::PowerOff)?;
+    ensure!(log.contains("power") && !log.contains("reset"), "the log does not name the power-off as reason: {log}");
+    Ok(())
+}
+
+pub fn reboot_from_guest() -> Result<()> {
+    let (_, log) = end_by(&Request::Reboot)?;
+    ensure!(log.contains("reset") || log.contains("reboot"), "the log does not name the reset as reason: {log}");
+    Ok(())
+}
+
+pub fn power_button() -> Result<()> {
+    let mut vm = Vm::builder().boot()?;
+    for round in ["before an update", "after it"] {
+        let pressed = vm.agent()?.start::<()>(&Request::PowerButtonWait { timeout_ms: 20_000 })?;
+        // The agent must have the device open: this answer comes after that.
+        vm.agent()?.ping()?;
+        std::thread::sleep(Duration::from_millis(500));
+        vm.api.order("vm.power-button")?;
+        pressed.wait(Duration::from_secs(30)).map_err(|e| e.context(round))?;
+        if round.starts_with("before") {
+            vm.update()?;
+        }
+    }
+    Ok(())
+}

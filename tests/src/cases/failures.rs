@@ -1,0 +1,176 @@
+//! Updates that must not happen: the guest goes on in the old image, the caller is told why, and the next update works.
+
+use std::{
+    fs::{self, OpenOptions},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    cases::note,
+    harness::{
+        hooks::{Hold, Switch},
+        http::Answer,
+        lab::{self, Nic},
+        rig::{self, Rig},
+        vfio::InvalidRange,
+        vm::{Vm, update_body},
+    },
+};
+
+/// What went before the guest was touched, and what went after.
+const REFUSED: &[u16] = &[409];
+const FAILED: &[u16] = &[409, 500];
+
+/// Runs `attempt` under traffic. It must be answered with one of `statuses` and causes that hold one of `words`; the guest must not
+/// notice; the next update must work.
+fn unharmed(
+    rig: &mut Rig,
+    statuses: &[u16],
+    words: &[&str],
+    attempt: impl FnOnce(&Rig) -> Result<Answer>,
+) -> Result<()> {
+    let traffic = rig.traffic()?;
+    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    let before = rig.vm.ping()?;
+    let answer = attempt(rig)?;
+    ensure!(statuses.contains(&answer.status), "expected {statuses:?}: {answer:?}");
+    let causes = answer.causes()?.join(": ");
+    ensure!(
+        words.iter().any(|w| causes.to_lowercase().contains(&w.to_lowercase())),
+        "no cause names one of {words:?}: {causes}"
+    );
+    note(format_args!("told: {causes}"));
+    let after = rig.vm.ping()?;
+    ensure!((before.pid, &before.build_id) == (after.pid, &after.build_id), "{before:?} -> {after:?}");
+    ensure!(rig.vm.state()? == "Running", "{}", rig.vm.info()?);
+    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    rig.vm.update().context("the update after the failed one")?;
+    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    traffic.finish_clean(rig.agent()?)?;
+    Ok(())
+}
+
+/// A copy of the next build that a test may spoil.
+fn copy_of_next(rig: &Rig, name: &str) -> Result<PathBuf> {
+    let path = rig.vm.dir.join(name);
+    fs::copy(rig.vm.other_build()?, &path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+pub fn target_missing() -> Result<()> {
+    rig::shared(|rig| {
+        unharmed(rig, REFUSED, &["/nowhere/theseus"], |rig| rig.vm.ask_update(Path::new("/nowhere/theseus")))
+    })
+}
+
+pub fn not_executable() -> Result<()> {
+    rig::shared(|rig| {
+        let target = copy_of_next(rig, "plain-file")?;
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o644))?;
+        unharmed(rig, REFUSED, &["execut", "permission"], |rig| rig.vm.ask_update(&target))
+    })
+}
+
+/// Other programs: one that fails, one that succeeds whatever it is asked, and a script.
+pub fn not_theseus() -> Result<()> {
+    rig::shared(|rig| {
+        let script = rig.vm.dir.join("script");
+        fs::write(&script, "#!/bin/sh\necho '{}'\n")?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        let agent = lab::bin("agent")?;
+        for target in [agent.as_path(), Path::new("/bin/true"), &script] {
+            let name = target.display().to_string();
+            unharmed(rig, REFUSED, &[&name, "theseus"], |rig| rig.vm.ask_update(target))
+                .with_context(|| name.clone())?;
+        }
+        Ok(())
+    })
+}
+
+pub fn wrong_sha256() -> Result<()> {
+    rig::shared(|rig| {
+        unharmed(rig, REFUSED, &["sha256", "sha-256"], |rig| {
+            let body = serde_json::json!({ "binary": rig.vm.other_build()?, "sha256": "0".repeat(64) });
+            rig.vm.api.put("vm.update", &body.to_string())
+        })?;
+        // The right one is accepted.
+        let target = rig.vm.other_build()?;
+        let hash: String = Sha256::digest(fs::read(&target)?).iter().map(|b| format!("{b:02x}")).collect();
+        let body = serde_json::json!({ "binary": target, "sha256": hash });
+        let answer = rig.vm.api.put("vm.update", &body.to_string())?;
+        ensure!(answer.status == 200, "{answer:?}");
+        rig.vm.note_update();
+        Ok(())
+    })
+}
+
+pub fn older_state_version() -> Result<()> {
+    rig::shared(|rig| {
+        let hook = Switch::on(&rig.vm.dir, "state-version")?;
+        unharmed(rig, REFUSED, &["version", "format"], move |rig| {
+            let answer = rig.vm.ask_update(&rig.vm.other_build()?);
+            drop(hook);
+            answer
+        })
+    })
+}
+
+/// The target passes every check, then exec fails: somebody has opened it for writing meanwhile (ETXTBSY).
+pub fn exec_fails() -> Result<()> {
+    rig::shared(|rig| {
+        let target = copy_of_next(rig, "busy-file")?;
+        unharmed(rig, FAILED, &["exec", "busy"], |rig| {
+            let mut hold = Hold::arm(&rig.vm.dir)?;
+            let mut caller = rig.vm.api.connect()?;
+            caller.send("PUT", "vm.update", &update_body(&target))?;
+            hold.wait_held(Duration::from_secs(30))?;
+            let writer = OpenOptions::new().write(true).open(&target)?;
+            hold.release()?;
+            let answer = caller.receive();
+            drop(writer);
+            answer
+        })
+    })
+}
+
+/// The kernel refuses to invalidate the second container, because one of its ranges is invalid already; the first is put back.
+pub fn second_container() -> Result<()> {
+    let nics = [(Nic::IgbA, None), (Nic::IgbB, Some("second"))];
+    let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
+    rig.vm.update()?;
+    for container in [1, 0] {
+        unharmed(&mut rig, FAILED, &["invalid", "container"], |rig| {
+            let range = InvalidRange::new(rig.vm.pid(), container)?;
+            let answer = rig.vm.ask_update(&rig.vm.other_build()?);
+            range.repair()?;
+            answer
+        })
+        .with_context(|| format!("container {container}"))?;
+    }
+    Ok(())
+}
+
+/// A dry run says that it would work, or why not, and changes nothing.
+pub fn dry_run() -> Result<()> {
+    rig::shared(|rig| {
+        let before = rig.vm.ping()?;
+        let ask = |rig: &Rig, binary: &Path| {
+            rig.vm.api.put("vm.update", &serde_json::json!({ "binary": binary, "dry_run": true }).to_string())
+        };
+        let answer = ask(rig, &rig.vm.other_build()?)?;
+        ensure!(answer.status == 200, "{answer:?}");
+        let report: serde_json::Value = answer.json()?;
+        ensure!(report["outcome"] != "updated", "{report}");
+        let answer = ask(rig, Path::new("/nowhere/theseus"))?;
+        ensure!(answer.status == 409, "{answer:?}");
+        ensure!(rig.vm.ping()?.build_id == before.build_id, "a dry run has updated");
+        rig.vm.update()?;
+        Ok(())
+    })
+}

@@ -1,0 +1,159 @@
+//! What the guest sees of its machine, and where its vCPUs run, stay as they are.
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    harness::{agent::Agent, proc, rig, vm::Vm},
+    proto::PciFunction,
+};
+
+/// CPUID of every CPU, and every PCI function's configuration space and resources, before and after updates between two builds.
+pub fn machine() -> Result<()> {
+    rig::shared(|rig| {
+        let (cpuid, pci) = dumps(rig.agent()?, rig.vm.cpus)?;
+        ensure!(pci.len() > rig.wires.len() && cpuid.iter().all(|c| c.len() > 10), "{pci:?}");
+        for way in ["there", "back"] {
+            rig.vm.update()?;
+            let (cpuid_after, pci_after) = dumps(rig.agent()?, rig.vm.cpus)?;
+            for (cpu, (a, b)) in cpuid.iter().zip(&cpuid_after).enumerate() {
+                let changed: Vec<_> = a.iter().zip(b).filter(|(a, b)| a != b).collect();
+                ensure!(a == b, "{way}: CPUID of CPU {cpu} changed: {changed:?} ({} -> {} leaves)", a.len(), b.len());
+            }
+            ensure!(pci.len() == pci_after.len(), "{way}: {} -> {} PCI functions", pci.len(), pci_after.len());
+            for (a, b) in pci.iter().zip(&pci_after) {
+                ensure!(
+                    a == b,
+                    "{way}: PCI function {} changed:\n{}\n{}\n{}\n{}",
+                    a.bdf,
+                    a.config,
+                    b.config,
+                    a.resources,
+                    b.resources
+                );
+            }
+        }
+        Ok(())
+    })
+}
+
+fn dumps(agent: &Agent, cpus: u32) -> Result<(Vec<Vec<String>>, Vec<PciFunction>)> {
+    let cpuid = (0..cpus as usize).map(|cpu| agent.cpuid(cpu)).collect::<Result<_>>()?;
+    let mut pci = agent.pci()?;
+    for function in &mut pci {
+        mask_status(&mut function.config);
+    }
+    Ok((cpuid, pci))
+}
+
+/// The PCI status register (offset 6) and PCI Express device and link status (capability 0x10, offsets 0xa and 0x12) tell what happened on
+/// the bus, not what the machine is.
+fn mask_status(config: &mut String) {
+    let Some(mut bytes) = decode(config) else { return };
+    let mut mask = |at: usize| bytes.get_mut(at..at + 2).map(|b| b.fill(0));
+    mask(6);
+    let express = |bytes: &[u8]| {
+        let mut at = usize::from(*bytes.get(0x34)?) & !3;
+        for _ in 0..48 {
+            match (*bytes.get(at)?, *bytes.get(at + 1)?) {
+                _ if at == 0 => return None,
+                (0x10, _) => return Some(at),
+                (_, next) => at = usize::from(next) & !3,
+            }
+        }
+        None
+    };
+    if let Some(at) = express(&bytes) {
+        for status in [at + 0xa, at + 0x12] {
+            if let Some(word) = bytes.get_mut(status..status + 2) {
+                word.fill(0);
+            }
+        }
+    }
+    *config = bytes.iter().map(|b| format!("{b:02x}")).collect();
+}
+
+fn decode(hex: &str) -> Option<Vec<u8>> {
+    (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(hex.get(i..i + 2)?, 16).ok()).collect()
+}
+
+/// Affinity, policy and nice value of a vCPU thread as an operator sets them from outside.
+pub fn affinity_kept() -> Result<()> {
+    let mut vm = Vm::builder().cpus(2).boot()?;
+    let tid = proc::thread_named(vm.pid(), "vcpu0")?;
+    let other = Placement::of(proc::thread_named(vm.pid(), "vcpu1")?)?;
+    Placement { cpus: vec![1], policy: libc::SCHED_BATCH, nice: 5 }.put(tid)?;
+    let wanted = Placement::of(tid)?;
+    ensure!(wanted.cpus == [1] && wanted.policy == libc::SCHED_BATCH && wanted.nice == 5, "{wanted:?}");
+    for _ in 0..2 {
+        vm.update()?;
+        let now = Placement::of(proc::thread_named(vm.pid(), "vcpu0")?)?;
+        ensure!(now == wanted, "vcpu0: {wanted:?} -> {now:?}");
+        let now = Placement::of(proc::thread_named(vm.pid(), "vcpu1")?)?;
+        ensure!(now == other, "vcpu1: {other:?} -> {now:?}");
+    }
+    vm.agent()?.ping()
+}
+
+#[derive(Debug, PartialEq)]
+struct Placement {
+    cpus: Vec<usize>,
+    policy: i32,
+    nice: i32,
+}
+
+impl Placement {
+    fn of(tid: i32) -> Result<Self> {
+        // SAFETY: the set is plain data of the size given; the others take numbers only.
+        let (cpus, policy, nice) = unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            ensure!(libc::sched_getaffinity(tid, size_of::<libc::cpu_set_t>(), &mut set) == 0, "affinity of {tid}");
+            let cpus = (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &set)).collect();
+            (cpus, libc::sched_getscheduler(tid), libc::getpriority(libc::PRIO_PROCESS, tid as u32))
+        };
+        Ok(Self { cpus, policy, nice })
+    }
+
+    fn put(&self, tid: i32) -> Result<()> {
+        // SAFETY: as in `of`.
+        unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            for &cpu in &self.cpus {
+                libc::CPU_SET(cpu, &mut set);
+            }
+            ensure!(libc::sched_setaffinity(tid, size_of::<libc::cpu_set_t>(), &set) == 0, "affinity of {tid}");
+            let param = libc::sched_param { sched_priority: 0 };
+            ensure!(libc::sched_setscheduler(tid, self.policy, &param) == 0, "policy of {tid}");
+            ensure!(libc::setpriority(libc::PRIO_PROCESS, tid as u32, self.nice) == 0, "nice of {tid}");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_is_masked_and_nothing_else() {
+        let mut bytes = vec![0x11_u8; 256];
+        bytes[0x34] = 0x40;
+        (bytes[0x40], bytes[0x41]) = (0x05, 0x60);
+        (bytes[0x60], bytes[0x61]) = (0x10, 0);
+        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let mut config = hex(&bytes);
+        mask_status(&mut config);
+        for at in [6, 7, 0x6a, 0x6b, 0x72, 0x73] {
+            bytes[at] = 0;
+        }
+        assert_eq!(config, hex(&bytes));
+    }
+
+    #[test]
+    fn no_capabilities_no_loop() {
+        let mut config = "ff".repeat(256);
+        mask_status(&mut config);
+        let mut short = "00".repeat(8);
+        mask_status(&mut short);
+        assert_eq!(short, "00".repeat(8));
+    }
+}

@@ -1,0 +1,200 @@
+//! An interrupt that comes only while the vCPUs are stopped is delivered, and DMA goes on meanwhile.
+//!
+//! The update is held with the vaddrs invalidated, one packet is sent, then there is silence. Its payload must be in the guest's memfd
+//! while held, and the guest must report it soon after it runs again.
+//!
+//! Two things would forgive a lost interrupt: another packet (there is none) and the driver, which fires all its vectors every 2 s. The update
+//! is therefore started right after such a tick and must be over well before the next; an attempt that takes longer says nothing and is
+//! repeated.
+
+use std::{
+    net::{SocketAddr, UdpSocket},
+    thread::sleep,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{
+    cases::note,
+    harness::{
+        agent::Agent,
+        hooks::{self, Hold, Switch},
+        lab::Nic,
+        ram::{GuestRam, STEP},
+        rig::{self, Rig},
+        vm::{Report, Vm, update_body},
+        wire::Wire,
+    },
+    proto::{Arrival, Request, Vector},
+};
+
+/// The guest must have reported the packet so long after the caller was told that the guest runs.
+const PROMPT: Duration = Duration::from_millis(200);
+/// From one tick of the driver to the next, less what the measurement of a tick is worth.
+const TICK: Duration = Duration::from_millis(1800);
+const ATTEMPTS: usize = 8;
+const PORT: u16 = 9900;
+const SOURCES: u8 = 24;
+
+pub fn igb() -> Result<()> {
+    rig::shared(|rig| every_vector(rig, 2))
+}
+
+pub fn e1000e() -> Result<()> {
+    // Its driver has one receive vector, however many CPUs.
+    every_vector(&mut Rig::boot(Vm::builder().cpus(2), &[(Nic::E1000e, None)])?, 1)
+}
+
+/// With no irqfd attached to the device's eventfds by the new image, the very same check must fail.
+pub fn red_without_irqfds() -> Result<()> {
+    let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
+    ensure!(
+        rig.vm.ping()?.features.iter().any(|f| f == hooks::FEATURE),
+        "the VMM under test has no test hooks: {:?}",
+        rig.vm.ping()?
+    );
+    let ram = GuestRam::of(rig.vm.pid())?;
+    let (vector, source) = sources(rig.agent()?, &rig.wires[0])?.into_iter().next().context("no vector")?;
+    let _hook = Switch::on(&rig.vm.dir, "skip-irqfds")?;
+    let seen = conclusive(&mut rig, &ram, &vector, source)?;
+    // The guest itself is well: it answers, only the packet's interrupt is missing.
+    rig.agent()?.ping()?;
+    ensure!(seen.dma, "the packet was not even in memory");
+    ensure!(
+        seen.reported.is_none_or(|after| after > PROMPT),
+        "reported {:?} after resume though nothing could deliver it",
+        seen.reported
+    );
+    Ok(())
+}
+
+fn every_vector(rig: &mut Rig, expected: usize) -> Result<()> {
+    let ram = GuestRam::of(rig.vm.pid())?;
+    let vectors = sources(rig.agent()?, &rig.wires[0])?;
+    ensure!(
+        vectors.len() >= expected,
+        "{expected} receive vectors expected, packets of {SOURCES} sources reach only {vectors:?}"
+    );
+    for (vector, source) in vectors {
+        let seen = conclusive(rig, &ram, &vector, source)?;
+        ensure!(seen.dma, "{vector}: the packet was not found in guest memory while the update was held");
+        let reported = seen.reported.with_context(|| format!("{vector}: the packet's interrupt was lost"))?;
+        note(format_args!("{vector}: in memory after {:?}, reported {reported:?} after the answer", seen.dma_after));
+        ensure!(reported <= PROMPT, "{vector}: reported {reported:?} after resume");
+    }
+    Ok(())
+}
+
+/// For each receive vector of the wire's NIC, the number of a source address whose packets raise it.
+fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
+    wire.add_peer_ips(SOURCES)?;
+    let mut found: Vec<(String, u8)> = Vec::new();
+    let counts = |agent: &Agent| -> Result<Vec<Vector>> {
+        Ok(agent.interrupts(&wire.guest)?.into_iter().filter(|v| v.name.to_lowercase().contains("rx")).collect())
+    };
+    let all = counts(agent)?.len();
+    ensure!(all > 0, "no receive vector of {} in the guest's /proc/interrupts", wire.guest);
+    for source in 0..=SOURCES {
+        let before = counts(agent)?;
+        for _ in 0..6 {
+            send(wire, source, 0x1234)?;
+            sleep(Duration::from_millis(20));
+        }
+        // More than the driver's own tick can add.
+        let raised = counts(agent)?.into_iter().zip(before).find(|(now, then)| now.count >= then.count + 4);
+        if let Some((vector, _)) = raised
+            && !found.iter().any(|(name, _)| *name == vector.name)
+        {
+            found.push((vector.name, source));
+        }
+        if found.len() == all {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// 1200 bytes of `token` from L1's address number `source`.
+fn send(wire: &Wire, source: u8, token: u16) -> Result<()> {
+    let socket = UdpSocket::bind(SocketAddr::new(wire.peer_ip(source).into(), 0))?;
+    let payload: Vec<u8> = token.to_ne_bytes().repeat(600);
+    assert!(payload.len() >= 2 * STEP);
+    socket.send_to(&payload, (wire.guest_ip(), PORT)).context("sending the packet")?;
+    Ok(())
+}
+
+/// What an attempt showed.
+struct Seen {
+    dma: bool,
+    /// From sending to finding, search included.
+    dma_after: Duration,
+    /// From the answer to the update (zero: before it) to the guest's report; `None`: no report for long.
+    reported: Option<Duration>,
+    /// From the driver's tick to the end of what is judged.
+    took: Duration,
+}
+
+/// Attempts until one is short enough to mean something.
+fn conclusive(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Seen> {
+    let mut took = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let seen = attempt(rig, ram, vector, source)?;
+        if seen.took < TICK {
+            return Ok(seen);
+        }
+        took.push(seen.took);
+    }
+    bail!("{vector}: no attempt was over before the driver's next tick: {took:?}")
+}
+
+fn attempt(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Seen> {
+    let wire = rig.wires[0].clone();
+    let token = fresh_token(ram)?;
+    let agent = rig.vm.agent()?;
+    agent.call::<()>(&Request::WatchOpen { port: PORT })?;
+    let report = agent.start::<Arrival>(&Request::WatchWait { port: PORT, timeout_ms: 8000 })?;
+    let mut hold = Hold::arm(&rig.vm.dir)?;
+    let mut caller = rig.vm.api.connect()?;
+    let request = update_body(&rig.vm.other_build()?);
+
+    // A driver without ticks forgives nothing.
+    let _ = agent.call::<Vec<Vector>>(&Request::InterruptsWait { name: vector.into(), timeout_ms: 4000 });
+    let tick = Instant::now();
+    caller.send("PUT", "vm.update", &request)?;
+    hold.wait_held(Duration::from_secs(30))?;
+    let sent = Instant::now();
+    send(&wire, source, token)?;
+    let mut dma = false;
+    while !dma && sent.elapsed() < Duration::from_secs(1) {
+        dma = ram.find_filler(token).is_some();
+    }
+    let dma_after = sent.elapsed();
+    hold.release()?;
+    let answer = caller.receive()?;
+    let answered = Instant::now();
+    ensure!(answer.status == 200, "{answer:?}");
+    let outcome: Report = answer.json()?;
+    ensure!(outcome.outcome == "updated", "{outcome:?}");
+    let reported = report.wait(PROMPT * 2).ok().map(|(arrival, at)| (arrival, at.saturating_duration_since(answered)));
+    rig.vm.note_update();
+    if let Some((arrival, _)) = &reported {
+        ensure!(arrival.head.chunks(2).all(|pair| pair == token.to_ne_bytes()), "another packet came: {arrival:?}");
+    }
+    let judged = reported.as_ref().map_or(PROMPT, |(_, after)| *after);
+    Ok(Seen {
+        dma,
+        dma_after,
+        reported: reported.map(|(_, after)| after),
+        took: answered.duration_since(tick) + judged,
+    })
+}
+
+/// A filler that is nowhere in guest memory yet.
+fn fresh_token(ram: &GuestRam) -> Result<u16> {
+    let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.subsec_nanos();
+    (0..100_u32)
+        .map(|i| (seed.wrapping_add(i.wrapping_mul(7919)) % 0xd000) as u16 + 0x1001)
+        .find(|&token| token.to_ne_bytes()[0] != token.to_ne_bytes()[1] && ram.find_filler(token).is_none())
+        .context("every filler is in guest memory already")
+}

@@ -1,0 +1,159 @@
+//! The end-to-end tests. One file per theme; this one lists and runs them.
+
+mod api;
+mod boot;
+mod connections;
+mod failures;
+mod frozen;
+mod held;
+mod resources;
+mod time;
+mod traffic;
+mod update;
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
+
+use crate::harness::{lab::Nic, logs, rig};
+
+/// Updates in a row where a test wants many.
+pub const MANY: u32 = 20;
+
+/// One test: what it is called, the NICs it needs, what it does. It fails by returning an error or by panicking.
+struct Case {
+    name: &'static str,
+    nics: &'static [Nic],
+    /// Uses the common guest; others end it first if they need its NIC.
+    shares: bool,
+    body: fn() -> Result<()>,
+}
+
+const fn plain(name: &'static str, body: fn() -> Result<()>) -> Case {
+    Case { name, nics: &[], shares: false, body }
+}
+
+const fn shared(name: &'static str, body: fn() -> Result<()>) -> Case {
+    Case { name, nics: &[Nic::IgbA], shares: true, body }
+}
+
+const fn with(nics: &'static [Nic], name: &'static str, body: fn() -> Result<()>) -> Case {
+    Case { name, nics, shares: false, body }
+}
+
+/// In the order they run; those that share a guest stand together.
+const CASES: &[Case] = &[
+    plain("boot_1cpu_512m", boot::one_cpu_512m),
+    plain("boot_4cpu_6g", boot::four_cpus_6g),
+    plain("poweroff_from_guest", boot::poweroff_from_guest),
+    plain("reboot_from_guest", boot::reboot_from_guest),
+    plain("power_button", boot::power_button),
+    plain("api_bad_input", api::bad_input),
+    plain("api_bad_input_without_guest", api::bad_input_without_guest),
+    plain("update_plain", update::plain),
+    plain("four_busy_vcpus", time::four_busy_vcpus),
+    plain("idle_guest_wakes", time::idle_guest_wakes),
+    plain("timer_over_update", time::timer_over_update),
+    plain("affinity_kept", frozen::affinity_kept),
+    shared("update_igb_traffic", traffic::igb),
+    shared("clock_20_updates", time::clock_updates),
+    shared("resources_flat_20_updates", resources::flat),
+    shared("frozen_machine", frozen::machine),
+    shared("idle_and_calling_connections", connections::kept),
+    shared("client_hangs_up_during_update", connections::client_hangs_up),
+    shared("dry_run", failures::dry_run),
+    shared("fails_target_missing", failures::target_missing),
+    shared("fails_not_executable", failures::not_executable),
+    shared("fails_not_theseus", failures::not_theseus),
+    shared("fails_wrong_sha256", failures::wrong_sha256),
+    shared("fails_older_state_version", failures::older_state_version),
+    shared("fails_exec", failures::exec_fails),
+    shared("one_packet_while_invalidated_igb", held::igb),
+    with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
+    with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
+    with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),
+    with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
+];
+
+impl Case {
+    /// The first thing that it needs and that is not there.
+    fn lacks(&self) -> Option<String> {
+        self.nics.iter().find(|nic| !nic.is_there()).map(|nic| {
+            let why = nic.bdf().and_then(|_| nic.peer()).err().map(|e| e.to_string()).unwrap_or_default();
+            format!("no {nic:?}: {why}")
+        })
+    }
+
+    fn run(&self) -> Result<(), Failed> {
+        logs::begin(self.name);
+        if !self.shares {
+            rig::drop_shared();
+        }
+        let started = Instant::now();
+        let outcome = std::panic::catch_unwind(self.body).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Err(anyhow::anyhow!("panicked: {}", text.unwrap_or("?")))
+        });
+        match outcome {
+            Ok(()) => {
+                println!("     {}: {:.1} s", self.name, started.elapsed().as_secs_f64());
+                Ok(())
+            }
+            Err(e) => {
+                let text = format!("{e:#}\n{}", logs::tails());
+                // At once as well as in the summary: a run that is killed later still tells.
+                println!("FAILED {}: {text}", self.name);
+                rig::drop_shared();
+                Err(Failed::from(text))
+            }
+        }
+    }
+}
+
+/// Says something that a passing test has measured.
+pub fn note(text: std::fmt::Arguments<'_>) {
+    println!("     {text}");
+}
+
+/// Runs the tests whose names contain one of `filters` (all for none). `rest` are options of the test harness.
+pub fn run(filters: &[String], rest: &[String]) -> Result<Conclusion> {
+    let wanted = |case: &&Case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f.as_str()));
+    let mut trials = Vec::new();
+    let mut skipped = Vec::new();
+    for case in CASES.iter().filter(wanted) {
+        let lacks = case.lacks();
+        trials.push(Trial::test(case.name, || case.run()).with_ignored_flag(lacks.is_some()));
+        skipped.extend(lacks.map(|why| format!("skipped {}: {why}", case.name)));
+    }
+    anyhow::ensure!(!trials.is_empty(), "no test is called like {filters:?}; see l1-tests test --list");
+    let mut args = Arguments::from_iter(["l1-tests".to_string()].into_iter().chain(rest.iter().cloned()));
+    // The tests share devices.
+    args.test_threads = Some(1);
+    let conclusion = libtest_mimic::run(&args, trials);
+    rig::drop_shared();
+    for line in skipped {
+        println!("{line}");
+    }
+    Ok(conclusion)
+}
+
+/// `condition`, or an error with that text; reads better than a negated `ensure!` around long conditions.
+fn check(condition: bool, text: impl FnOnce() -> String) -> Result<()> {
+    condition.then_some(()).with_context(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_shared_cases_stand_together() {
+        let mut names: Vec<_> = CASES.iter().map(|c| c.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), CASES.len());
+        let changes = CASES.windows(2).filter(|w| w[0].shares != w[1].shares).count();
+        assert!(changes <= 2);
+    }
+}

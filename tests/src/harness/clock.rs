@@ -1,0 +1,91 @@
+//! The guest's clock against L1's; the method is told in [`crate::clock`].
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    clock::{Sample, Which, difference, median, sample},
+    harness::{vm::Vm, wait_for},
+};
+
+const TRIES: usize = 200;
+const READINGS: usize = 7;
+
+/// Where the guest's clocks are, relative to L1's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reading {
+    /// CLOCK_MONOTONIC_RAW: guest minus L1, ns, with a constant in it.
+    pub raw_ns: i64,
+    /// CLOCK_REALTIME: guest minus L1, ns.
+    pub real_ns: i64,
+    /// TSC of each vCPU minus L1's.
+    pub offsets: Vec<i64>,
+    /// The largest uncertainty of the samples used, TSC ticks.
+    pub window: u64,
+}
+
+/// KVM's folder of the VM of process `pid` in debugfs. While the old VM of an update is dying there are two.
+pub fn kvm_dir(pid: u32, deadline: Duration) -> Result<PathBuf> {
+    let prefix = format!("{pid}-");
+    wait_for("KVM to show one VM of the VMM in debugfs", deadline, || {
+        let root = fs::read_dir("/sys/kernel/debug/kvm").context("is debugfs mounted on /sys/kernel/debug?")?;
+        let mut dirs: Vec<PathBuf> =
+            root.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(&prefix)).map(|e| e.path()).collect();
+        Ok(if dirs.len() == 1 { dirs.pop() } else { None })
+    })
+}
+
+/// TSC offset of each vCPU, as KVM has it.
+pub fn tsc_offsets(vm: &Vm) -> Result<Vec<i64>> {
+    let dir = kvm_dir(vm.pid(), Duration::from_secs(60))?;
+    (0..vm.cpus)
+        .map(|cpu| {
+            let file = dir.join(format!("vcpu{cpu}/tsc-offset"));
+            let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
+            text.trim().parse().with_context(|| format!("{}: {text:?}", file.display()))
+        })
+        .collect()
+}
+
+/// Compares the clocks now.
+pub fn read(vm: &Vm) -> Result<Reading> {
+    let offsets = tsc_offsets(vm)?;
+    let offset = *offsets.first().context("no vCPU")?;
+    let mut taken: Vec<(Sample, Sample, Sample)> = Vec::new();
+    for _ in 0..READINGS {
+        let before = sample(TRIES);
+        let guest = vm.agent()?.clock()?;
+        taken.push((before, guest, sample(TRIES)));
+    }
+    // The sharpest ones.
+    taken.sort_by_key(|(before, guest, after)| before.window.max(guest.window).max(after.window));
+    taken.truncate(READINGS.div_ceil(2));
+    let all = |which| -> Result<Vec<i64>> {
+        taken
+            .iter()
+            .map(|(before, guest, after)| {
+                difference(which, before, guest, after, offset).with_context(|| {
+                    format!(
+                        "the guest's sample {guest:?} is not between {before:?} and {after:?} with TSC offset {offset}"
+                    )
+                })
+            })
+            .collect()
+    };
+    let window = taken.iter().map(|(b, g, a)| b.window.max(g.window).max(a.window)).max();
+    Ok(Reading {
+        raw_ns: median(&all(Which::Raw)?),
+        real_ns: median(&all(Which::Real)?),
+        offsets,
+        window: window.unwrap_or(0),
+    })
+}
+
+/// How far the guest's clock has moved against L1's since `first`, µs. A moved TSC offset is an error.
+pub fn error_us(first: &Reading, now: &Reading) -> Result<f64> {
+    if first.offsets != now.offsets {
+        bail!("the TSC offsets changed: {:?} -> {:?}", first.offsets, now.offsets);
+    }
+    Ok((now.raw_ns - first.raw_ns) as f64 / 1000.0)
+}

@@ -1,0 +1,102 @@
+//! Switches of a test build of the VMM, as files in the folder that [`ENV`] names.
+//!
+//! `hold-invalidated` (fifo): right before exec, with the vaddrs invalidated, the VMM writes a line to the fifo `held` and waits for a line
+//! from `hold-invalidated`.
+//! `skip-irqfds` (file): the new image attaches no irqfd, which must turn the test of held interrupts red.
+//! `state-version` (file): a target asked by `--check-update` answers as if it knew no state format but the one before.
+
+use std::{
+    ffi::CString,
+    fs::{self, File, OpenOptions},
+    io::{Read, Write},
+    os::{fd::AsRawFd, unix::ffi::OsStrExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+
+/// The environment variable with the folder of the switches.
+pub const ENV: &str = "THESEUS_TEST_HOOKS";
+/// In `features` of vmm.ping where the build knows these switches.
+pub const FEATURE: &str = "test-hooks";
+
+/// A switch that is on as long as this lives.
+pub struct Switch(PathBuf);
+
+impl Switch {
+    pub fn on(vm_dir: &Path, name: &str) -> Result<Self> {
+        let path = vm_dir.join("hooks").join(name);
+        fs::write(&path, "1").with_context(|| format!("{}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Makes the next update stop with the vaddrs invalidated.
+pub struct Hold {
+    paths: [PathBuf; 2],
+    held: File,
+    release: File,
+    released: bool,
+}
+
+impl Hold {
+    pub fn arm(vm_dir: &Path) -> Result<Self> {
+        let dir = vm_dir.join("hooks");
+        // `held` first: the VMM looks for the other.
+        let paths = [dir.join("held"), dir.join("hold-invalidated")];
+        let mut ends = Vec::new();
+        for path in &paths {
+            let name = CString::new(path.as_os_str().as_bytes())?;
+            // SAFETY: a valid C string.
+            let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
+            ensure!(made == 0, "{}: {}", path.display(), std::io::Error::last_os_error());
+            // Open for both: neither side then waits for the other in open.
+            ends.push(OpenOptions::new().read(true).write(true).open(path)?);
+        }
+        let (release, held) = (ends.pop(), ends.pop());
+        Ok(Self { paths, held: held.context("fifo")?, release: release.context("fifo")?, released: false })
+    }
+
+    /// Waits until the update is held.
+    pub fn wait_held(&mut self, deadline: Duration) -> Result<Instant> {
+        let mut poll = libc::pollfd { fd: self.held.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd.
+        let ready = unsafe { libc::poll(&mut poll, 1, deadline.as_millis() as libc::c_int) };
+        ensure!(ready == 1, "the update was not held within {deadline:?}: is this a build with test hooks?");
+        let now = Instant::now();
+        let mut line = [0; 64];
+        let _ = self.held.read(&mut line)?;
+        Ok(now)
+    }
+
+    /// Lets it go on.
+    pub fn release(mut self) -> Result<Instant> {
+        self.let_go()?;
+        Ok(Instant::now())
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        // The names go first: what comes after this update must not be held.
+        for path in &self.paths {
+            let _ = fs::remove_file(path);
+        }
+        if !self.released {
+            self.released = true;
+            self.release.write_all(b"go\n")?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let _ = self.let_go();
+    }
+}

@@ -1,0 +1,34 @@
+//! What the tests in L1 stand on: the VMM as a process and as an API, the agent in its guest, the far end of each wire.
+
+pub mod agent;
+pub mod clock;
+pub mod hooks;
+pub mod http;
+pub mod lab;
+pub mod logs;
+pub mod proc;
+pub mod ram;
+pub mod rig;
+pub mod table;
+pub mod traffic;
+pub mod vfio;
+pub mod vm;
+pub mod wire;
+
+use std::time::{Duration, Instant};
+
+/// Waits until `check` returns something, looking often; for what cannot be waited for otherwise (files of /proc, sysfs, debugfs).
+pub fn wait_for<T>(
+    what: &str,
+    deadline: Duration,
+    mut check: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let started = Instant::now();
+    loop {
+        if let Some(value) = check()? {
+            return Ok(value);
+        }
+        anyhow::ensure!(started.elapsed() < deadline, "{what}: not within {deadline:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

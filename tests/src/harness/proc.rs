@@ -1,0 +1,244 @@
+//! What /proc says about a process from outside.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+
+use crate::harness::wait_for;
+
+/// What an update must not let grow.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// What each open descriptor refers to, numbers of anonymous things taken off, and how often.
+    pub fds: BTreeMap<String, usize>,
+    pub threads: BTreeMap<String, usize>,
+    /// Mappings by name, and how often.
+    pub mappings: BTreeMap<String, usize>,
+    pub children: usize,
+    /// Locked or pinned memory, KiB.
+    pub locked_kib: u64,
+    /// Resident memory without the guest's, KiB.
+    pub own_rss_kib: u64,
+}
+
+impl Facts {
+    pub fn of(pid: u32) -> Result<Self> {
+        let dir = PathBuf::from(format!("/proc/{pid}"));
+        let status = fs::read_to_string(dir.join("status")).with_context(|| format!("process {pid} is gone"))?;
+        let mut facts = Self {
+            fds: BTreeMap::new(),
+            threads: BTreeMap::new(),
+            mappings: BTreeMap::new(),
+            children: children(pid)?.len(),
+            locked_kib: status_kib(&status, "VmLck:"),
+            own_rss_kib: 0,
+        };
+        for (_, target) in links(&dir.join("fd"))? {
+            *facts.fds.entry(without_number(&target)).or_default() += 1;
+        }
+        for (_, name) in threads(pid)? {
+            *facts.threads.entry(name).or_default() += 1;
+        }
+        let mut is_guest = false;
+        for line in fs::read_to_string(dir.join("smaps"))?.lines() {
+            if let Some(rss) = line.strip_prefix("Rss:") {
+                facts.own_rss_kib += if is_guest { 0 } else { kib(rss) };
+            } else if line.split(' ').next().is_some_and(|word| word.contains('-') && !word.ends_with(':')) {
+                // The name is the sixth column.
+                let name = line.split_whitespace().nth(5).unwrap_or("anonymous");
+                is_guest = name.starts_with("/memfd:guest-ram");
+                *facts.mappings.entry(name.to_string()).or_default() += 1;
+            }
+        }
+        Ok(facts)
+    }
+
+    pub fn fd_count(&self) -> usize {
+        self.fds.values().sum()
+    }
+
+    pub fn thread_count(&self) -> usize {
+        self.threads.values().sum()
+    }
+
+    pub fn mapping_count(&self) -> usize {
+        self.mappings.values().sum()
+    }
+
+    /// What differs from `before` by more than is allowed, in words; empty if nothing. `rss_kib`: growth that is still flat.
+    pub fn growth_since(&self, before: &Self, rss_kib: u64) -> String {
+        let mut text = String::new();
+        for (what, then, now) in [
+            ("fds", &before.fds, &self.fds),
+            ("threads", &before.threads, &self.threads),
+            ("mappings", &before.mappings, &self.mappings),
+        ] {
+            if then.values().sum::<usize>() != now.values().sum::<usize>() {
+                let _ = write!(text, "{what} ");
+                for key in then.keys().chain(now.keys().filter(|k| !then.contains_key(*k))) {
+                    let (a, b) = (then.get(key).unwrap_or(&0), now.get(key).unwrap_or(&0));
+                    if a != b {
+                        let _ = write!(text, "[{key}: {a} -> {b}] ");
+                    }
+                }
+            }
+        }
+        if self.children != before.children {
+            let _ = write!(text, "children {} -> {} ", before.children, self.children);
+        }
+        if self.locked_kib != before.locked_kib {
+            let _ = write!(text, "VmLck {} -> {} KiB ", before.locked_kib, self.locked_kib);
+        }
+        if self.own_rss_kib > before.own_rss_kib + rss_kib {
+            let _ = write!(text, "resident memory {} -> {} KiB ", before.own_rss_kib, self.own_rss_kib);
+        }
+        text
+    }
+}
+
+fn without_number(target: &str) -> String {
+    target.split_once(":[").map_or(target, |(kind, _)| kind).to_string()
+}
+
+fn kib(text: &str) -> u64 {
+    text.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+fn status_kib(status: &str, key: &str) -> u64 {
+    status.lines().find_map(|line| line.strip_prefix(key)).map_or(0, kib)
+}
+
+/// Descriptors and where they lead; those that vanish meanwhile are left out.
+fn links(dir: &Path) -> io::Result<Vec<(String, String)>> {
+    let mut links = Vec::new();
+    for entry in fs::read_dir(dir)?.flatten() {
+        if let Ok(target) = fs::read_link(entry.path()) {
+            links.push((entry.file_name().to_string_lossy().into_owned(), target.to_string_lossy().into_owned()));
+        }
+    }
+    Ok(links)
+}
+
+/// Numbers of the descriptors that lead to something whose name starts with `prefix`, ascending.
+pub fn fds_to(pid: u32, prefix: &str) -> Result<Vec<i32>> {
+    let mut numbers: Vec<i32> = links(&PathBuf::from(format!("/proc/{pid}/fd")))?
+        .into_iter()
+        .filter(|(_, target)| target.starts_with(prefix))
+        .filter_map(|(number, _)| number.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// Threads by id and name.
+pub fn threads(pid: u32) -> Result<Vec<(i32, String)>> {
+    let mut threads = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        let (Ok(tid), Ok(name)) =
+            (entry.file_name().to_string_lossy().parse(), fs::read_to_string(entry.path().join("comm")))
+        else {
+            continue;
+        };
+        threads.push((tid, name.trim().to_string()));
+    }
+    Ok(threads)
+}
+
+/// The thread called `name`.
+pub fn thread_named(pid: u32, name: &str) -> Result<i32> {
+    let found = threads(pid)?;
+    found
+        .iter()
+        .find(|(_, n)| n == name)
+        .map(|(tid, _)| *tid)
+        .with_context(|| format!("no thread '{name}' in process {pid}; there are {found:?}"))
+}
+
+/// Processes whose parent is `pid`, zombies too.
+pub fn children(pid: u32) -> Result<Vec<u32>> {
+    let mut children = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Ok(child) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        // The name may hold anything, so the fields are counted from its end: state, parent.
+        let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
+        if parent == Some(pid) {
+            children.push(child);
+        }
+    }
+    Ok(children)
+}
+
+/// CPU time that threads called `name` of `pid` have used, in clock ticks.
+pub fn thread_ticks(pid: u32, name: &str) -> Result<u64> {
+    let tid = thread_named(pid, name)?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat"))?;
+    let fields: Vec<&str> =
+        stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect()).unwrap_or_default();
+    let field = |n: usize| fields.get(n).and_then(|f| f.parse::<u64>().ok()).context("short stat line");
+    Ok(field(11)? + field(12)?)
+}
+
+/// Waits until no process has a device or group of VFIO open: what was killed may still be dying.
+pub fn wait_vfio_free(deadline: Duration) -> Result<()> {
+    wait_for("VFIO groups to be closed", deadline, || {
+        let held = fs::read_dir("/proc")?.flatten().any(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .parse::<u32>()
+                .is_ok_and(|pid| fds_to(pid, "/dev/vfio/").is_ok_and(|fds| !fds.is_empty()))
+        });
+        Ok((!held).then_some(()))
+    })
+}
+
+/// Address range, file offset and name of every mapping of `pid`.
+pub fn maps(pid: u32) -> Result<Vec<(u64, u64, u64, String)>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    Ok(text.lines().filter_map(parse_map).collect())
+}
+
+fn parse_map(line: &str) -> Option<(u64, u64, u64, String)> {
+    let mut words = line.split_whitespace();
+    let (from, to) = words.next()?.split_once('-')?;
+    let offset = words.nth(1)?;
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    Some((hex(from)?, hex(to)?, hex(offset)?, words.nth(2).unwrap_or_default().to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_facts() {
+        let facts = Facts::of(std::process::id()).unwrap();
+        assert!(facts.fd_count() >= 3 && facts.thread_count() >= 1 && facts.mapping_count() > 5, "{facts:?}");
+        assert!(facts.own_rss_kib > 100);
+        assert_eq!(facts.growth_since(&facts, 0), "");
+    }
+
+    #[test]
+    fn growth_is_named() {
+        let before = Facts::of(std::process::id()).unwrap();
+        let mut after = before.clone();
+        *after.fds.entry("anon_inode:kvm-vm".into()).or_default() += 1;
+        after.own_rss_kib += 5000;
+        let growth = after.growth_since(&before, 1000);
+        assert!(growth.contains("anon_inode:kvm-vm: 0 -> 1") && growth.contains("resident"), "{growth}");
+    }
+
+    #[test]
+    fn map_lines() {
+        let line = "7f0000000000-7f0020000000 rw-s 00001000 00:01 12345    /memfd:guest-ram (deleted)";
+        assert_eq!(parse_map(line), Some((0x7f00_0000_0000, 0x7f00_2000_0000, 0x1000, "/memfd:guest-ram".into())));
+        assert_eq!(parse_map("1000-2000 rw-p 00000000 00:00 0"), Some((0x1000, 0x2000, 0, String::new())));
+    }
+}

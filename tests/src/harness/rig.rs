@@ -1,0 +1,62 @@
+//! A guest with passed-through NICs whose wires are up. The common one is kept from test to test: a boot takes long.
+
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Result;
+
+use crate::harness::{
+    agent::Agent,
+    lab::Nic,
+    traffic::{self, Traffic},
+    vm::{Builder, Vm},
+    wire::Wire,
+};
+
+pub struct Rig {
+    pub vm: Vm,
+    pub wires: Vec<Wire>,
+}
+
+impl Rig {
+    /// Boots, with each NIC in the container named.
+    pub fn boot(mut builder: Builder, nics: &[(Nic, Option<&str>)]) -> Result<Self> {
+        for (nic, container) in nics {
+            builder = builder.device(*nic, *container)?;
+        }
+        let vm = builder.boot()?;
+        let wires = nics.iter().map(|(nic, _)| Wire::set_up(*nic, vm.agent()?)).collect::<Result<_>>()?;
+        Ok(Self { vm, wires })
+    }
+
+    pub fn agent(&self) -> Result<&Agent> {
+        self.vm.agent()
+    }
+
+    /// Numbered packets both ways over every wire.
+    pub fn traffic(&self) -> Result<Traffic> {
+        Traffic::start(self.agent()?, &self.wires.iter().collect::<Vec<_>>(), traffic::RATE)
+    }
+}
+
+static SHARED: Mutex<Option<Rig>> = Mutex::new(None);
+
+/// Runs `body` with the common guest: 2 vCPUs, 512 MiB, one NIC. It outlives the test only if that ends well.
+pub fn shared(body: impl FnOnce(&mut Rig) -> Result<()>) -> Result<()> {
+    let mut slot = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    let kept = slot.take().and_then(|mut rig| rig.vm.is_running().then_some(rig));
+    let mut rig = match kept {
+        Some(rig) => {
+            rig.vm.adopt_logs();
+            rig
+        }
+        None => Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?,
+    };
+    body(&mut rig)?;
+    *slot = Some(rig);
+    Ok(())
+}
+
+/// Ends the common guest, so that its NIC is free.
+pub fn drop_shared() {
+    SHARED.lock().unwrap_or_else(PoisonError::into_inner).take();
+}

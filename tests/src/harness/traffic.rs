@@ -1,0 +1,196 @@
+//! Numbered UDP packets in both directions over every wire, and the account of them.
+
+use std::{fmt, net::SocketAddr, time::Duration};
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    harness::{agent::Agent, wait_for, wire::Wire},
+    proto::{Request, Sent},
+    seq::SeqStats,
+    stream::{Receiver, Sender},
+};
+
+/// Packets a second, each way.
+pub const RATE: u32 = 500;
+/// After the last packet was sent, silence this long means that nothing is on its way.
+const QUIET: Duration = Duration::from_millis(500);
+const FIRST_PORT: u16 = 9000;
+
+struct Flows {
+    wire: Wire,
+    /// L1 to guest.
+    inward: u32,
+    /// Guest to L1.
+    outward: u32,
+    sender: Option<Sender>,
+    receiver: Option<Receiver>,
+}
+
+/// Traffic that goes on until it is finished.
+pub struct Traffic {
+    flows: Vec<Flows>,
+}
+
+/// What became of the packets of one direction of one wire.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Account {
+    pub sent: Sent,
+    pub got: SeqStats,
+}
+
+impl Account {
+    /// None lost, none twice, none reordered, none damaged.
+    pub fn is_clean(&self) -> bool {
+        let SeqStats { duplicated, reordered, foreign, next, .. } = self.got;
+        self.sent.packets > 0
+            && self.got.lost_of(self.sent.packets) == 0
+            && (duplicated, reordered, foreign) == (0, 0, 0)
+            && next == self.sent.packets
+            && self.sent.errors == 0
+    }
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { sent, got } = self;
+        write!(
+            f,
+            "sent {} (refused {}), lost {}, twice {}, reordered {}, foreign {}, longest gap {} us",
+            sent.packets,
+            sent.errors,
+            got.lost_of(sent.packets),
+            got.duplicated,
+            got.reordered,
+            got.foreign,
+            got.max_gap_us
+        )
+    }
+}
+
+/// Both directions of one wire.
+#[derive(Debug, Clone)]
+pub struct WireAccount {
+    pub name: String,
+    pub to_guest: Account,
+    pub from_guest: Account,
+    /// Numbers that never came to L1, the first of them.
+    pub missing: Vec<u64>,
+}
+
+impl Traffic {
+    pub fn start(agent: &Agent, wires: &[&Wire], rate: u32) -> Result<Self> {
+        let mut traffic = Self { flows: Vec::new() };
+        for wire in wires {
+            let inward = u32::from(wire.nic.index()) * 2;
+            let outward = inward + 1;
+            let (to_guest, to_peer) =
+                (address(wire.guest_ip().into(), inward), address(wire.peer_ip(0).into(), outward));
+            agent.call::<()>(&Request::RecvStart { flow: inward, at: to_guest.to_string() })?;
+            let receiver = Receiver::start(outward, to_peer)?;
+            let sender = Sender::start(inward, SocketAddr::new(wire.peer_ip(0).into(), 0), to_guest, rate)?;
+            let from = format!("{}:0", wire.guest_ip());
+            agent.call::<()>(&Request::SendStart { flow: outward, from, to: to_peer.to_string(), rate })?;
+            traffic.flows.push(Flows {
+                wire: (*wire).clone(),
+                inward,
+                outward,
+                sender: Some(sender),
+                receiver: Some(receiver),
+            });
+        }
+        Ok(traffic)
+    }
+
+    /// The account so far; packets on their way count as lost.
+    pub fn so_far(&self, agent: &Agent) -> Result<Vec<WireAccount>> {
+        let mut accounts = Vec::new();
+        for flows in &self.flows {
+            let to_guest = Account {
+                got: agent.call(&Request::RecvStats { flow: flows.inward })?,
+                sent: flows.sender.as_ref().map(Sender::stats).unwrap_or_default(),
+            };
+            let from_guest = Account {
+                got: flows.receiver.as_ref().map(Receiver::stats).unwrap_or_default(),
+                sent: agent.call(&Request::SendStats { flow: flows.outward })?,
+            };
+            accounts.push(WireAccount { name: flows.wire.guest.clone(), to_guest, from_guest, missing: Vec::new() });
+        }
+        Ok(accounts)
+    }
+
+    /// Waits until every direction has moved `packets` on from now.
+    pub fn moves_on(&self, agent: &Agent, packets: u64, deadline: Duration) -> Result<()> {
+        let counts = |accounts: &[WireAccount]| -> Vec<u64> {
+            accounts.iter().flat_map(|a| [a.to_guest.got.unique, a.from_guest.got.unique]).collect()
+        };
+        let before = counts(&self.so_far(agent)?);
+        wait_for("traffic to go on in every direction", deadline, || {
+            let now = counts(&self.so_far(agent)?);
+            Ok(before.iter().zip(&now).all(|(b, n)| *n >= b + packets).then_some(()))
+        })
+    }
+
+    /// Ends it and counts.
+    pub fn finish(mut self, agent: &Agent) -> Result<Vec<WireAccount>> {
+        let mut accounts = Vec::new();
+        for flows in &mut self.flows {
+            let sent_in = flows.sender.take().map(Sender::stop).unwrap_or_default();
+            let sent_out: Sent = agent.call(&Request::SendStop { flow: flows.outward })?;
+            let stop = Request::RecvStop { flow: flows.inward, quiet_ms: QUIET.as_millis() as u64 };
+            let got_in = agent.start::<SeqStats>(&stop)?;
+            let (mut got_out, mut missing) = (SeqStats::default(), Vec::new());
+            if let Some(receiver) = flows.receiver.take() {
+                std::thread::sleep(QUIET);
+                missing = receiver.missing(8);
+                got_out = receiver.stop(QUIET);
+            }
+            let (got_in, _) = got_in.wait(Duration::from_secs(30))?;
+            accounts.push(WireAccount {
+                name: format!("{:?} ({})", flows.wire.nic, flows.wire.guest),
+                to_guest: Account { sent: sent_in, got: got_in },
+                from_guest: Account { sent: sent_out, got: got_out },
+                missing,
+            });
+        }
+        Ok(accounts)
+    }
+
+    /// Ends it; every packet must have come, once and in order. Gives back the number of packets.
+    pub fn finish_clean(self, agent: &Agent) -> Result<u64> {
+        let mut packets = 0;
+        for account in self.finish(agent)? {
+            let WireAccount { name, to_guest, from_guest, missing } = account;
+            ensure!(to_guest.is_clean(), "{name}, L1 to guest: {to_guest}");
+            ensure!(from_guest.is_clean(), "{name}, guest to L1: {from_guest}; missing {missing:?}");
+            packets += to_guest.sent.packets + from_guest.sent.packets;
+        }
+        Ok(packets)
+    }
+}
+
+fn address(ip: std::net::IpAddr, flow: u32) -> SocketAddr {
+    SocketAddr::new(ip, FIRST_PORT + flow as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_clean() {
+        let sent = Sent { packets: 100, errors: 0 };
+        let got = SeqStats { unique: 100, next: 100, ..SeqStats::default() };
+        assert!(Account { sent, got }.is_clean());
+        for bad in [
+            SeqStats { unique: 99, ..got },
+            SeqStats { duplicated: 1, ..got },
+            SeqStats { reordered: 1, ..got },
+            SeqStats { foreign: 1, ..got },
+            SeqStats { unique: 101, next: 101, ..got },
+        ] {
+            assert!(!Account { sent, got: bad }.is_clean(), "{bad:?}");
+        }
+        assert!(!Account { sent: Sent::default(), got: SeqStats::default() }.is_clean());
+    }
+}

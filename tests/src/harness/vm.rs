@@ -1,0 +1,317 @@
+//! The VMM as a child process, with its API and the agent in its guest.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::Deserialize;
+
+use crate::harness::{
+    agent::Agent,
+    hooks,
+    http::{Answer, Api},
+    lab, logs, proc, wait_for,
+};
+
+/// From the start of the VMM to a guest agent that answers; nested software emulation is slow.
+const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
+
+/// How a VM is to be started.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    cpus: u32,
+    memory: String,
+    devices: Vec<(String, Option<String>)>,
+    binary: String,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self { cpus: 1, memory: "size=512M".into(), devices: Vec::new(), binary: "theseus-a".into() }
+    }
+}
+
+impl Builder {
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// As behind `--memory`.
+    pub fn memory(mut self, memory: &str) -> Self {
+        self.memory = memory.into();
+        self
+    }
+
+    /// Passes `nic` through, in the container of that name if one is given.
+    pub fn device(mut self, nic: lab::Nic, container: Option<&str>) -> Result<Self> {
+        self.devices.push((nic.bdf()?, container.map(Into::into)));
+        Ok(self)
+    }
+
+    /// Starts the VMM and waits until the guest's agent is ready.
+    pub fn boot(self) -> Result<Vm> {
+        let vm = self.start()?;
+        if let Err(e) = vm.agent()?.wait_ready(BOOT_DEADLINE) {
+            // The VMM's end is the better explanation.
+            let mut vm = vm;
+            return match vm.child.try_wait() {
+                Ok(Some(status)) => {
+                    Err(anyhow!("the VMM ended ({status}) before the guest was up:\n{}", logs::tail(&vm.log)))
+                }
+                _ => Err(e),
+            };
+        }
+        Ok(vm)
+    }
+
+    /// Starts the VMM with a guest, and connects to its serial port.
+    pub fn start(self) -> Result<Vm> {
+        let memory = self.memory.clone();
+        let mut args = vec![
+            "--kernel".to_string(),
+            lab::kernel()?.display().to_string(),
+            "--initramfs".into(),
+            lab::initramfs()?.display().to_string(),
+            "--cmdline".into(),
+            CMDLINE.into(),
+            "--cpus".into(),
+            format!("boot={}", self.cpus),
+            "--memory".into(),
+            memory,
+        ];
+        for (bdf, container) in &self.devices {
+            let container = container.as_ref().map(|name| format!(",container={name}")).unwrap_or_default();
+            args.extend(["--device".into(), format!("path=/sys/bus/pci/devices/{bdf}{container}")]);
+        }
+        let mut vm = Vm::spawn(&self.binary, &args, true)?;
+        vm.cpus = self.cpus;
+        vm.has_devices = !self.devices.is_empty();
+        let console = logs::create("console")?;
+        let agent = Agent::connect(&vm.dir.join("serial"), &console, Duration::from_secs(20));
+        vm.console = Some(console);
+        if agent.is_err()
+            && let Ok(Some(status)) = vm.child.try_wait()
+        {
+            bail!("the VMM ended at once ({status}):\n{}", logs::tail(&vm.log));
+        }
+        vm.agent = Some(agent?);
+        Ok(vm)
+    }
+}
+
+/// A build, as the VMM names itself.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Build {
+    pub version: String,
+    pub build_id: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Phase {
+    pub name: String,
+    pub us: u64,
+}
+
+/// Answer of `vm.update`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Report {
+    pub outcome: String,
+    pub from: Build,
+    pub to: Build,
+    pub pid: u32,
+    pub pause_us: u64,
+    pub phases: Vec<Phase>,
+    pub devices: Vec<String>,
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Ping {
+    pub build_id: String,
+    pub version: String,
+    pub pid: u32,
+    pub features: Vec<String>,
+}
+
+pub struct Vm {
+    child: Child,
+    pub api: Api,
+    pub dir: PathBuf,
+    pub log: PathBuf,
+    console: Option<PathBuf>,
+    agent: Option<Agent>,
+    pub cpus: u32,
+    has_devices: bool,
+    /// Updates so far: which build is next.
+    updates: u32,
+}
+
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+impl Vm {
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// The VMM without a guest: API only.
+    pub fn api_only() -> Result<Self> {
+        Self::spawn("theseus-a", &[], false)
+    }
+
+    fn spawn(binary: &str, args: &[String], serial: bool) -> Result<Self> {
+        proc::wait_vfio_free(Duration::from_secs(20))?;
+        let dir =
+            std::env::temp_dir().join(format!("vm-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
+        fs::create_dir_all(dir.join("hooks")).with_context(|| format!("{}", dir.display()))?;
+        let log = logs::create("theseus")?;
+        let api = Api { path: dir.join("api") };
+        let mut command = Command::new(lab::bin(binary)?);
+        command.arg("--api-socket").arg(&api.path).args(args);
+        if serial {
+            command.arg("--serial").arg(format!("socket={}", dir.join("serial").display()));
+        }
+        command
+            .env(hooks::ENV, dir.join("hooks"))
+            .stdin(Stdio::null())
+            .stdout(File::create(&log)?)
+            .stderr(File::options().append(true).open(&log)?);
+        let child = command.spawn().with_context(|| format!("{:?}", command.get_program()))?;
+        let mut vm = Self { child, api, dir, log, console: None, agent: None, cpus: 0, has_devices: false, updates: 0 };
+        let api = vm.api.path.clone();
+        let child = &mut vm.child;
+        let log = vm.log.clone();
+        wait_for("API socket", Duration::from_secs(30), || {
+            if let Some(status) = child.try_wait()? {
+                bail!("the VMM ended at once ({status}):\n{}", logs::tail(&log));
+            }
+            Ok(std::os::unix::net::UnixStream::connect(&api).ok())
+        })?;
+        Ok(vm)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn agent(&self) -> Result<&Agent> {
+        self.agent.as_ref().context("this VM has no agent")
+    }
+
+    pub fn ping(&self) -> Result<Ping> {
+        self.api.get("vmm.ping")?.json()
+    }
+
+    pub fn info(&self) -> Result<serde_json::Value> {
+        self.api.get("vm.info")?.json()
+    }
+
+    /// State of the VM as `vm.info` names it.
+    pub fn state(&self) -> Result<String> {
+        Ok(self.info()?["state"].as_str().context("vm.info has no state")?.to_string())
+    }
+
+    /// Asks for an update to `binary` and gives back whatever is answered.
+    pub fn ask_update(&self, binary: &Path) -> Result<Answer> {
+        self.api.put("vm.update", &update_body(binary))
+    }
+
+    /// Updates to `binary`, and checks all that every update must keep.
+    pub fn update_to(&self, binary: &Path) -> Result<Report> {
+        let before = self.ping()?;
+        let started = Instant::now();
+        let answer = loop {
+            let answer = self.ask_update(binary)?;
+            // An update that meets the end of the one before may be told to wait.
+            if answer.status != 429 || started.elapsed() > Duration::from_secs(30) {
+                break answer;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        ensure!(answer.status == 200, "vm.update to {}: {answer:?}", binary.display());
+        let report: Report = answer.json()?;
+        self.check_updated(&before, &report)?;
+        Ok(report)
+    }
+
+    /// Checks that `report` tells of an update from the build of `before`, and that it is true.
+    pub fn check_updated(&self, before: &Ping, report: &Report) -> Result<()> {
+        let after = self.ping()?;
+        ensure!(report.outcome == "updated", "{report:?}");
+        ensure!(report.pid == self.pid() && after.pid == self.pid(), "the PID changed: {} -> {report:?}", self.pid());
+        ensure!(report.from.build_id == before.build_id, "reported from {:?}, was {before:?}", report.from);
+        ensure!(report.to.build_id == after.build_id, "reported to {:?}, is {after:?}", report.to);
+        ensure!(after.build_id != before.build_id, "the build id {} did not change", after.build_id);
+        ensure!(report.pause_us > 0 && !report.phases.is_empty(), "{report:?}");
+        Ok(())
+    }
+
+    /// The build that runs not: a and b take turns.
+    pub fn other_build(&self) -> Result<PathBuf> {
+        lab::bin(if self.updates.is_multiple_of(2) { "theseus-b" } else { "theseus-a" })
+    }
+
+    /// Updates to the other of the two builds.
+    pub fn update(&mut self) -> Result<Report> {
+        let report = self.update_to(&self.other_build()?)?;
+        self.updates += 1;
+        Ok(report)
+    }
+
+    /// An update to the other build was done without [`Vm::update`].
+    pub fn note_update(&mut self) {
+        self.updates += 1;
+    }
+
+    /// Facts about the process, once the old address space of the last update is gone.
+    pub fn settled_facts(&self) -> Result<proc::Facts> {
+        wait_for("the helper of the last update to end", Duration::from_secs(60), || {
+            Ok(proc::children(self.pid())?.is_empty().then_some(()))
+        })?;
+        proc::Facts::of(self.pid())
+    }
+
+    /// Waits for the end of the VMM.
+    pub fn wait_exit(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let child = &mut self.child;
+        wait_for("the VMM to end", deadline, || Ok(child.try_wait()?))
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The running test uses this VM, which another has started.
+    pub fn adopt_logs(&self) {
+        logs::add(&self.log);
+        if let Some(console) = &self.console {
+            logs::add(console);
+        }
+    }
+
+    pub fn log_text(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+}
+
+/// Body of `vm.update`.
+pub fn update_body(binary: &Path) -> String {
+    serde_json::json!({ "binary": binary }).to_string()
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if self.has_devices {
+            let _ = proc::wait_vfio_free(Duration::from_secs(20));
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}

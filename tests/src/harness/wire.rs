@@ -1,0 +1,69 @@
+//! A wire: the NIC in the guest, the peer in L1, addresses on both.
+//!
+//! Each wire is a subnet of its own, with fixed ARP entries on both ends, so nothing but a test's packets is on it.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    harness::{
+        agent::Agent,
+        lab::{self},
+    },
+    net,
+    proto::Request,
+};
+
+const PREFIX: u8 = 24;
+
+#[derive(Debug, Clone)]
+pub struct Wire {
+    pub nic: lab::Nic,
+    /// L1's interface.
+    pub peer: String,
+    /// The guest's interface.
+    pub guest: String,
+}
+
+impl Wire {
+    /// Brings both ends up.
+    pub fn set_up(nic: lab::Nic, agent: &Agent) -> Result<Self> {
+        let nics = agent.nics()?;
+        let found = match nic.mac() {
+            Some(mac) => nics.iter().find(|n| n.mac.eq_ignore_ascii_case(&mac)),
+            None => nics.first(),
+        };
+        let guest =
+            found.with_context(|| format!("{nic:?} ({:?}) is not among the guest's NICs {nics:?}", nic.mac()))?;
+        let wire = Self { nic, peer: nic.peer()?, guest: guest.name.clone() };
+        // Both at once: the carrier of one end may need the other.
+        let request = Request::IfUp { name: wire.guest.clone(), ip: wire.guest_ip().to_string(), prefix: PREFIX };
+        let guest_up = agent.start::<()>(&request)?;
+        net::interface_up(&wire.peer, wire.peer_ip(0), PREFIX, Duration::from_secs(20))
+            .with_context(|| format!("the peer of {nic:?}"))?;
+        guest_up.wait(Duration::from_secs(30))?;
+        let guest_mac = net::parse_mac(&guest.mac).context("the guest's MAC")?;
+        net::set_neighbour(&wire.peer, wire.guest_ip(), guest_mac)?;
+        let mac = std::fs::read_to_string(format!("/sys/class/net/{}/address", wire.peer))?.trim().to_string();
+        agent.call::<()>(&Request::Neighbour { name: wire.guest.clone(), ip: wire.peer_ip(0).to_string(), mac })?;
+        Ok(wire)
+    }
+
+    pub fn guest_ip(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, self.nic.index(), 2)
+    }
+
+    /// L1's addresses on this wire; number 0 is the one that is always there.
+    pub fn peer_ip(&self, number: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, self.nic.index(), if number == 0 { 1 } else { 100 + number })
+    }
+
+    /// Gives L1 the further addresses 1..=`count`: a NIC spreads packets over its queues by source.
+    pub fn add_peer_ips(&self, count: u8) -> Result<()> {
+        for number in 1..=count {
+            net::set_address(&format!("{}:{number}", self.peer), self.peer_ip(number), PREFIX)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,17 @@
+//! The end-to-end tests of Theseus: the agent that runs in the guest (L2), and the tests that run in L1 beside the VMM.
+//!
+//! Modules used on both sides of the serial line come first; `agent` is the guest's side, the others are L1's.
+
+pub mod clock;
+pub mod net;
+pub mod proto;
+pub mod seq;
+pub mod stream;
+
+pub mod agent;
+
+pub mod bench;
+pub mod cases;
+pub mod demo;
+pub mod harness;
+pub mod soak;

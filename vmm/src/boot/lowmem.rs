@@ -1,0 +1,31 @@
+//! Where the structures of the boot lie in the guest's first MiB (guest physical addresses).
+//!
+//! ```text
+//! 0x0_0500  GDT                        0x0_9000  PML4
+//! 0x0_6000  PVH start info             0x0_A000  PDPT
+//! 0x0_6100  PVH modules                0x0_B000  4 page directories
+//! 0x0_6200  PVH memory map             0x2_0000  command line
+//! 0x0_7000  zero page                  0x9_FC00  EBDA (reserved, empty)
+//! 0x0_8000  stack, grows down from 0x9000   0xE_0000  ACPI tables, up to 1 MiB
+//! ```
+//!
+//! All but the ACPI tables is free for the kernel once it has read it.
+
+pub const GDT: u64 = 0x500;
+pub const START_INFO: u64 = 0x6000;
+pub const MODULES: u64 = 0x6100;
+pub const PVH_MEMORY_MAP: u64 = 0x6200;
+pub const ZERO_PAGE: u64 = 0x7000;
+pub const STACK_TOP: u64 = 0x9000;
+pub const PML4: u64 = 0x9000;
+pub const PDPT: u64 = 0xA000;
+pub const PAGE_DIRECTORIES: u64 = 0xB000;
+pub const CMDLINE: u64 = 0x2_0000;
+/// Bytes of command line that fit, without the NUL.
+pub const CMDLINE_MAX: usize = 0xFFFF;
+pub const EBDA: u64 = 0x9_FC00;
+/// End of conventional memory; beyond it is the hole of the VGA and of option ROMs.
+pub const CONVENTIONAL_END: u64 = 0xA_0000;
+/// Where a kernel without help looks for the RSDP (ACPI 6.5, 5.2.5.1).
+pub const ACPI: u64 = 0xE_0000;
+pub const HIGH_MEMORY: u64 = 0x10_0000;

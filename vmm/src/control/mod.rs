@@ -1,0 +1,216 @@
+//! The control thread: one event loop that owns the machine. API requests and what the guest asks of the machine arrive in its queue.
+
+mod admit;
+mod requests;
+mod vm;
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use theseus_api::Request;
+use theseus_api::server::{Backend, ReplyTo, Server};
+use theseus_devices::interrupt::{GuestRequest, GuestRequests};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::machine::Host;
+use crate::machine::devices::lock;
+use crate::main_thread::MainThread;
+use crate::signals::Signals;
+use crate::update::adopt::Helper;
+pub use vm::Vm;
+
+enum Message {
+    Api(Request, ReplyTo),
+    Guest(GuestRequest),
+}
+
+/// The way into the control thread's queue.
+#[derive(Clone)]
+pub struct Queue {
+    sender: Sender<Message>,
+    wake: Arc<EventFd>,
+}
+
+pub struct Inbox {
+    receiver: Receiver<Message>,
+    wake: Arc<EventFd>,
+}
+
+pub fn queue() -> std::io::Result<(Queue, Inbox)> {
+    let (sender, receiver) = channel();
+    let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
+    Ok((Queue { sender, wake: wake.clone() }, Inbox { receiver, wake }))
+}
+
+impl Queue {
+    fn push(&self, message: Message) {
+        // A full counter wakes as well as one that goes up; a control thread that is gone ends the process.
+        let _ = self.sender.send(message);
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Backend for Queue {
+    fn submit(&self, request: Request, reply: ReplyTo) {
+        self.push(Message::Api(request, reply));
+    }
+}
+
+impl GuestRequests for Queue {
+    fn ask(&self, request: GuestRequest) {
+        self.push(Message::Guest(request));
+    }
+}
+
+/// See the module.
+pub struct Control {
+    pub host: Host,
+    pub main: MainThread,
+    pub inbox: Inbox,
+    pub signals: Signals,
+    pub server: Option<Server>,
+    pub vm: Vm,
+    /// Of the last update, until it is reaped.
+    pub helper: Option<Helper>,
+    /// What the guest has asked for and nobody has acted on: put aside while an update looks into the queue.
+    pub asked: Option<GuestRequest>,
+    /// The serial console's fd in the event loop; changes with the machine.
+    pub watched: Option<i32>,
+    pub exit: Option<i32>,
+}
+
+impl Control {
+    /// The control thread's life.
+    pub fn run(self) {
+        let main = self.main.clone();
+        let code = match self.serve() {
+            Ok(code) => code,
+            Err(error) => {
+                log::error!("the control thread cannot go on: {error}");
+                crate::EXIT_FAILURE
+            }
+        };
+        main.quit(code);
+    }
+
+    fn serve(self) -> Result<i32, event_manager::Error> {
+        let mut manager = EventManager::<Self>::new()?;
+        let id = manager.add_subscriber(self);
+        loop {
+            manager.run()?;
+            if let Some(code) = manager.subscriber_mut(id)?.exit {
+                // Ends the vCPU threads and puts a terminal back into its old mode.
+                drop(manager.remove_subscriber(id)?);
+                return Ok(code);
+            }
+        }
+    }
+
+    fn drain(&mut self) {
+        let _ = self.inbox.wake.read();
+        while self.exit.is_none() {
+            if let Some(request) = self.asked.take() {
+                self.guest_asked(request);
+                continue;
+            }
+            match self.inbox.receiver.try_recv() {
+                Ok(Message::Guest(request)) => self.guest_asked(request),
+                Ok(Message::Api(request, reply)) => self.serve_request(request, reply),
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn guest_asked(&mut self, request: GuestRequest) {
+        let (what, code) = match request {
+            GuestRequest::PowerOff => ("the guest has powered off", crate::EXIT_POWER_OFF),
+            GuestRequest::Reset => ("the guest has asked for a reset", crate::EXIT_RESET),
+        };
+        log::info!("{what}");
+        println!("theseus: {what}");
+        self.exit = Some(code);
+    }
+
+    /// The fd of the console that the present machine has.
+    fn watch_console(&mut self, ops: &mut EventOps) {
+        let wanted = self.vm.machine().and_then(|machine| {
+            let serial = machine.devices.serial.as_ref()?;
+            Some(lock(serial).poll_fd().as_raw_fd())
+        });
+        if wanted == self.watched {
+            return;
+        }
+        if let Some(old) = self.watched.take() {
+            // Its epoll instance may be closed already, which took it out.
+            let _ = ops.remove(Events::empty(&Raw(old)));
+        }
+        if let Some(fd) = wanted {
+            match ops.add(Events::with_data(&Raw(fd), CONSOLE, EventSet::IN)) {
+                Ok(()) => self.watched = Some(fd),
+                Err(error) => log::error!("the serial console cannot be watched: {error:?}"),
+            }
+        }
+    }
+}
+
+struct Raw(i32);
+
+impl AsRawFd for Raw {
+    fn as_raw_fd(&self) -> i32 {
+        self.0
+    }
+}
+
+const QUEUE: u32 = 0;
+const SIGNAL: u32 = 1;
+const CONSOLE: u32 = 2;
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps) {
+        let added = ops
+            .add(Events::with_data(&*self.inbox.wake, QUEUE, EventSet::IN))
+            .and_then(|()| ops.add(Events::with_data(&self.signals, SIGNAL, EventSet::IN)));
+        if let Err(error) = added {
+            log::error!("the control loop cannot start: {error:?}");
+            self.exit = Some(crate::EXIT_FAILURE);
+        }
+        self.watch_console(ops);
+        // What came before this loop stood.
+        let _ = self.inbox.wake.write(1);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            QUEUE => self.drain(),
+            SIGNAL => self.signalled(),
+            CONSOLE => {
+                if let Some(serial) = self.vm.machine().and_then(|machine| machine.devices.serial.as_ref()) {
+                    lock(serial).handle_ready();
+                }
+            }
+            other => log::error!("event from an unknown source {other}"),
+        }
+        self.watch_console(ops);
+    }
+}
+
+impl Control {
+    fn signalled(&mut self) {
+        for signal in self.signals.read() {
+            match signal {
+                libc::SIGCHLD => self.reap_helper(false),
+                signal => {
+                    log::info!("signal {signal}: shutting down");
+                    self.exit = Some(crate::EXIT_OK);
+                }
+            }
+        }
+    }
+
+    /// Whether the helper of the last update is gone.
+    pub fn reap_helper(&mut self, wait: bool) {
+        self.helper.take_if(|helper| helper.reap(wait));
+    }
+}

@@ -1,0 +1,170 @@
+//! What each request does.
+
+use std::time::Duration;
+
+use serde_json::json;
+use theseus_api::server::ReplyTo;
+use theseus_api::types::{PingInfo, UpdateOutcome, UpdateRequest, VmConfig, VmInfo};
+use theseus_api::{ApiError, Body, Reply, Request};
+
+use super::admit::admit;
+use super::{Control, Message, Vm};
+use crate::build_info;
+use crate::machine::devices::lock;
+use crate::machine::{Machine, MachineError};
+use crate::update::{self, Subject};
+
+/// How long vm.pause waits for the vCPUs.
+const PAUSE: Duration = Duration::from_secs(5);
+
+impl Control {
+    pub(super) fn serve_request(&mut self, request: Request, reply: ReplyTo) {
+        if let Err(error) = admit(self.vm.state(), &request) {
+            return reply.send(Err(error));
+        }
+        log::info!("API: {}", request.name());
+        match request {
+            Request::Update(request) => self.update(&request, reply),
+            other => reply.send(self.carry_out(other)),
+        }
+    }
+
+    fn carry_out(&mut self, request: Request) -> Reply {
+        match request {
+            Request::Ping => Ok(Body::Json(to_json(&ping())?)),
+            Request::VmmShutdown => {
+                self.exit = Some(crate::EXIT_OK);
+                Ok(Body::Empty)
+            }
+            Request::Create(config) => {
+                self.vm = Vm::Created(*config);
+                Ok(Body::Empty)
+            }
+            Request::Boot => self.boot(),
+            Request::Delete => {
+                self.vm = Vm::None;
+                Ok(Body::Empty)
+            }
+            Request::Shutdown => {
+                self.shut_down();
+                Ok(Body::Empty)
+            }
+            Request::Reboot => {
+                self.shut_down();
+                self.boot()
+            }
+            Request::Info => self.info(),
+            Request::Pause => self.on_machine(|machine| Ok(machine.vcpus.pause(PAUSE)?)),
+            Request::Resume => self.on_machine(|machine| Ok(machine.vcpus.resume()?)),
+            Request::Nmi => self.on_machine(|machine| machine.nmi()),
+            Request::PowerButton => self.on_machine(|machine| {
+                lock(&machine.devices.pm).press_power_button();
+                Ok(())
+            }),
+            Request::Counters => self.counters(),
+            Request::Update(_) => Err(ApiError::internal("vm.update is not handled here")),
+        }
+    }
+
+    fn on_machine(&mut self, act: impl FnOnce(&mut Machine) -> Result<(), MachineError>) -> Reply {
+        let machine = self.vm.machine_mut().ok_or_else(|| ApiError::conflict("the VM is not booted"))?;
+        act(machine).map(|()| Body::Empty).map_err(|error| ApiError::chain(500, &error))
+    }
+
+    fn shut_down(&mut self) {
+        self.vm = match std::mem::replace(&mut self.vm, Vm::None) {
+            // The machine goes first: a new one may need the same devices.
+            Vm::Booted(machine) => Vm::ShutDown(machine.shut_down()),
+            other => other,
+        };
+    }
+
+    fn boot(&mut self) -> Reply {
+        let config = self.vm.config().cloned().ok_or_else(|| ApiError::not_found("there is no VM"))?;
+        self.boot_config(config).map(|()| Body::Empty).map_err(|error| ApiError::chain(500, &error))
+    }
+
+    /// Boots `config`; on failure the VM stays as it was.
+    pub fn boot_config(&mut self, config: VmConfig) -> Result<(), MachineError> {
+        let mut machine = Machine::build(config, &self.host)?;
+        machine.vcpus.resume()?;
+        self.vm = Vm::Booted(Box::new(machine));
+        Ok(())
+    }
+
+    fn info(&self) -> Reply {
+        let (Some(config), Some(state)) = (self.vm.config(), self.vm.state()) else {
+            return Err(ApiError::not_found("there is no VM"));
+        };
+        let machine = self.vm.machine();
+        let info = VmInfo {
+            config: config.clone(),
+            state,
+            memory_actual_size: machine.map_or(config.memory.size, Machine::memory_size),
+            device_tree: machine.map_or(json!({}), Machine::device_tree),
+        };
+        Ok(Body::Json(to_json(&info)?))
+    }
+
+    fn counters(&self) -> Reply {
+        let dropped = self.vm.machine().and_then(|machine| Some(lock(machine.devices.serial.as_ref()?).dropped()));
+        Ok(Body::Json(json!({ "serial": { "dropped_bytes": dropped.unwrap_or(0) } })))
+    }
+
+    fn update(&mut self, request: &UpdateRequest, reply: ReplyTo) {
+        // The helper of the update before holds the old VM: its tear-down is waited for, not raced.
+        self.reap_helper(true);
+        let was_shut_down = matches!(self.vm, Vm::ShutDown(_));
+        let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
+        let (receiver, asked) = (&self.inbox.receiver, &mut self.asked);
+        let waiting = std::cell::RefCell::new(Vec::new());
+        let seen = std::cell::Cell::new(None);
+        let guest_asked = || {
+            for message in receiver.try_iter() {
+                match message {
+                    Message::Guest(request) => seen.set(Some(request)),
+                    Message::Api(request, reply) => waiting.borrow_mut().push((request, reply)),
+                }
+            }
+            seen.get().is_some()
+        };
+        let (devices, containers) = self.vm.machine().map_or_else(Default::default, |machine| {
+            (machine.passthrough.ids(), machine.passthrough.container_names())
+        });
+        let subject = Subject {
+            host: &self.host,
+            main: &self.main,
+            server: self.server.as_ref(),
+            machine: self.vm.machine_mut(),
+            config: config.as_ref(),
+            was_shut_down,
+            guest_asked: &guest_asked,
+        };
+        let result = update::run(subject, request, Some(reply.connection()));
+        *asked = seen.get().or(asked.take());
+        let outcome = result.outcome;
+        let report = result.report(devices, containers);
+        reply.send(match outcome {
+            UpdateOutcome::Refused => Err(ApiError::conflict("the update is refused").because(report.reasons)),
+            _ => to_json(&report).map(Body::Json),
+        });
+        for (request, reply) in waiting.into_inner() {
+            self.serve_request(request, reply);
+        }
+    }
+}
+
+fn ping() -> PingInfo {
+    let build = build_info::this();
+    PingInfo {
+        build_version: build.version.clone(),
+        version: build_info::VERSION.into(),
+        build_id: build.build_id.clone(),
+        pid: std::process::id(),
+        features: Vec::new(),
+    }
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<serde_json::Value, ApiError> {
+    serde_json::to_value(value).map_err(|error| ApiError::internal(error.to_string()))
+}

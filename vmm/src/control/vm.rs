@@ -1,0 +1,45 @@
+//! The VM's life as the API sees it.
+
+use theseus_api::types::{VmConfig, VmState};
+
+use crate::machine::Machine;
+
+/// ```text
+///   None --create--> Created --boot--> Booted (Running or Paused) --shutdown--> ShutDown --boot--> Booted
+///     ^                 '----delete-------+--------------------------------------'
+/// ```
+pub enum Vm {
+    None,
+    Created(VmConfig),
+    Booted(Box<Machine>),
+    ShutDown(VmConfig),
+}
+
+impl Vm {
+    pub fn machine(&self) -> Option<&Machine> {
+        if let Self::Booted(machine) = self { Some(machine) } else { None }
+    }
+
+    pub fn machine_mut(&mut self) -> Option<&mut Machine> {
+        if let Self::Booted(machine) = self { Some(machine) } else { None }
+    }
+
+    pub fn config(&self) -> Option<&VmConfig> {
+        match self {
+            Self::None => None,
+            Self::Created(config) | Self::ShutDown(config) => Some(config),
+            Self::Booted(machine) => Some(&machine.config),
+        }
+    }
+
+    /// None where there is no VM.
+    pub fn state(&self) -> Option<VmState> {
+        match self {
+            Self::None => None,
+            Self::Created(_) => Some(VmState::Created),
+            Self::Booted(machine) if machine.vcpus.is_running() => Some(VmState::Running),
+            Self::Booted(_) => Some(VmState::Paused),
+            Self::ShutDown(_) => Some(VmState::Shutdown),
+        }
+    }
+}

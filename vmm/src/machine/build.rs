@@ -1,0 +1,96 @@
+//! The boot of a guest.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use theseus_api::types::{MemoryConfig, VmConfig};
+use theseus_hypervisor::Vm;
+use theseus_resources::{GuestRam, Pages, layout};
+
+use super::devices::{Buses, Devices};
+use super::passthrough::PassthroughDevices;
+use super::{Host, Machine, MachineError};
+use crate::boot::{self, MachineShape, cpuid};
+use crate::build_info;
+use crate::vcpus::{Shared, Start, Vcpus};
+
+impl Machine {
+    /// A machine that is ready to run its first instruction; its vCPUs are stopped.
+    pub fn build(config: VmConfig, host: &Host) -> Result<Self, MachineError> {
+        let kernel = config
+            .payload
+            .kernel
+            .as_deref()
+            .ok_or_else(|| MachineError::Config("no kernel: give payload.kernel".into()))?;
+        let vcpu_count = config.cpus.boot_vcpus;
+        let ram = Arc::new(GuestRam::new(&host.vault, config.memory.size, pages(&config.memory))?);
+        if config.memory.prefault {
+            ram.prefault()?;
+        }
+        let vm = Arc::new(Vm::new(&host.hypervisor, None)?);
+        map_ram(&vm, &ram)?;
+
+        let supported = host.hypervisor.supported_cpuid()?;
+        let options = cpuid::CpuidOptions {
+            vcpus: vcpu_count,
+            // Hypervisor::open has checked that KVM emulates it.
+            tsc_deadline: true,
+            nested: false,
+            hidden: build_info::HIDDEN_CPUID,
+        };
+        let cpuid = cpuid::GuestCpuid::new(supported.as_slice(), &options);
+        let window64 = layout::pci_window64(ram.size(), cpuid::phys_bits(supported.as_slice()));
+
+        let buses = Buses::new();
+        let revision = build_info::HOST_BRIDGE_REVISION;
+        let devices = Devices::build(&config.serial, ram.size(), revision, &vm, &host.vault, &host.requests)?;
+        devices.plug(&buses)?;
+        let passthrough =
+            PassthroughDevices::build(&config.devices, window64.clone(), &vm, &buses, &devices.pci, &ram, &host.vault)?;
+
+        let shape = MachineShape {
+            ram_size: ram.size(),
+            vcpus: vcpu_count,
+            pci_window64: window64,
+            serial: devices.serial.is_some(),
+        };
+        let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
+        let initramfs = config.payload.initramfs.as_deref();
+        let entry = boot::load(ram.memory(), Path::new(kernel), initramfs, cmdline, &shape)?;
+
+        let starts = (0..vcpu_count)
+            .map(|index| Start::Boot {
+                cpuid: cpuid.for_vcpu(index),
+                msrs: boot::boot_msrs(),
+                entry: (index == 0).then(|| (entry, ram.clone())),
+            })
+            .collect();
+        let shared = Shared {
+            vm: vm.clone(),
+            hypervisor: host.hypervisor.clone(),
+            pio: buses.pio,
+            mmio: buses.mmio,
+            requests: host.requests.clone(),
+        };
+        let vcpus = Vcpus::start(&shared, starts)?;
+        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None })
+    }
+}
+
+fn pages(memory: &MemoryConfig) -> Pages {
+    match memory {
+        MemoryConfig { hugepages: true, hugepage_size, .. } => {
+            Pages::Huge(hugepage_size.unwrap_or(theseus_api::types::HUGEPAGE_SIZE))
+        }
+        MemoryConfig { thp: true, .. } => Pages::Transparent,
+        _ => Pages::Small,
+    }
+}
+
+pub(super) fn map_ram(vm: &Vm, ram: &GuestRam) -> Result<(), MachineError> {
+    for range in ram.ranges() {
+        // SAFETY: guest RAM stays mapped as long as the machine, which drops its VM first.
+        unsafe { vm.add_memslot(range.gpa, range.size, range.hva, false) }?;
+    }
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! The booted machine: RAM, the KVM VM, its vCPUs and its devices. Built at the guest's boot ([`build`]) or restored from the state
+//! of an earlier image ([`restore`]).
+
+mod build;
+pub mod devices;
+mod glue;
+pub mod passthrough;
+mod restore;
+pub mod state;
+
+use std::sync::Arc;
+
+use theseus_api::types::VmConfig;
+use theseus_hypervisor::{ClockAnchor, Hypervisor, Vm};
+use theseus_resources::ram::RamError;
+use theseus_resources::state::StateError;
+use theseus_resources::vault::VaultError;
+use theseus_resources::{GuestRam, Vault};
+
+use crate::boot::BootError;
+use crate::vcpus::{VcpuError, Vcpus};
+use devices::Devices;
+use passthrough::PassthroughDevices;
+
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error("{0}")]
+    Config(String),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    #[error(transparent)]
+    Hypervisor(#[from] theseus_hypervisor::Error),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Bus(#[from] theseus_devices::bus::BusError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    #[error("{name}: {source}")]
+    Device { name: String, source: theseus_devices::carried::CarryError },
+    #[error("{0}")]
+    Passthrough(String),
+}
+
+/// What outlives every machine of this process.
+#[derive(Clone)]
+pub struct Host {
+    pub hypervisor: Arc<Hypervisor>,
+    pub vault: Vault,
+    pub requests: Arc<dyn theseus_devices::interrupt::GuestRequests>,
+}
+
+/// Fields are dropped in this order: vCPU threads end before what they use goes away.
+pub struct Machine {
+    pub config: VmConfig,
+    pub vcpus: Vcpus,
+    pub passthrough: PassthroughDevices,
+    pub devices: Devices,
+    pub vm: Arc<Vm>,
+    pub ram: Arc<GuestRam>,
+    /// What the guest's clock was set by in this image; None in the image it booted in.
+    clock: Option<ClockAnchor>,
+}
+
+impl Machine {
+    /// The number of bytes of RAM that the guest has.
+    pub fn memory_size(&self) -> u64 {
+        self.ram.size()
+    }
+
+    /// An NMI to every vCPU, as a button on the front panel would give.
+    pub fn nmi(&self) -> Result<(), MachineError> {
+        Ok(self.vm.broadcast_nmi()?)
+    }
+
+    /// Ends the guest and gives its devices back. Returns what it takes to boot it again.
+    pub fn shut_down(self) -> VmConfig {
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _ } = self;
+        // Nothing may touch the devices any more before they are released.
+        drop(vcpus);
+        passthrough.release(&vm);
+        drop((passthrough, devices, vm, ram));
+        config
+    }
+
+    /// What is on the guest's buses, for vm.info.
+    pub fn device_tree(&self) -> serde_json::Value {
+        let mut tree = serde_json::Map::new();
+        if let Some(serial) = &self.devices.serial {
+            let pty = devices::lock(serial).pty_path().map(std::path::Path::to_path_buf);
+            tree.insert("serial".into(), serde_json::json!({ "id": "serial", "pty": pty }));
+        }
+        for (id, bdf, host) in self.passthrough.tree() {
+            let device = serde_json::json!({ "id": id, "pci_bdf": bdf, "host_bdf": host });
+            tree.insert(id, device);
+        }
+        serde_json::Value::Object(tree)
+    }
+}

@@ -1,0 +1,254 @@
+//! The passed-through devices of a machine: their place on the PCI bus, and the update's steps over all of them.
+
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use theseus_api::types::DeviceConfig;
+use theseus_devices::carried::Carried;
+use theseus_devices::pci::bus::PciBus;
+use theseus_devices::vfio::{self, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring};
+use theseus_hypervisor::Vm;
+use theseus_resources::alloc::Windows;
+use theseus_resources::{Claims, GuestRam, StateReader, StateWriter, Vault};
+
+use super::MachineError;
+use super::devices::{Buses, lock};
+use super::glue::{VmMemslots, VmMsi};
+
+struct Plugged {
+    /// On PCI bus 0.
+    slot: u8,
+    device: Arc<Mutex<VfioPci>>,
+}
+
+pub struct PassthroughDevices {
+    /// Before `registry`: devices hold their groups.
+    plugged: Vec<Plugged>,
+    registry: Passthrough,
+    window64: Range<u64>,
+    windows: Mutex<Windows>,
+}
+
+/// What the other sections of passed-through devices hang on.
+#[derive(Serialize, Deserialize)]
+struct Layout {
+    window64: (u64, u64),
+    /// (PCI slot, id), one for each section `vfio-pci/ID`.
+    devices: Vec<(u8, String)>,
+}
+
+const LAYOUT: (&str, u16) = ("vfio-layout", 1);
+
+/// Decoded; nothing is claimed yet.
+pub struct PassthroughState {
+    layout: Layout,
+    registry: <Passthrough as Carried>::State,
+    devices: Vec<<VfioPci as Carried>::State>,
+}
+
+fn failed(error: impl std::fmt::Display) -> MachineError {
+    MachineError::Passthrough(error.to_string())
+}
+
+fn wiring(vm: &Arc<Vm>, buses: &Buses, vault: &Vault) -> Wiring {
+    Wiring {
+        vault: vault.clone(),
+        msi: Arc::new(VmMsi(vm.clone())),
+        memslots: Arc::new(VmMemslots(vm.clone())),
+        mmio: buses.mmio.clone(),
+        pio: buses.pio.clone(),
+    }
+}
+
+fn ranges(ram: &GuestRam) -> Vec<RamRange> {
+    ram.ranges().iter().map(|range| RamRange { gpa: range.gpa, size: range.size, hva: range.hva }).collect()
+}
+
+impl PassthroughDevices {
+    /// At the guest's boot.
+    pub fn build(
+        configs: &[DeviceConfig],
+        window64: Range<u64>,
+        vm: &Arc<Vm>,
+        buses: &Buses,
+        pci: &PciBus,
+        ram: &GuestRam,
+        vault: &Vault,
+    ) -> Result<Self, MachineError> {
+        let registry = Passthrough::new(vault.clone());
+        // SAFETY: guest RAM stays mapped as long as the machine, whose `shut_down` unmaps it from the containers first.
+        unsafe { registry.map_ram(&ranges(ram)) }.map_err(failed)?;
+        let mut windows = Windows::with_window64(window64.clone());
+        let mut plugged: Vec<Plugged> = Vec::new();
+        for (index, config) in configs.iter().enumerate() {
+            let config = vfio::DeviceConfig {
+                path: config.path.clone(),
+                id: config.id.clone().unwrap_or_else(|| format!("vfio{index}")),
+                container: config.container.clone(),
+            };
+            let device = registry.attach(&config, wiring(vm, buses, vault), &mut windows).map_err(|error| {
+                // The reason is the error's source: a message for a person needs both.
+                failed(format!("{error}"))
+            })?;
+            let slot = pci.add(None, device.clone()).map_err(failed)?;
+            plugged.push(Plugged { slot, device });
+        }
+        let this = Self { plugged, registry, window64, windows: Mutex::new(windows) };
+        this.tell_kvm(vm)?;
+        Ok(this)
+    }
+
+    /// KVM learns of the groups; only after their devices were opened.
+    fn tell_kvm(&self, vm: &Vm) -> Result<(), MachineError> {
+        self.registry.group_fds().iter().try_for_each(|group| Ok(vm.vfio_add(group.as_fd())?))
+    }
+
+    /// Why the containers could not be carried through an update; empty if they could.
+    pub fn probe(&self) -> Vec<String> {
+        self.registry.probe()
+    }
+
+    pub fn ids(&self) -> Vec<String> {
+        self.plugged.iter().map(|plugged| lock(&plugged.device).id().to_owned()).collect()
+    }
+
+    pub fn container_names(&self) -> Vec<String> {
+        self.registry.containers().iter().map(|container| container.name().to_owned()).collect()
+    }
+
+    /// (id, guest BDF, host BDF) of each device.
+    pub fn tree(&self) -> Vec<(String, String, String)> {
+        self.plugged
+            .iter()
+            .map(|plugged| {
+                let device = lock(&plugged.device);
+                (device.id().to_owned(), format!("0000:00:{:02x}.0", plugged.slot), device.host_bdf().to_owned())
+            })
+            .collect()
+    }
+
+    /// vCPUs are stopped: from now on interrupts wait in their eventfds, and the old VM is off the groups, so that its late release
+    /// does not clear their VM pointer under the new one. Undone by [`Self::resume`].
+    pub fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
+        for plugged in &self.plugged {
+            lock(&plugged.device).quiesce_irqfds();
+        }
+        self.registry.group_fds().iter().try_for_each(|group| Ok(vm.vfio_del(group.as_fd())?))
+    }
+
+    pub fn resume(&self, vm: &Vm) {
+        if let Err(error) = self.tell_kvm(vm) {
+            log::error!("after an update that did not happen: {error}");
+        }
+        for plugged in &self.plugged {
+            lock(&plugged.device).attach_irqfds();
+        }
+    }
+
+    /// None where there is nothing to invalidate.
+    pub fn invalidate(&self) -> Result<Option<Invalidated>, String> {
+        if self.plugged.is_empty() {
+            return Ok(None);
+        }
+        self.registry.invalidate().map(Some).map_err(|error| error.to_string())
+    }
+
+    /// In a new image, after the routes are set: addresses for the DMA mappings, groups for KVM, and then the interrupts.
+    pub fn remap(&self, ram: &GuestRam, vm: &Vm) -> Result<(), MachineError> {
+        let bar_vaddr = |id: &str, region, offset, size| {
+            let plugged = self.plugged.iter().find(|plugged| lock(&plugged.device).id() == id)?;
+            lock(&plugged.device).bar_vaddr(region, offset, size)
+        };
+        // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
+        unsafe { self.registry.remap(&ranges(ram), bar_vaddr) }.map_err(failed)?;
+        self.tell_kvm(vm)?;
+        if !crate::test_hooks::skip_irqfds() {
+            for plugged in &self.plugged {
+                lock(&plugged.device).attach_irqfds();
+            }
+        }
+        Ok(())
+    }
+
+    /// The orderly end: devices quiet and given back.
+    pub fn release(&self, vm: &Vm) {
+        let mut windows = lock(&self.windows);
+        for plugged in &self.plugged {
+            lock(&plugged.device).release(&mut windows);
+        }
+        for group in self.registry.group_fds() {
+            if let Err(error) = vm.vfio_del(group.as_fd()) {
+                log::warn!("{error}");
+            }
+        }
+        self.registry.release();
+    }
+
+    pub fn save(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
+        let Self { plugged, registry, window64, windows: _ } = self;
+        let layout = Layout {
+            window64: (window64.start, window64.end),
+            devices: plugged.iter().map(|plugged| (plugged.slot, lock(&plugged.device).id().to_owned())).collect(),
+        };
+        writer.add("vfio-layout", LAYOUT.0, LAYOUT.1, &layout)?;
+        let state = registry.save().map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
+        writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &state)?;
+        for (plugged, (_, id)) in plugged.iter().zip(&layout.devices) {
+            let name = section(id);
+            let state =
+                lock(&plugged.device).save().map_err(|source| MachineError::Device { name: name.clone(), source })?;
+            writer.add(&name, VfioPci::KIND, VfioPci::VERSION, &state)?;
+        }
+        Ok(())
+    }
+
+    /// Touches neither VFIO nor the interrupts: see [`Self::remap`].
+    pub fn restore(
+        state: PassthroughState,
+        vm: &Arc<Vm>,
+        buses: &Buses,
+        pci: &PciBus,
+        vault: &Vault,
+        claims: &mut Claims,
+    ) -> Result<Self, MachineError> {
+        let PassthroughState { layout, registry, devices } = state;
+        let registry = Passthrough::restore(registry, (vault.clone(), claims))
+            .map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
+        let window64 = layout.window64.0..layout.window64.1;
+        let mut windows = Windows::with_window64(window64.clone());
+        let mut plugged = Vec::new();
+        for ((slot, id), state) in layout.devices.into_iter().zip(devices) {
+            let parts = VfioPciParts {
+                claims,
+                passthrough: &registry,
+                windows: &mut windows,
+                wiring: wiring(vm, buses, vault),
+            };
+            let device =
+                VfioPci::restore(state, parts).map_err(|source| MachineError::Device { name: section(&id), source })?;
+            let device = Arc::new(Mutex::new(device));
+            pci.add(Some(slot), device.clone()).map_err(failed)?;
+            plugged.push(Plugged { slot, device });
+        }
+        Ok(Self { plugged, registry, window64, windows: Mutex::new(windows) })
+    }
+}
+
+fn section(id: &str) -> String {
+    format!("vfio-pci/{id}")
+}
+
+impl PassthroughState {
+    pub fn decode(reader: &mut StateReader) -> Result<Self, MachineError> {
+        let layout: Layout = reader.take("vfio-layout", LAYOUT.0, LAYOUT.1)?;
+        let registry = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION)?;
+        let devices = layout
+            .devices
+            .iter()
+            .map(|(_, id)| Ok(reader.take(&section(id), VfioPci::KIND, VfioPci::VERSION)?))
+            .collect::<Result<_, MachineError>>()?;
+        Ok(Self { layout, registry, devices })
+    }
+}

@@ -1,0 +1,63 @@
+//! The machine in a new image. Up to [`Restored::commit`] nothing of the outside world is consumed and no guest code has run, so that
+//! the state it came from stays true.
+
+use std::sync::Arc;
+
+use theseus_hypervisor::Vm;
+use theseus_resources::{Claims, GuestRam};
+
+use super::build::map_ram;
+use super::devices::{Buses, Devices, RestoreParts};
+use super::passthrough::PassthroughDevices;
+use super::state::MachineState;
+use super::{Host, Machine, MachineError};
+use crate::update::timeline::{Phase, Timeline};
+use crate::vcpus::{Shared, Start, Vcpus};
+
+impl Machine {
+    /// Order matters, see kernel notes in docs: memslots before vCPUs (cost), TSC offsets before the clock, the clock before the
+    /// kvmclock MSRs, all LAPICs and then the IRQ chip before routes, routes before irqfds.
+    pub fn restore(
+        state: MachineState,
+        host: &Host,
+        claims: &mut Claims,
+        timeline: &Timeline,
+    ) -> Result<Self, MachineError> {
+        let MachineState { config, running: _, ram, vm_fd, irqchip, clock, vcpus, devices, passthrough } = state;
+        let ram = Arc::new(GuestRam::restore(ram, claims)?);
+        timeline.stamp(Phase::Claim);
+
+        let vm = Arc::new(Vm::new(&host.hypervisor, Some(vm_fd))?);
+        map_ram(&vm, &ram)?;
+        timeline.stamp(Phase::Vm);
+
+        let buses = Buses::new();
+        let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
+        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
+        timeline.stamp(Phase::Passthrough);
+
+        let shared = Shared {
+            vm: vm.clone(),
+            hypervisor: host.hypervisor.clone(),
+            pio: buses.pio.clone(),
+            mmio: buses.mmio.clone(),
+            requests: host.requests.clone(),
+        };
+        let starts = vcpus.into_iter().map(|(state, placement)| Start::Restore(Box::new(state), placement)).collect();
+        let vcpus = Vcpus::start(&shared, starts)?;
+        if let Some(error) = vm.restore_clock(&clock)? {
+            log::debug!("kvmclock is off by {error} ns");
+        }
+        vcpus.restore_late()?;
+        timeline.stamp(Phase::Vcpus);
+
+        vm.restore_irqchip(&irqchip)?;
+        vm.commit_routes()?;
+        let parts = RestoreParts { vm: &vm, vault: &host.vault, claims, requests: &host.requests };
+        let devices = Devices::restore(devices, pci, parts)?;
+        devices.plug(&buses)?;
+        timeline.stamp(Phase::Devices);
+
+        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: Some(clock) })
+    }
+}

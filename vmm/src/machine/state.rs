@@ -1,0 +1,110 @@
+//! The machine as sections of the saved state.
+
+use serde::{Deserialize, Serialize};
+use theseus_api::types::VmConfig;
+use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuState};
+use theseus_resources::ram::RamState;
+use theseus_resources::{StateReader, StateWriter};
+
+use super::devices::DevicesState;
+use super::passthrough::PassthroughState;
+use super::{Machine, MachineError};
+use crate::vcpus::placement::Placement;
+
+const MACHINE: (&str, u16) = ("machine", 1);
+const RAM: (&str, u16) = ("guest-ram", 1);
+const IRQCHIP: (&str, u16) = ("kvm-irqchip", 1);
+const CLOCK: (&str, u16) = ("kvm-clock", 1);
+const VCPU: (&str, u16) = ("vcpu", 1);
+
+/// What the other sections hang on.
+#[derive(Serialize, Deserialize)]
+struct MachineSection {
+    config: VmConfig,
+    /// Whether the vCPUs ran before the update, and so will after it.
+    running: bool,
+    has_serial: bool,
+    /// None in a dry run, which is made while the guest runs.
+    vcpus: Option<u32>,
+    placements: Vec<Placement>,
+    /// Number of the VM's fd, which the next image's VM must not get.
+    vm_fd: i32,
+}
+
+/// Everything decoded, nothing claimed or created yet: what `--check-update` tries, and what a restore starts from.
+pub struct MachineState {
+    pub config: VmConfig,
+    pub running: bool,
+    pub ram: RamState,
+    pub vm_fd: i32,
+    pub irqchip: IrqchipState,
+    pub clock: ClockAnchor,
+    pub vcpus: Vec<(VcpuState, Placement)>,
+    pub devices: DevicesState,
+    pub passthrough: PassthroughState,
+}
+
+/// A dry run takes no vCPU states, as the guest is running.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    DryRun,
+    Full,
+}
+
+impl Machine {
+    /// Pure. `was_running`: whether the guest is to run again; `placements` are read while it still runs.
+    pub fn save(
+        &self,
+        writer: &mut StateWriter,
+        depth: Depth,
+        was_running: bool,
+        placements: Vec<Placement>,
+    ) -> Result<(), MachineError> {
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock } = self;
+        let states = if depth == Depth::Full { vcpus.save()? } else { Vec::new() };
+        let tsc_khz = states.first().map_or(0, |state| state.tsc_khz);
+        let section = MachineSection {
+            config: config.clone(),
+            running: was_running,
+            has_serial: devices.serial.is_some(),
+            vcpus: (depth == Depth::Full).then_some(states.len() as u32),
+            placements,
+            vm_fd: vm.raw_fd(),
+        };
+        writer.add("machine", MACHINE.0, MACHINE.1, &section)?;
+        writer.add("ram", RAM.0, RAM.1, &ram.save())?;
+        writer.add("irqchip", IRQCHIP.0, IRQCHIP.1, &vm.save_irqchip()?)?;
+        writer.add("clock", CLOCK.0, CLOCK.1, &vm.save_clock(*clock, tsc_khz)?)?;
+        for state in &states {
+            writer.add(&format!("vcpu{}", state.index), VCPU.0, VCPU.1, state)?;
+        }
+        devices.save(writer)?;
+        passthrough.save(writer)
+    }
+}
+
+impl MachineState {
+    pub fn decode(reader: &mut StateReader) -> Result<Self, MachineError> {
+        let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
+        let MachineSection { config, running, has_serial, vcpus, placements, vm_fd } = section;
+        let mut states = Vec::new();
+        for index in 0..vcpus.unwrap_or(0) {
+            let state: VcpuState = reader.take(&format!("vcpu{index}"), VCPU.0, VCPU.1)?;
+            if state.index != index {
+                return Err(MachineError::Config(format!("section 'vcpu{index}' holds vCPU {}", state.index)));
+            }
+            states.push((state, placements.get(index as usize).cloned().unwrap_or_default()));
+        }
+        Ok(Self {
+            config,
+            running,
+            ram: reader.take("ram", RAM.0, RAM.1)?,
+            vm_fd,
+            irqchip: reader.take("irqchip", IRQCHIP.0, IRQCHIP.1)?,
+            clock: reader.take("clock", CLOCK.0, CLOCK.1)?,
+            vcpus: states,
+            devices: DevicesState::decode(reader, has_serial)?,
+            passthrough: PassthroughState::decode(reader)?,
+        })
+    }
+}

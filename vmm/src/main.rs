@@ -1,0 +1,5 @@
+//! `theseus`: see the README.
+
+fn main() -> std::process::ExitCode {
+    theseus_vmm::main()
+}

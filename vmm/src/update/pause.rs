@@ -1,0 +1,205 @@
+//! From the stopped guest to the exec: Paused, Saved, Invalidated. Each is a guard over the one before.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use theseus_api::server::{ConnId, Frozen};
+use theseus_resources::{Claims, KeptFd, Purpose, Slot, StateWriter, Vault};
+
+use super::Subject;
+use super::prepare::{PURPOSE, Prepared, handover};
+use super::saved::ApiSlots;
+use super::timeline::Phase;
+use crate::build_info;
+use crate::machine::state::Depth;
+use crate::machine::{Host, Machine, MachineError};
+use crate::main_thread::{ExecPlan, MainThread};
+
+/// The eventfd that lets a parked helper go.
+pub struct Release(KeptFd);
+
+impl Release {
+    pub fn new(vault: &Vault) -> std::io::Result<Self> {
+        let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
+        Ok(Self(vault.keep("helper release", PURPOSE, fd)))
+    }
+
+    pub fn claim(slot: Slot, claims: &mut Claims) -> Result<Self, theseus_resources::vault::VaultError> {
+        Ok(Self(claims.claim(slot, PURPOSE)?))
+    }
+
+    pub fn slot(&self) -> Slot {
+        self.0.slot()
+    }
+
+    /// Lets the helper go; harmless if there is none.
+    pub fn let_go(&self) {
+        if let Err(error) = rustix::io::write(&self.0, &1u64.to_ne_bytes()) {
+            log::error!("cannot let the parked helper go: {error}");
+        }
+    }
+}
+
+/// The guest's vCPUs are stopped with nothing pending, its interrupts wait in their eventfds, and the API stands still.
+/// Dropped in the order of the fields: the vCPUs run again last but one.
+pub struct Paused<'a> {
+    guest: Option<StoppedGuest<'a>>,
+    frozen: Option<Frozen<'a>>,
+    host: &'a Host,
+    main: &'a MainThread,
+    handover: super::saved::Handover,
+    kept_connections: Vec<KeptFd>,
+    prepared: Prepared,
+}
+
+struct StoppedGuest<'a> {
+    machine: &'a mut Machine,
+    was_running: bool,
+}
+
+impl Drop for StoppedGuest<'_> {
+    fn drop(&mut self) {
+        self.machine.passthrough.resume(&self.machine.vm);
+        if self.was_running
+            && let Err(error) = self.machine.vcpus.resume()
+        {
+            log::error!("the guest cannot go on: {error}");
+        }
+    }
+}
+
+impl<'a> Paused<'a> {
+    pub fn new(
+        subject: &'a mut Subject<'_>,
+        prepared: Prepared,
+        caller: Option<ConnId>,
+        deadline: Duration,
+    ) -> Result<Self, String> {
+        let frozen = subject.server.map(|server| server.freeze(caller, deadline)).transpose();
+        let frozen = frozen.map_err(|error| error.to_string())?;
+        let mut kept_connections = Vec::new();
+        let api =
+            frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.vault, &mut kept_connections)).transpose();
+        let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
+        // Before the pause: it lists all kept fds, which takes a system call for each.
+        let handover = handover(subject, &prepared.timeline, &prepared.release, api);
+        prepared.timeline.stamp(Phase::Freeze);
+
+        let guest = match subject.machine.as_deref_mut() {
+            Some(machine) => {
+                let was_running = machine.vcpus.is_running();
+                // vCPUs first: a vector that the guest enables while we look would be missed.
+                machine.vcpus.pause(deadline).map_err(|error| error.to_string())?;
+                let guest = StoppedGuest { machine, was_running };
+                if (subject.guest_asked)() {
+                    return Err("the guest has just asked for power-off or reset".into());
+                }
+                guest.machine.passthrough.quiesce(&guest.machine.vm).map_err(|error| error.to_string())?;
+                Some(guest)
+            }
+            None => None,
+        };
+        prepared.timeline.stamp(Phase::Pause);
+        Ok(Self { guest, frozen, host: subject.host, main: subject.main, handover, kept_connections, prepared })
+    }
+
+    /// Pure: the guest and its devices stay as they are.
+    pub fn save(self) -> Result<Saved<'a>, MachineError> {
+        let mut writer = StateWriter::new(&build_info::this().build_id);
+        self.handover.encode(&mut writer)?;
+        if let Some(StoppedGuest { machine, was_running }) = &self.guest {
+            machine.save(&mut writer, Depth::Full, *was_running, self.prepared.placements.clone())?;
+        }
+        let bytes = writer.finish()?;
+        let memfd = sealed(&bytes).map_err(|error| MachineError::Config(format!("cannot keep the state: {error}")))?;
+        self.prepared.timeline.stamp(Phase::Save);
+        Ok(Saved { paused: self, state: memfd })
+    }
+}
+
+fn keep_api(frozen: &Frozen<'_>, vault: &Vault, kept: &mut Vec<KeptFd>) -> std::io::Result<ApiSlots> {
+    let mut keep = |name: &str, purpose, fd: std::os::fd::BorrowedFd<'_>| -> std::io::Result<Slot> {
+        let fd = vault.keep(name, purpose, fd.try_clone_to_owned()?);
+        let slot = fd.slot();
+        kept.push(fd);
+        Ok(slot)
+    };
+    Ok(ApiSlots {
+        listener: keep("API listener", Purpose::ApiListener, frozen.listener())?,
+        idle: frozen
+            .idle()
+            .map(|(_, fd)| keep("idle API connection", Purpose::ApiConnection, fd))
+            .collect::<Result<_, _>>()?,
+        caller: frozen
+            .caller()
+            .map(|fd| keep("API connection of the caller", Purpose::ApiConnection, fd))
+            .transpose()?,
+    })
+}
+
+/// A memfd that nobody can change any more.
+fn sealed(bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create("saved-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let count = rustix::io::write(&fd, rest)?;
+        rest = rest.get(count..).unwrap_or_default();
+    }
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
+    Ok(fd)
+}
+
+/// The state is in a sealed memfd.
+pub struct Saved<'a> {
+    paused: Paused<'a>,
+    state: OwnedFd,
+}
+
+impl<'a> Saved<'a> {
+    /// All DMA addresses of all containers; the DMA itself goes on.
+    pub fn invalidate(self) -> Result<Invalidated<'a>, String> {
+        let containers = match &self.paused.guest {
+            Some(guest) => guest.machine.passthrough.invalidate()?,
+            None => None,
+        };
+        let timeline = &self.paused.prepared.timeline;
+        crate::test_hooks::hold_invalidated();
+        timeline.stamp(Phase::Invalidate);
+        Ok(Invalidated { _containers: containers, saved: self })
+    }
+}
+
+/// No DMA address of this process is valid any more; DMA that was mapped goes on. Dropping it maps them back first.
+pub struct Invalidated<'a> {
+    _containers: Option<theseus_devices::vfio::Invalidated>,
+    saved: Saved<'a>,
+}
+
+impl Invalidated<'_> {
+    /// Becomes the new image. Returns only if that failed: then everything is put back, and this is the reason.
+    pub fn exec(self) -> String {
+        let Saved { paused, state } = &self.saved;
+        let target = match paused.prepared.target.file.as_fd().try_clone_to_owned() {
+            Ok(target) => target,
+            Err(error) => return format!("cannot hold on to the target: {error}"),
+        };
+        // The state travels like every other kept fd, but is not in the manifest that it contains.
+        let state = match state.try_clone() {
+            Ok(state) => paused.host.vault.keep("saved state", PURPOSE, state),
+            Err(error) => return format!("cannot hold on to the state: {error}"),
+        };
+        let plan = ExecPlan {
+            target,
+            state: state.as_raw_fd(),
+            release: paused.prepared.release.0.as_raw_fd(),
+            vault: paused.host.vault.clone(),
+            timeline: Arc::clone(&paused.prepared.timeline),
+        };
+        let reason = paused.main.exec(plan);
+        log::debug!("{} API connections and the guest stay here", paused.kept_connections.len());
+        let _ = &paused.frozen;
+        reason
+    }
+}

@@ -1,0 +1,60 @@
+//! The whole saved state: what the update itself hands over, and the machine.
+
+use serde::{Deserialize, Serialize};
+use theseus_api::types::{BuildInfo, VmConfig};
+use theseus_resources::vault::Record;
+use theseus_resources::{Slot, StateReader, StateWriter};
+
+use crate::machine::MachineError;
+use crate::machine::state::MachineState;
+
+const HANDOVER: (&str, u16) = ("handover", 1);
+
+/// What the new image needs beside the machine.
+#[derive(Serialize, Deserialize)]
+pub struct Handover {
+    /// Every kept fd.
+    pub vault: Vec<Record>,
+    pub from: BuildInfo,
+    pub timeline: Slot,
+    pub kvm: Slot,
+    /// Lets the parked helper go.
+    pub release: Slot,
+    pub api: Option<ApiSlots>,
+    /// The configuration of a VM that is created or shut down, but not booted.
+    pub config: Option<VmConfig>,
+    /// Whether there is a machine in this state.
+    pub booted: bool,
+    /// Whether the VM was shut down, rather than not booted yet.
+    pub was_shut_down: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct ApiSlots {
+    pub listener: Slot,
+    /// Connections that stand between two requests.
+    pub idle: Vec<Slot>,
+    /// The one that waits for the answer to this update.
+    pub caller: Option<Slot>,
+}
+
+pub struct Saved {
+    pub handover: Handover,
+    pub machine: Option<MachineState>,
+}
+
+impl Handover {
+    pub fn encode(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
+        Ok(writer.add("handover", HANDOVER.0, HANDOVER.1, self)?)
+    }
+}
+
+impl Saved {
+    /// Decodes everything; nothing is claimed or created. A section that is left over is an error.
+    pub fn decode(mut reader: StateReader) -> Result<Self, MachineError> {
+        let handover: Handover = reader.take("handover", HANDOVER.0, HANDOVER.1)?;
+        let machine = handover.booted.then(|| MachineState::decode(&mut reader)).transpose()?;
+        reader.finish()?;
+        Ok(Self { handover, machine })
+    }
+}

@@ -1,0 +1,71 @@
+//! What a file says of itself in its ELF notes: build id, and whether it is a build of Theseus.
+
+use std::fs::File;
+use std::path::Path;
+
+use object::Endianness;
+use object::elf::{EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, PT_NOTE};
+use object::read::ReadCache;
+use object::read::elf::{FileHeader, ProgramHeader};
+
+use crate::build_info::{NOTE_KIND, NOTE_OWNER};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Lower-case hex; empty if there is none.
+    pub build_id: String,
+    /// None if the file is not Theseus.
+    pub version: Option<String>,
+}
+
+/// Reads the notes of an executable for this machine. The error is a reason, without the file's name.
+pub fn inspect(path: &Path) -> Result<Found, String> {
+    inspect_file(File::open(path).map_err(|error| error.to_string())?)
+}
+
+pub fn inspect_file(file: File) -> Result<Found, String> {
+    let data = &ReadCache::new(file);
+    let header = FileHeader64::<Endianness>::parse(data).map_err(|_| "not an ELF file of 64 bits".to_owned())?;
+    let endian = header.endian().map_err(|error| error.to_string())?;
+    if header.e_machine(endian) != EM_X86_64 {
+        return Err(format!("for another kind of machine (ELF machine {})", header.e_machine(endian)));
+    }
+    let mut found = Found { build_id: String::new(), version: None };
+    let damaged = |error: object::Error| format!("damaged ELF file: {error}");
+    for segment in header.program_headers(endian, data).map_err(damaged)? {
+        if segment.p_type(endian) != PT_NOTE {
+            continue;
+        }
+        let Some(mut notes) = segment.notes(endian, data).map_err(damaged)? else { continue };
+        while let Some(note) = notes.next().map_err(damaged)? {
+            match (note.name(), note.n_type(endian)) {
+                (b"GNU", NT_GNU_BUILD_ID) => {
+                    found.build_id = note.desc().iter().map(|byte| format!("{byte:02x}")).collect();
+                }
+                (NOTE_OWNER, NOTE_KIND) => {
+                    let text = note.desc().split(|byte| *byte == 0).next().unwrap_or_default();
+                    found.version = Some(String::from_utf8_lossy(text).into_owned());
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn scripts_and_damage_are_told_apart() {
+        let mut script = tempfile::NamedTempFile::new().unwrap();
+        script.write_all(b"#!/bin/sh\nexit 0\n").unwrap();
+        assert!(inspect(script.path()).unwrap_err().contains("not an ELF"));
+        let me = std::fs::read("/proc/self/exe").unwrap();
+        let mut cut = tempfile::NamedTempFile::new().unwrap();
+        cut.write_all(&me[..80]).unwrap();
+        assert!(inspect(cut.path()).is_err());
+    }
+}

@@ -1,0 +1,91 @@
+//! The dry run: the target decodes our real state, and says what it cannot read, before the guest is touched.
+//!
+//! We run `TARGET --check-update` with the state on its standard input; it prints a [`Verdict`] and ends.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::PidfdFlags;
+use serde::{Deserialize, Serialize};
+use theseus_resources::StateReader;
+
+use super::Target;
+use crate::build_info;
+use crate::main_thread::MainThread;
+use crate::update::saved::Saved;
+
+/// How long the target may take for its verdict.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[derive(Serialize, Deserialize)]
+pub struct Verdict {
+    pub build_id: String,
+    /// Why it cannot take this guest over; empty if it can.
+    pub reasons: Vec<String>,
+}
+
+/// In the running image.
+pub fn ask(target: &Target, state: &[u8], main: &MainThread) -> Result<(), Vec<String>> {
+    let fail = |reason: String| vec![format!("binary {}: dry run: {reason}", target.path.display())];
+    let verdict = converse(target, state, main).map_err(fail)?;
+    if verdict.build_id != target.build.build_id {
+        let (note, own) = (&target.build.build_id, &verdict.build_id);
+        return Err(fail(format!("it calls itself build {own}, its file says {note}")));
+    }
+    if verdict.reasons.is_empty() { Ok(()) } else { Err(verdict.reasons.into_iter().flat_map(fail).collect()) }
+}
+
+fn converse(target: &Target, state: &[u8], main: &MainThread) -> Result<Verdict, String> {
+    let text = |error: std::io::Error| error.to_string();
+    let memfd = || rustix::fs::memfd_create("check-update", rustix::fs::MemfdFlags::CLOEXEC).map(File::from);
+    let mut input = memfd().map_err(|error| error.to_string())?;
+    // A file rather than a pipe: nothing can block on it, whatever the target does.
+    let mut output = memfd().map_err(|error| error.to_string())?;
+    input.write_all(state).and_then(|()| input.rewind()).map_err(text)?;
+    let mut command = Command::new(format!("/proc/self/fd/{}", target.file.as_raw_fd()));
+    command.arg("--check-update").env_clear().envs(crate::test_hooks::environment());
+    command.stdin(Stdio::from(OwnedFd::from(input))).stdout(output.try_clone().map_err(text)?).stderr(Stdio::null());
+    let status = main.spawn(command, PATIENCE).map_err(|error| format!("cannot run it: {error}"))?;
+    let status = status.ok_or_else(|| format!("no verdict within {PATIENCE:?}"))?;
+    let mut json = String::new();
+    output.rewind().and_then(|()| output.read_to_string(&mut json)).map_err(text)?;
+    serde_json::from_str(&json).map_err(|_| format!("no verdict: it ended with {status}"))
+}
+
+/// Runs `command` to its end, or kills it when `patience` is over (`None`). On the main thread, which has no filters.
+pub fn run_child(mut command: Command, patience: Duration) -> std::io::Result<Option<ExitStatus>> {
+    let mut child = command.spawn()?;
+    let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) else { return child.wait().map(Some) };
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+    let ended = loop {
+        match rustix::event::poll(&mut [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)], Some(&timeout)) {
+            Ok(count) => break count > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    };
+    if !ended {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    Ok(ended.then_some(status))
+}
+
+/// In the target, as `--check-update`: reads the state from standard input, prints the verdict.
+pub fn answer() -> std::io::Result<()> {
+    let mut state = Vec::new();
+    std::io::stdin().read_to_end(&mut state)?;
+    let mut reasons = Vec::new();
+    let decoded = crate::test_hooks::state_as_read(StateReader::new(&state)).map_err(|error| error.to_string());
+    if let Err(reason) = decoded.and_then(|reader| Saved::decode(reader).map_err(|error| error.to_string())) {
+        reasons.push(reason);
+    }
+    let verdict = Verdict { build_id: build_info::this().build_id.clone(), reasons };
+    println!("{}", serde_json::to_string(&verdict)?);
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! The build to update to: the file, opened once and from then on known by its fd, and what it says to our state.
+
+pub mod elf;
+mod handshake;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use theseus_api::types::{BuildInfo, UpdateRequest};
+
+pub use handshake::{answer, ask, run_child};
+
+pub struct Target {
+    pub path: PathBuf,
+    /// What is checked here is what is executed: the path is not looked up again.
+    pub file: File,
+    pub build: BuildInfo,
+}
+
+/// The file this process was started from; where a package upgrade has replaced it, the one that is now at its place.
+pub fn default_path() -> Result<PathBuf, String> {
+    let path = std::fs::read_link("/proc/self/exe").map_err(|error| format!("/proc/self/exe: {error}"))?;
+    Ok(match path.to_str().and_then(|text| text.strip_suffix(" (deleted)")) {
+        Some(original) => original.into(),
+        None => path,
+    })
+}
+
+impl Target {
+    /// Opens and checks the file; on failure all the reasons that could be found.
+    pub fn open(request: &UpdateRequest, running: &BuildInfo) -> Result<Self, Vec<String>> {
+        let path = match &request.binary {
+            Some(path) => path.clone(),
+            None => default_path().map_err(|reason| vec![reason])?,
+        };
+        let say = |reason: String| format!("binary {}: {reason}", path.display());
+        // Not blocking: the path may name a FIFO that nobody writes to.
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
+        let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty())
+            .map_err(|error| vec![say(format!("cannot be opened: {error}"))])?;
+        let file = File::from(file);
+        let meta = file.metadata().map_err(|error| vec![say(error.to_string())])?;
+        if !meta.is_file() {
+            return Err(vec![say("is not a regular file".into())]);
+        }
+        let mut reasons = Vec::new();
+        if rustix::fs::accessat(rustix::fs::CWD, &path, rustix::fs::Access::EXEC_OK, rustix::fs::AtFlags::EACCESS)
+            .is_err()
+            || meta.permissions().mode() & 0o111 == 0
+        {
+            reasons.push(say("is not executable: chmod +x".into()));
+        }
+        if meta.mode() & 0o002 != 0 {
+            reasons.push(say("is writable by everybody: chmod o-w, or it could change between check and exec".into()));
+        }
+        let inspected = file.try_clone().map_err(|error| error.to_string()).and_then(elf::inspect_file);
+        let build = match inspected {
+            Err(reason) => Err(say(reason)),
+            Ok(elf::Found { version: None, .. }) => Err(say("is not a build of Theseus".into())),
+            Ok(elf::Found { version: Some(version), build_id }) => Ok(BuildInfo { version, build_id }),
+        };
+        if let Some(wanted) = &request.sha256 {
+            match sha256(&file) {
+                Ok(found) if found.eq_ignore_ascii_case(wanted) => {}
+                Ok(found) => reasons.push(say(format!("its SHA-256 is {found}, not {wanted}"))),
+                Err(error) => reasons.push(say(format!("cannot be read: {error}"))),
+            }
+        }
+        match build {
+            Ok(build) => {
+                if !request.allow_downgrade && older(&build.version, &running.version) {
+                    let (to, from) = (&build.version, &running.version);
+                    reasons.push(say(format!("version {to} is older than the running {from}: say allow_downgrade")));
+                }
+                if reasons.is_empty() { Ok(Self { path, file, build }) } else { Err(reasons) }
+            }
+            Err(reason) => {
+                reasons.push(reason);
+                Err(reasons)
+            }
+        }
+    }
+}
+
+fn sha256(file: &File) -> std::io::Result<String> {
+    let mut file = file.try_clone()?;
+    std::io::Seek::rewind(&mut file)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+        }
+        hash.update(&buffer[..count]);
+    }
+}
+
+/// Whether version `a` is older than `b`; what follows a plus or minus sign does not count.
+fn older(a: &str, b: &str) -> bool {
+    let numbers = |text: &str| -> Vec<u64> {
+        let core = text.split(['+', '-']).next().unwrap_or_default();
+        core.split('.').map(|part| part.parse().unwrap_or(0)).collect()
+    };
+    numbers(a) < numbers(b)
+}
+
+/// For messages.
+pub fn describe(path: &Path, build: &BuildInfo) -> String {
+    format!("{} (version {}, build {})", path.display(), build.version, build.build_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn open(path: &Path, sha256: Option<&str>) -> Result<Target, Vec<String>> {
+        let request =
+            UpdateRequest { binary: Some(path.into()), sha256: sha256.map(str::to_owned), ..Default::default() };
+        Target::open(&request, crate::build_info::this())
+    }
+
+    #[test]
+    fn every_reason_is_named() {
+        assert!(open(Path::new("/nowhere/theseus"), None).err().unwrap()[0].contains("/nowhere/theseus"));
+        assert!(open(Path::new("/tmp"), None).err().unwrap()[0].contains("not a regular file"));
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"#!/bin/sh\n").unwrap();
+        file.as_file().set_permissions(std::fs::Permissions::from_mode(0o602)).unwrap();
+        let reasons = open(file.path(), Some(&"0".repeat(64))).err().unwrap();
+        for part in ["not executable", "writable by everybody", "SHA-256", "not an ELF"] {
+            assert!(reasons.iter().any(|reason| reason.contains(part)), "{part}: {reasons:?}");
+        }
+        let me = std::env::current_exe().unwrap();
+        let sum = sha256(&File::open(&me).unwrap()).unwrap();
+        open(&me, Some(&sum.to_uppercase())).unwrap();
+    }
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert!(older("0.9.0", "0.10.0"));
+        assert!(!older("1.0.0+b", "1.0.0+a"));
+        assert!(!older("1.0.1", "1.0.0"));
+    }
+}

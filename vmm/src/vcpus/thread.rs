@@ -1,0 +1,122 @@
+//! The body of a vCPU thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+
+use theseus_devices::interrupt::GuestRequest;
+use theseus_hypervisor::vcpu::ExitFlag;
+use theseus_hypervisor::{Exit, Vcpu, VcpuState};
+
+use super::{Command, Event, Shared, Start, VcpuError, signal};
+use crate::boot;
+
+pub(super) struct Body {
+    pub index: u32,
+    pub shared: Shared,
+    pub pause: Arc<AtomicBool>,
+    pub commands: Receiver<Command>,
+    pub events: Sender<Event>,
+}
+
+impl Body {
+    pub(super) fn main(self, start: Start, introduce: &Sender<(libc::pid_t, ExitFlag)>) {
+        signal::unblock_kick();
+        let (mut vcpu, state) = match self.create(start) {
+            Ok(created) => created,
+            Err(error) => return self.tell(Event::Ready(Err(error))),
+        };
+        // SAFETY: no arguments, cannot fail.
+        let tid = unsafe { libc::gettid() };
+        let _ = introduce.send((tid, vcpu.exit_flag()));
+        self.tell(Event::Ready(Ok(())));
+        while let Ok(command) = self.commands.recv() {
+            match command {
+                Command::RestoreLate => {
+                    let result = state.as_ref().map_or(Ok(()), |state| vcpu.restore_late(state));
+                    self.tell(Event::Ready(result.map_err(|source| self.error(source))));
+                }
+                Command::Run => self.run(&mut vcpu),
+                Command::Pause => self.tell(Event::Paused),
+                Command::Save => {
+                    let saved = vcpu.save().map(Box::new).map_err(|source| self.error(source));
+                    self.tell(Event::Saved(saved));
+                }
+                Command::End => return,
+            }
+        }
+    }
+
+    fn error(&self, source: theseus_hypervisor::Error) -> VcpuError {
+        VcpuError::Hypervisor { index: self.index, source }
+    }
+
+    fn tell(&self, event: Event) {
+        // The owner is gone only when the process is ending.
+        let _ = self.events.send(event);
+    }
+
+    fn create(&self, start: Start) -> Result<(Vcpu, Option<Box<VcpuState>>), VcpuError> {
+        if let Start::Restore(_, placement) = &start {
+            placement.apply(self.index);
+        }
+        let new = || Vcpu::new(&self.shared.vm, self.index).map_err(|source| self.error(source));
+        match start {
+            Start::Restore(state, _) => {
+                let mut vcpu = new()?;
+                vcpu.restore_early(&state).map_err(|source| self.error(source))?;
+                Ok((vcpu, Some(state)))
+            }
+            Start::Boot { cpuid, msrs, entry } => {
+                let mut vcpu = new()?;
+                vcpu.set_cpuid(&cpuid).map_err(|source| self.error(source))?;
+                if let Some((entry, ram)) = entry {
+                    let mut sregs = vcpu.sregs().map_err(|source| self.error(source))?;
+                    let regs = boot::boot_regs(ram.memory(), entry, &mut sregs)
+                        .map_err(|error| VcpuError::Boot { index: self.index, reason: error.to_string() })?;
+                    vcpu.set_registers(&regs, &sregs).map_err(|source| self.error(source))?;
+                }
+                vcpu.set_msrs(&msrs).map_err(|source| self.error(source))?;
+                vcpu.discover_msrs(&self.shared.hypervisor).map_err(|source| self.error(source))?;
+                Ok((vcpu, None))
+            }
+        }
+    }
+
+    /// In the guest until a pause is asked for, or until it cannot go on.
+    fn run(&self, vcpu: &mut Vcpu) {
+        vcpu.set_immediate_exit(false);
+        // A pause that was asked for before the line above has its exit flag cleared by it: look again.
+        if self.pause.load(Ordering::SeqCst) {
+            vcpu.set_immediate_exit(true);
+        }
+        loop {
+            match vcpu.run() {
+                Ok(Exit::IoIn(port, data)) => self.shared.pio.read(port.into(), data),
+                Ok(Exit::IoOut(port, data)) => self.shared.pio.write(port.into(), data),
+                Ok(Exit::MmioRead(addr, data)) => self.shared.mmio.read(addr, data),
+                Ok(Exit::MmioWrite(addr, data)) => self.shared.mmio.write(addr, data),
+                // KVM completes what the last exit left pending before it looks at the exit flag, so here nothing is.
+                Ok(Exit::Interrupted) if self.pause.load(Ordering::SeqCst) => return,
+                Ok(Exit::Interrupted) => {
+                    vcpu.set_immediate_exit(false);
+                    if self.pause.load(Ordering::SeqCst) {
+                        vcpu.set_immediate_exit(true);
+                    }
+                }
+                Ok(Exit::Reset) => {
+                    log::info!("vCPU {}: triple fault: the guest resets", self.index);
+                    return self.shared.requests.ask(GuestRequest::Reset);
+                }
+                Ok(Exit::Failed(reason)) => {
+                    log::error!("vCPU {}: the guest cannot go on: {reason}", self.index);
+                    return self.shared.requests.ask(GuestRequest::Reset);
+                }
+                Err(error) => {
+                    log::error!("vCPU {}: the guest cannot go on: {error}", self.index);
+                    return self.shared.requests.ask(GuestRequest::Reset);
+                }
+            }
+        }
+    }
+}
