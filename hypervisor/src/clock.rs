@@ -12,6 +12,10 @@ use crate::{Error, Result, Vm};
 /// Beyond this the guest's clock was moved by something else than updates (host suspend, master clock update).
 const SAME_CLOCK_NS: u64 = 20_000;
 
+const ROUNDS: u32 = 12;
+/// What a round must reach; twice as much every two rounds.
+const GOOD_NS: u64 = 100;
+
 /// A moment at which the guest's clock is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClockAnchor {
@@ -77,8 +81,9 @@ impl Vm {
         }
         let mut lead = 0i64;
         let mut left = None;
-        // The first round measures how long a set takes to take effect, the second uses it.
-        for _ in 0..2 {
+        // Each round measures how long a set takes to take effect, and the next one uses it. An interruption between reading the TSC and
+        // the kernel's own reading spoils a round: go on until one is good, with less and less ambition.
+        for round in 0..ROUNDS {
             set(anchor.at_tsc(read_tsc()).wrapping_add_signed(lead))?;
             let now = self.clock()?;
             if now.flags & KVM_CLOCK_HOST_TSC == 0 {
@@ -86,6 +91,9 @@ impl Vm {
             }
             let error = now.clock.wrapping_sub(anchor.at_tsc(now.host_tsc)) as i64;
             left = Some(error);
+            if error.unsigned_abs() <= GOOD_NS << (round / 2) {
+                break;
+            }
             lead = lead.wrapping_sub(error);
         }
         Ok(left)

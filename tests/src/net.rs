@@ -134,6 +134,25 @@ pub fn big_receive_buffer(socket: &std::net::UdpSocket, bytes: i32) -> io::Resul
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Counters of `name` that are not zero and tell of loss, and the machine's UDP errors: where packets went that did not come.
+pub fn losses(name: &str) -> io::Result<Vec<(String, u64)>> {
+    let mut losses = Vec::new();
+    for entry in fs::read_dir(format!("/sys/class/net/{name}/statistics"))?.flatten() {
+        let counter = entry.file_name().to_string_lossy().into_owned();
+        let count = fs::read_to_string(entry.path())?.trim().parse().unwrap_or(0);
+        if count > 0 && (counter.contains("err") || counter.contains("drop")) {
+            losses.push((counter, count));
+        }
+    }
+    let snmp = fs::read_to_string("/proc/net/snmp")?;
+    let mut udp = snmp.lines().filter_map(|line| line.strip_prefix("Udp: "));
+    if let (Some(names), Some(counts)) = (udp.next(), udp.next()) {
+        let counters = names.split(' ').zip(counts.split(' ')).filter(|(name, _)| name.ends_with("Errors"));
+        losses.extend(counters.filter_map(|(n, c)| Some((n.to_string(), c.parse().ok().filter(|c| *c > 0)?))));
+    }
+    Ok(losses)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

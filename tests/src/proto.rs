@@ -117,6 +117,8 @@ pub enum Request {
     IfUp { name: String, ip: String, prefix: u8 },
     /// `()`: a permanent ARP entry.
     Neighbour { name: String, ip: String, mac: String },
+    /// `Vec<(String, u64)>`: counters of loss of interface `name`.
+    Losses { name: String },
     /// `()`: starts to send numbered packets, `rate` a second.
     SendStart { flow: u32, from: String, to: String, rate: u32 },
     /// `Sent`: stops it.
@@ -155,6 +157,10 @@ pub enum Request {
     Clock { cpu: usize },
     /// `Vec<String>`: all CPUID leaves as seen on `cpu`, a line each.
     Cpuid { cpu: usize },
+    /// `Vec<usize>`: remembers the CPUID leaves of every CPU; says how many each has.
+    CpuidRemember,
+    /// `Vec<String>`: what differs now from what was remembered.
+    CpuidChanges,
     /// `Vec<PciFunction>`
     Pci,
     /// `Vec<Vector>`: the lines of /proc/interrupts whose name contains `name`.

@@ -18,8 +18,6 @@ use crate::{
     seq::{PACKET_LEN, Packet, SeqCheck, SeqStats},
 };
 
-/// After a stall the missed packets are sent no closer than this, so that they do not overrun a ring of 256 descriptors.
-const MIN_SPACING_NS: u64 = 200_000;
 const RECEIVE_BUFFER: i32 = 8 << 20;
 
 fn io_thread(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
@@ -56,8 +54,9 @@ impl Sender {
                         errors.fetch_add(1, Ordering::Relaxed);
                     }
                 }
-                due += period;
-                sleep_until(due.max(now + MIN_SPACING_NS));
+                // A sender that was held up does not catch up: the rate is a promise to the receiver's ring too.
+                due = (due + period).max(now + period / 2);
+                sleep_until(due);
             }
         })?;
         Ok(Self { stop, packets, errors, thread: Some(thread) })

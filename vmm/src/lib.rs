@@ -4,6 +4,7 @@ pub mod boot;
 mod build_info;
 mod cli;
 mod control;
+mod log_config;
 mod machine;
 mod main_thread;
 mod signals;
@@ -25,6 +26,7 @@ use theseus_resources::Vault;
 
 use cli::Cli;
 use control::{Control, Inbox, Queue, Vm};
+use log_config::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
 use signals::Signals;
@@ -42,73 +44,48 @@ pub const EXIT_LOST: i32 = 70;
 
 pub fn main() -> ExitCode {
     let started = update::timeline::now_ns();
-    let cli = Cli::parse();
-    if cli.version {
-        let build = build_info::this();
-        println!("theseus {} build {}", build.version, build.build_id);
-        return ExitCode::SUCCESS;
-    }
-    if cli.check_update {
-        return match update::target::answer() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("theseus: --check-update: {error}");
-                ExitCode::FAILURE
-            }
-        };
-    }
-    if let Err(error) = start_log(&cli) {
-        eprintln!("theseus: {error:#}");
-        return ExitCode::FAILURE;
-    }
-    match run(&cli, started) {
+    let result = match handed_over() {
+        // The guest is waiting: nothing that can be done later is done before.
+        Some(state) => run(|parts| take_over(parts, state, started)).or_else(|error| {
+            log::error!("the update failed after exec, the guest is lost: {error:#}");
+            eprintln!("theseus: the update failed after exec, the guest is lost: {error:#}");
+            Ok(EXIT_LOST)
+        }),
+        None => start(&Cli::parse()),
+    };
+    match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(error) => {
-            log::error!("{error:#}");
             eprintln!("theseus: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn start_log(cli: &Cli) -> anyhow::Result<()> {
-    let level = match cli.verbose {
-        0 => log::LevelFilter::Warn,
-        1 => log::LevelFilter::Info,
-        2 => log::LevelFilter::Debug,
-        _ => log::LevelFilter::Trace,
-    };
-    let mut builder = env_logger::Builder::new();
-    builder.filter_level(level);
-    if let Some(path) = &cli.log_file {
-        // Appended to, so that the image after an update goes on in the same file.
-        let file = std::fs::File::options().create(true).append(true).open(path);
-        let file = file.with_context(|| format!("cannot open the log file {}", path.display()))?;
-        builder.target(env_logger::Target::Pipe(Box::new(file)));
+/// What the command line asks for. Returns the exit code.
+fn start(cli: &Cli) -> anyhow::Result<i32> {
+    if cli.version {
+        let build = build_info::this();
+        println!("theseus {} build {}", build.version, build.build_id);
+        return Ok(EXIT_OK);
     }
-    Ok(builder.try_init()?)
+    if cli.check_update {
+        update::target::answer().context("--check-update")?;
+        return Ok(EXIT_OK);
+    }
+    LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
+    run(|parts| boot(parts, cli))
 }
 
-/// Starts the other threads, by booting or by taking over, and then serves them. Returns the exit code.
-fn run(cli: &Cli, started: u64) -> anyhow::Result<i32> {
+/// Starts the other threads, with what `prepare` boots or takes over, and then serves them. Returns the exit code.
+fn run(prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result<i32> {
     let signals = Signals::new().context("signals")?;
     vcpus::install_kick_handler().context("signals")?;
     // exec leaves "fd N" or the file's old name as the thread's name.
     let _ = rustix::thread::set_name(c"theseus");
     let (queue, inbox) = control::queue().context("control queue")?;
     let (main, orders) = main_thread::orders();
-    let parts = Parts { signals, queue, inbox, main };
-    let control = match handed_over() {
-        Some(state) => match take_over(parts, state, started) {
-            Ok(control) => control,
-            Err(error) => {
-                log::error!("the update failed after exec, the guest is lost: {error:#}");
-                eprintln!("theseus: the update failed after exec, the guest is lost: {error:#}");
-                return Ok(EXIT_LOST);
-            }
-        },
-        None => boot(parts, cli)?,
-    };
+    let control = prepare(Parts { signals, queue, inbox, main })?;
     std::thread::Builder::new().name("control".into()).spawn(move || control.run()).context("control thread")?;
     Ok(orders.serve())
 }
@@ -206,6 +183,10 @@ fn take_over(parts: Parts, state: i32, started: u64) -> anyhow::Result<Control> 
 /// Page tables for guest memory, in the background: else the guest faults them in one by one.
 fn populate(ram: Arc<theseus_resources::GuestRam>) {
     let body = move || {
+        // The guest has its own faults to take: this one only uses what is idle.
+        let param = libc::sched_param { sched_priority: 0 };
+        // SAFETY: the kernel reads one sched_param, for the calling thread.
+        unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &param) };
         if let Err(error) = ram.populate_page_tables() {
             log::debug!("background population: {error}");
         }

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `hold-invalidated`, `held` (FIFOs) | with all DMA vaddrs invalid, writes a line to `held` and waits for one from `hold-invalidated` |
 //! | `skip-irqfds` | the new image does not attach irqfds, so that a test can be seen to go red |
-//! | `old-format` | as a target, this build claims to read only saved states of another format |
+//! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
 
 #[cfg(feature = "test-hooks")]
@@ -42,6 +42,11 @@ mod hooks {
         }
     }
 
+    /// For `features` of vmm.ping.
+    pub fn features() -> Vec<String> {
+        vec!["test-hooks".into()]
+    }
+
     pub fn skip_irqfds() -> bool {
         path("skip-irqfds").is_some()
     }
@@ -51,7 +56,7 @@ mod hooks {
     }
 
     pub fn state_as_read(reader: Result<StateReader, StateError>) -> Result<StateReader, StateError> {
-        if path("old-format").is_some() { Err(StateError::Format(FORMAT)) } else { reader }
+        if path("state-version").is_some() { Err(StateError::Format(FORMAT)) } else { reader }
     }
 }
 
@@ -65,6 +70,10 @@ mod hooks {
     }
 
     pub fn hold_invalidated() {}
+
+    pub fn features() -> Vec<String> {
+        Vec::new()
+    }
 
     pub fn skip_irqfds() -> bool {
         false

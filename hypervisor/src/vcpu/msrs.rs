@@ -17,6 +17,11 @@ fn unlisted() -> impl Iterator<Item = u32> {
     mtrrs.chain(mce)
 }
 
+/// A machine check bank or variable MTRR that was never written: as a new vCPU has it. They are most of all MSRs.
+fn is_untouched(entry: &kvm_msr_entry) -> bool {
+    entry.data == 0 && ((0x400..0x480).contains(&entry.index) || (0x200..0x210).contains(&entry.index))
+}
+
 /// The MSRs that answer, and take their own value back, on this vCPU. The TSC is left out: its offset is what goes over. The
 /// deadline timer is left out: it comes later than the others.
 pub fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
@@ -72,6 +77,7 @@ pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<Vec<kvm_msr_entry
 
 /// Writes all of `values`; KVM_SET_MSRS stops at the first that it refuses, which is named.
 pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
+    let values: Vec<_> = values.iter().filter(|entry| !is_untouched(entry)).copied().collect();
     for chunk in values.chunks(CHUNK) {
         if let Some(refused) = chunk.get(write_once(fd, chunk)) {
             return Err(Error::Msr { vcpu, index: refused.index, data: refused.data });

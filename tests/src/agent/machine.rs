@@ -93,6 +93,23 @@ pub fn cpuid_lines() -> Vec<String> {
     lines
 }
 
+/// [`cpuid_lines`] of every CPU that is online.
+pub fn cpuid_of_all() -> io::Result<Vec<Vec<String>>> {
+    (0..info()?.cpus_online).map(|cpu| on_cpu(cpu, cpuid_lines)).collect()
+}
+
+/// Lines that are in one and not in the other, CPU by CPU.
+pub fn changes(before: &[Vec<String>], after: &[Vec<String>]) -> Vec<String> {
+    let mut changes = Vec::new();
+    for cpu in 0..before.len().max(after.len()) {
+        let of = |all: &[Vec<String>]| all.get(cpu).cloned().unwrap_or_default();
+        let (old, new) = (of(before), of(after));
+        changes.extend(old.iter().filter(|l| !new.contains(l)).map(|l| format!("CPU {cpu} - {l}")));
+        changes.extend(new.iter().filter(|l| !old.contains(l)).map(|l| format!("CPU {cpu} + {l}")));
+    }
+    changes
+}
+
 /// Every PCI function of the guest.
 pub fn pci() -> io::Result<Vec<PciFunction>> {
     let mut functions = Vec::new();
@@ -231,6 +248,14 @@ mod tests {
         let lines = cpuid_lines();
         assert!(lines.iter().any(|l| l.starts_with("0.0 ")) && lines.iter().any(|l| l.starts_with("80000000.0 ")));
         assert!(lines.len() < 2000);
+    }
+
+    #[test]
+    fn changes_are_told_both_ways() {
+        let cpu = |lines: &[&str]| lines.iter().map(|l| l.to_string()).collect::<Vec<_>>();
+        let before = [cpu(&["1 a", "2 b"]), cpu(&["1 a"])];
+        assert!(changes(&before, &before).is_empty());
+        assert_eq!(changes(&before, &[cpu(&["1 a", "2 c"])]), ["CPU 0 - 2 b", "CPU 0 + 2 c", "CPU 1 - 1 a"]);
     }
 
     #[test]

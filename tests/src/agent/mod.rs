@@ -30,6 +30,7 @@ struct Agent {
     memory: Mutex<Option<jobs::Memory>>,
     busy: Mutex<Option<jobs::Busy>>,
     timers: Mutex<Option<jobs::Timers>>,
+    cpuid: Mutex<Vec<Vec<String>>>,
     /// By ID; `None` while it is being done.
     answers: Mutex<BTreeMap<u64, Option<Answer>>>,
 }
@@ -129,6 +130,7 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::Neighbour { name, ip, mac } => {
             value(net::set_neighbour(&name, ip.parse()?, net::parse_mac(&mac).ok_or("not a MAC address")?)?)
         }
+        Request::Losses { name } => value(net::losses(&name)?),
         Request::SendStart { flow, from, to, rate } => {
             value(lock(&agent.streams).send_start(flow, from.parse()?, to.parse()?, rate)?)
         }
@@ -176,6 +178,13 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         }
         Request::Clock { cpu } => value(machine::on_cpu(cpu, || clock::sample(200))?),
         Request::Cpuid { cpu } => value(machine::on_cpu(cpu, machine::cpuid_lines)?),
+        Request::CpuidRemember => {
+            let leaves = machine::cpuid_of_all()?;
+            let counts: Vec<usize> = leaves.iter().map(Vec::len).collect();
+            *lock(&agent.cpuid) = leaves;
+            value(counts)
+        }
+        Request::CpuidChanges => value(machine::changes(&lock(&agent.cpuid), &machine::cpuid_of_all()?)),
         Request::Pci => value(machine::pci()?),
         Request::Interrupts { name } => value(machine::interrupts(&name)?),
         Request::InterruptsWait { name, timeout_ms } => value(machine::interrupts_wait(&name, timeout_ms)?),

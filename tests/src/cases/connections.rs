@@ -83,7 +83,6 @@ fn settle(rig: &mut Rig) -> Result<()> {
 fn build_id_of(binary: &std::path::Path) -> Result<String> {
     let output = std::process::Command::new(binary).arg("-V").output()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let id =
-        text.split(|c: char| !c.is_ascii_hexdigit()).rfind(|word| word.len() == 40).map(str::to_string);
+    let id = text.split(|c: char| !c.is_ascii_hexdigit()).rfind(|word| word.len() == 40).map(str::to_string);
     id.ok_or_else(|| anyhow::anyhow!("{} -V prints no build id: {text:?}", binary.display()))
 }

@@ -22,24 +22,39 @@ use crate::{
     },
 };
 
-/// What went before the guest was touched, and what went after.
-const REFUSED: &[u16] = &[409];
-const FAILED: &[u16] = &[409, 500];
+/// How an update did not take place.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum End {
+    /// 409 and the reasons: the guest was not touched.
+    Refused,
+    /// 200 and a report with the reasons: the guest was stopped and goes on.
+    RolledBack,
+}
 
-/// Runs `attempt` under traffic. It must be answered with one of `statuses` and causes that hold one of `words`; the guest must not
-/// notice; the next update must work.
-fn unharmed(
-    rig: &mut Rig,
-    statuses: &[u16],
-    words: &[&str],
-    attempt: impl FnOnce(&Rig) -> Result<Answer>,
-) -> Result<()> {
+impl End {
+    fn reasons(self, answer: &Answer) -> Result<String> {
+        if self == Self::Refused {
+            ensure!(answer.status == 409, "a refusal is answered 409: {answer:?}");
+            return Ok(answer.causes()?.join(": "));
+        }
+        let report: serde_json::Value = answer.json()?;
+        ensure!(answer.status == 200 && report["outcome"] == "rolled_back", "{answer:?}");
+        ensure!(
+            report["pause_us"].as_u64().is_some_and(|us| us > 0),
+            "the guest was stopped, but for how long? {answer:?}"
+        );
+        Ok(report["reasons"].to_string())
+    }
+}
+
+/// Runs `attempt` under traffic. It must end as `end` with reasons that hold one of `words`; the guest must not notice; the next
+/// update must work.
+fn unharmed(rig: &mut Rig, end: End, words: &[&str], attempt: impl FnOnce(&Rig) -> Result<Answer>) -> Result<()> {
     let traffic = rig.traffic()?;
     traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
     let before = rig.vm.ping()?;
     let answer = attempt(rig)?;
-    ensure!(statuses.contains(&answer.status), "expected {statuses:?}: {answer:?}");
-    let causes = answer.causes()?.join(": ");
+    let causes = end.reasons(&answer)?;
     ensure!(
         words.iter().any(|w| causes.to_lowercase().contains(&w.to_lowercase())),
         "no cause names one of {words:?}: {causes}"
@@ -65,7 +80,7 @@ fn copy_of_next(rig: &Rig, name: &str) -> Result<PathBuf> {
 
 pub fn target_missing() -> Result<()> {
     rig::shared(|rig| {
-        unharmed(rig, REFUSED, &["/nowhere/theseus"], |rig| rig.vm.ask_update(Path::new("/nowhere/theseus")))
+        unharmed(rig, End::Refused, &["/nowhere/theseus"], |rig| rig.vm.ask_update(Path::new("/nowhere/theseus")))
     })
 }
 
@@ -73,7 +88,7 @@ pub fn not_executable() -> Result<()> {
     rig::shared(|rig| {
         let target = copy_of_next(rig, "plain-file")?;
         fs::set_permissions(&target, fs::Permissions::from_mode(0o644))?;
-        unharmed(rig, REFUSED, &["execut", "permission"], |rig| rig.vm.ask_update(&target))
+        unharmed(rig, End::Refused, &["execut", "permission"], |rig| rig.vm.ask_update(&target))
     })
 }
 
@@ -86,7 +101,7 @@ pub fn not_theseus() -> Result<()> {
         let agent = lab::bin("agent")?;
         for target in [agent.as_path(), Path::new("/bin/true"), &script] {
             let name = target.display().to_string();
-            unharmed(rig, REFUSED, &[&name, "theseus"], |rig| rig.vm.ask_update(target))
+            unharmed(rig, End::Refused, &[&name, "theseus"], |rig| rig.vm.ask_update(target))
                 .with_context(|| name.clone())?;
         }
         Ok(())
@@ -95,7 +110,7 @@ pub fn not_theseus() -> Result<()> {
 
 pub fn wrong_sha256() -> Result<()> {
     rig::shared(|rig| {
-        unharmed(rig, REFUSED, &["sha256", "sha-256"], |rig| {
+        unharmed(rig, End::Refused, &["sha256", "sha-256"], |rig| {
             let body = serde_json::json!({ "binary": rig.vm.other_build()?, "sha256": "0".repeat(64) });
             rig.vm.api.put("vm.update", &body.to_string())
         })?;
@@ -113,7 +128,7 @@ pub fn wrong_sha256() -> Result<()> {
 pub fn older_state_version() -> Result<()> {
     rig::shared(|rig| {
         let hook = Switch::on(&rig.vm.dir, "state-version")?;
-        unharmed(rig, REFUSED, &["version", "format"], move |rig| {
+        unharmed(rig, End::Refused, &["version", "format"], move |rig| {
             let answer = rig.vm.ask_update(&rig.vm.other_build()?);
             drop(hook);
             answer
@@ -125,7 +140,7 @@ pub fn older_state_version() -> Result<()> {
 pub fn exec_fails() -> Result<()> {
     rig::shared(|rig| {
         let target = copy_of_next(rig, "busy-file")?;
-        unharmed(rig, FAILED, &["exec", "busy"], |rig| {
+        unharmed(rig, End::RolledBack, &["exec", "busy"], |rig| {
             let mut hold = Hold::arm(&rig.vm.dir)?;
             let mut caller = rig.vm.api.connect()?;
             caller.send("PUT", "vm.update", &update_body(&target))?;
@@ -145,7 +160,7 @@ pub fn second_container() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
     rig.vm.update()?;
     for container in [1, 0] {
-        unharmed(&mut rig, FAILED, &["invalid", "container"], |rig| {
+        unharmed(&mut rig, End::RolledBack, &["invalid", "container"], |rig| {
             let range = InvalidRange::new(rig.vm.pid(), container)?;
             let answer = rig.vm.ask_update(&rig.vm.other_build()?);
             range.repair()?;
@@ -166,7 +181,7 @@ pub fn dry_run() -> Result<()> {
         let answer = ask(rig, &rig.vm.other_build()?)?;
         ensure!(answer.status == 200, "{answer:?}");
         let report: serde_json::Value = answer.json()?;
-        ensure!(report["outcome"] != "updated", "{report}");
+        ensure!(report["outcome"] == "ready", "{report}");
         let answer = ask(rig, Path::new("/nowhere/theseus"))?;
         ensure!(answer.status == 409, "{answer:?}");
         ensure!(rig.vm.ping()?.build_id == before.build_id, "a dry run has updated");

@@ -52,6 +52,8 @@ const CASES: &[Case] = &[
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),
     plain("update_plain", update::plain),
+    plain("update_paused", update::paused),
+    plain("update_without_guest", update::without_guest),
     plain("four_busy_vcpus", time::four_busy_vcpus),
     plain("idle_guest_wakes", time::idle_guest_wakes),
     plain("timer_over_update", time::timer_over_update),

@@ -1,6 +1,10 @@
 //! Updates under traffic over passed-through NICs.
 
-use std::{collections::HashSet, thread::sleep, time::Duration};
+use std::{
+    collections::HashSet,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, ensure};
 
@@ -16,6 +20,7 @@ use crate::{
 
 /// Updates `rig` back and forth under traffic; gives back the pauses, µs.
 fn updates_under_traffic(rig: &mut Rig, updates: u32) -> Result<Vec<u64>> {
+    let started = Instant::now();
     let traffic = rig.traffic()?;
     traffic.moves_on(rig.agent()?, 200, Duration::from_secs(20))?;
     let mut pauses = Vec::new();
@@ -29,8 +34,9 @@ fn updates_under_traffic(rig: &mut Rig, updates: u32) -> Result<Vec<u64>> {
         traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
     }
     ensure!(builds.len() == 2, "{builds:?}");
+    note(format_args!("pauses, us: {pauses:?}"));
     let packets = traffic.finish_clean(rig.agent()?)?;
-    note(format_args!("{packets} packets, none lost; pauses, us: {pauses:?}"));
+    note(format_args!("{packets} packets ({:.0}/s), none lost", packets as f64 / started.elapsed().as_secs_f64()));
     Ok(pauses)
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::{
     cases::{MANY, note},
-    harness::vm::Vm,
+    harness::{vm::Vm, wait_for},
     proto::{MachineInfo, MemoryStats, Request},
 };
 
@@ -16,20 +16,22 @@ pub fn plain() -> Result<()> {
     let before: MachineInfo = vm.agent()?.machine()?;
     vm.agent()?.call::<()>(&Request::MemoryStart { mib: 64, seed: 42 })?;
     vm.agent()?.call::<()>(&Request::BusyStart { cpus: vec![1] })?;
+    let dropped = vm.counter("/serial/dropped_bytes")?;
     let mut pauses = Vec::new();
     let mut count = 0;
-    let mut checked = 0;
+    // The first filling takes long.
+    let mut checked = goes_on("the memory job", 0, || Ok(vm.agent()?.memory()?.pages_checked))?;
     for update in 1..=MANY {
         let report = vm.update()?;
         pauses.push(report.pause_us);
-        sleep(Duration::from_millis(100));
-        let busy: Vec<u64> = vm.agent()?.call(&Request::BusyStats)?;
-        ensure!(busy[0] > count, "after update {update} the busy thread stands still at {count}");
-        count = busy[0];
-        let memory = vm.agent()?.memory()?;
-        ensure!(memory.pages_wrong == 0, "after update {update}: {memory:?}");
-        ensure!(memory.pages_checked > checked, "after update {update} the memory job stands still: {memory:?}");
-        checked = memory.pages_checked;
+        count = goes_on(&format!("the busy thread after update {update}"), count, || {
+            Ok(vm.agent()?.call::<Vec<u64>>(&Request::BusyStats)?.first().copied().unwrap_or(0))
+        })?;
+        checked = goes_on(&format!("the memory job after update {update}"), checked, || {
+            let memory = vm.agent()?.memory()?;
+            ensure!(memory.pages_wrong == 0, "after update {update}: {memory:?}");
+            Ok(memory.pages_checked)
+        })?;
     }
     vm.agent()?.call::<Vec<u64>>(&Request::BusyStop)?;
     let memory: MemoryStats = vm.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(120))?;
@@ -41,10 +43,51 @@ pub fn plain() -> Result<()> {
         "{} requests or answers were lost on the serial port",
         vm.agent()?.asked_again()
     );
+    ensure!(vm.counter("/serial/dropped_bytes")? == dropped, "serial output was dropped");
     let log: String = vm.agent()?.call(&Request::Dmesg { bytes: 4000 })?;
     for bad in ["BUG:", "Oops", "soft lockup", "rcu: INFO", "clocksource: Marking"] {
         ensure!(!log.contains(bad), "the guest's kernel complains: {log}");
     }
     note(format_args!("pauses, us: {pauses:?}; {} memory pages checked", memory.pages_checked));
+    Ok(())
+}
+
+/// Waits until `counter` has passed `before`.
+fn goes_on(what: &str, before: u64, mut counter: impl FnMut() -> Result<u64>) -> Result<u64> {
+    wait_for(what, Duration::from_secs(30), || Ok(Some(counter()?).filter(|now| *now > before)))
+}
+
+/// A paused guest stays paused over an update, and resumes in the new image.
+pub fn paused() -> Result<()> {
+    let mut vm = Vm::builder().cpus(2).boot()?;
+    vm.api.order("vm.pause")?;
+    let before = vm.ping()?;
+    let answer = vm.ask_update(&vm.other_build()?)?;
+    ensure!(answer.status == 200, "{answer:?}");
+    vm.note_update();
+    let after = vm.ping()?;
+    ensure!(after.build_id != before.build_id && after.pid == before.pid, "{before:?} -> {after:?}: {answer:?}");
+    ensure!(vm.state()? == "Paused", "{}", vm.info()?);
+    let ticket = vm.agent()?.start::<()>(&Request::Ping)?;
+    sleep(Duration::from_millis(500));
+    vm.api.order("vm.resume")?;
+    // What was sent to the paused guest is answered now.
+    ticket.wait(Duration::from_secs(20))?;
+    vm.update()?;
+    vm.agent()?.ping()
+}
+
+/// The VMM without a guest is replaced as well.
+pub fn without_guest() -> Result<()> {
+    let mut vm = Vm::api_only()?;
+    for _ in 0..3 {
+        let before = vm.ping()?;
+        let answer = vm.ask_update(&vm.other_build()?)?;
+        ensure!(answer.status == 200, "{answer:?}");
+        vm.note_update();
+        let after = vm.ping()?;
+        ensure!(after.build_id != before.build_id && after.pid == before.pid, "{before:?} -> {after:?}: {answer:?}");
+    }
+    ensure!(vm.is_running(), "the VMM ended");
     Ok(())
 }

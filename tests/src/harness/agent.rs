@@ -218,6 +218,16 @@ impl Agent {
         self.call_within(&Request::Cpuid { cpu }, Duration::from_secs(60))
     }
 
+    /// Remembers the CPUID leaves of all CPUs in the guest; how many each has.
+    pub fn remember_cpuid(&self) -> Result<Vec<usize>> {
+        self.call_within(&Request::CpuidRemember, Duration::from_secs(60))
+    }
+
+    /// How the CPUID leaves differ from those remembered.
+    pub fn cpuid_changes(&self) -> Result<Vec<String>> {
+        self.call_within(&Request::CpuidChanges, Duration::from_secs(60))
+    }
+
     /// Interrupts whose name contains `name`, like `eth0`.
     pub fn interrupts(&self, name: &str) -> Result<Vec<Vector>> {
         self.call(&Request::Interrupts { name: name.into() })

@@ -100,7 +100,10 @@ impl Connection {
     pub fn is_closed(&mut self, within: Duration) -> Result<bool> {
         self.stream.get_mut().set_read_timeout(Some(within))?;
         let mut byte = [0];
-        Ok(matches!(self.stream.read(&mut byte), Ok(0)))
+        Ok(match self.stream.read(&mut byte) {
+            Ok(read) => read == 0,
+            Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+        })
     }
 
     fn line(&mut self) -> Result<String> {

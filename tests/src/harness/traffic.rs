@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::{
     harness::{agent::Agent, wait_for, wire::Wire},
+    net,
     proto::{Request, Sent},
     seq::SeqStats,
     stream::{Receiver, Sender},
@@ -76,6 +77,8 @@ pub struct WireAccount {
     pub from_guest: Account,
     /// Numbers that never came to L1, the first of them.
     pub missing: Vec<u64>,
+    /// Counters of loss since their start, in the guest and in L1.
+    pub losses: String,
 }
 
 impl Traffic {
@@ -114,7 +117,13 @@ impl Traffic {
                 got: flows.receiver.as_ref().map(Receiver::stats).unwrap_or_default(),
                 sent: agent.call(&Request::SendStats { flow: flows.outward })?,
             };
-            accounts.push(WireAccount { name: flows.wire.guest.clone(), to_guest, from_guest, missing: Vec::new() });
+            accounts.push(WireAccount {
+                name: flows.wire.guest.clone(),
+                to_guest,
+                from_guest,
+                missing: Vec::new(),
+                losses: String::new(),
+            });
         }
         Ok(accounts)
     }
@@ -151,6 +160,11 @@ impl Traffic {
                 to_guest: Account { sent: sent_in, got: got_in },
                 from_guest: Account { sent: sent_out, got: got_out },
                 missing,
+                losses: format!(
+                    "guest {:?}, L1 {:?}",
+                    agent.call::<Vec<(String, u64)>>(&Request::Losses { name: flows.wire.guest.clone() })?,
+                    net::losses(&flows.wire.peer)?
+                ),
             });
         }
         Ok(accounts)
@@ -160,9 +174,12 @@ impl Traffic {
     pub fn finish_clean(self, agent: &Agent) -> Result<u64> {
         let mut packets = 0;
         for account in self.finish(agent)? {
-            let WireAccount { name, to_guest, from_guest, missing } = account;
-            ensure!(to_guest.is_clean(), "{name}, L1 to guest: {to_guest}");
-            ensure!(from_guest.is_clean(), "{name}, guest to L1: {from_guest}; missing {missing:?}");
+            let WireAccount { name, to_guest, from_guest, missing, losses } = account;
+            ensure!(to_guest.is_clean(), "{name}, L1 to guest: {to_guest}; counters: {losses}");
+            ensure!(
+                from_guest.is_clean(),
+                "{name}, guest to L1: {from_guest}; missing {missing:?}; counters: {losses}"
+            );
             packets += to_guest.sent.packets + from_guest.sent.packets;
         }
         Ok(packets)

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -43,6 +44,12 @@ impl Builder {
         self
     }
 
+    /// Which build to start with.
+    pub fn binary(mut self, name: &str) -> Self {
+        self.binary = name.into();
+        self
+    }
+
     /// As behind `--memory`.
     pub fn memory(mut self, memory: &str) -> Self {
         self.memory = memory.into();
@@ -57,15 +64,12 @@ impl Builder {
 
     /// Starts the VMM and waits until the guest's agent is ready.
     pub fn boot(self) -> Result<Vm> {
-        let vm = self.start()?;
+        let mut vm = self.start()?;
         if let Err(e) = vm.agent()?.wait_ready(BOOT_DEADLINE) {
-            // The VMM's end is the better explanation.
-            let mut vm = vm;
-            return match vm.child.try_wait() {
-                Ok(Some(status)) => {
-                    Err(anyhow!("the VMM ended ({status}) before the guest was up:\n{}", logs::tail(&vm.log)))
-                }
-                _ => Err(e),
+            // The VMM's end, if that is what it was, is the better explanation.
+            return match vm.wait_exit(Duration::from_secs(2)) {
+                Ok(status) => Err(anyhow!("the VMM ended before the guest was up: {status}")),
+                Err(_) => Err(e),
             };
         }
         Ok(vm)
@@ -74,6 +78,9 @@ impl Builder {
     /// Starts the VMM with a guest, and connects to its serial port.
     pub fn start(self) -> Result<Vm> {
         let memory = self.memory.clone();
+        if !self.devices.is_empty() {
+            proc::wait_vfio_free(Duration::from_secs(20))?;
+        }
         let mut args = vec![
             "--kernel".to_string(),
             lab::kernel()?.display().to_string(),
@@ -119,7 +126,7 @@ pub struct Phase {
     pub us: u64,
 }
 
-/// Answer of `vm.update`.
+/// Answer of `vm.update` where it took place.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Report {
     pub outcome: String,
@@ -166,7 +173,6 @@ impl Vm {
     }
 
     fn spawn(binary: &str, args: &[String], serial: bool) -> Result<Self> {
-        proc::wait_vfio_free(Duration::from_secs(20))?;
         let dir =
             std::env::temp_dir().join(format!("vm-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(dir.join("hooks")).with_context(|| format!("{}", dir.display()))?;
@@ -295,6 +301,15 @@ impl Vm {
         }
     }
 
+    /// A number of `vm.counters`, like `/serial/dropped_bytes`.
+    pub fn counter(&self, pointer: &str) -> Result<u64> {
+        let counters: serde_json::Value = self.api.get("vm.counters")?.json()?;
+        counters
+            .pointer(pointer)
+            .and_then(serde_json::Value::as_u64)
+            .with_context(|| format!("no {pointer} in {counters}"))
+    }
+
     pub fn log_text(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
@@ -307,6 +322,11 @@ pub fn update_body(binary: &Path) -> String {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        if let Ok(Some(status)) = self.child.try_wait()
+            && let Ok(mut log) = File::options().append(true).open(&self.log)
+        {
+            let _ = writeln!(log, "[the VMM had ended: {status}]");
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         if self.has_devices {

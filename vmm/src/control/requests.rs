@@ -161,7 +161,7 @@ fn ping() -> PingInfo {
         version: build_info::VERSION.into(),
         build_id: build.build_id.clone(),
         pid: std::process::id(),
-        features: Vec::new(),
+        features: crate::test_hooks::features(),
     }
 }
 

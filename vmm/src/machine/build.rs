@@ -72,7 +72,7 @@ impl Machine {
             mmio: buses.mmio,
             requests: host.requests.clone(),
         };
-        let vcpus = Vcpus::start(&shared, starts)?;
+        let vcpus = Vcpus::start(&shared, starts)?.wait()?;
         Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None })
     }
 }

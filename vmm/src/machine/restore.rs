@@ -32,10 +32,6 @@ impl Machine {
         timeline.stamp(Phase::Vm);
 
         let buses = Buses::new();
-        let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
-        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
-        timeline.stamp(Phase::Passthrough);
-
         let shared = Shared {
             vm: vm.clone(),
             hypervisor: host.hypervisor.clone(),
@@ -45,6 +41,13 @@ impl Machine {
         };
         let starts = vcpus.into_iter().map(|(state, placement)| Start::Restore(Box::new(state), placement)).collect();
         let vcpus = Vcpus::start(&shared, starts)?;
+
+        // Meanwhile, here:
+        let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
+        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
+        timeline.stamp(Phase::Passthrough);
+
+        let vcpus = vcpus.wait()?;
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }

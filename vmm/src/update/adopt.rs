@@ -59,10 +59,13 @@ pub fn adopt(state: RawFd, requests: Arc<dyn GuestRequests>, started: u64) -> Re
     let bytes = read_state(state).map_err(|error| format!("the saved state cannot be read: {error}"))?;
     let reader = StateReader::new(&bytes).map_err(|error| text(&error))?;
     let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
+    if let Err(error) = std::mem::take(&mut handover.log).start() {
+        eprintln!("theseus: after an update: {error:#}");
+    }
     let records = std::mem::take(&mut handover.vault);
     // SAFETY: the first thing this image does with fds: nobody else owns those of the manifest.
     let (vault, mut claims) = unsafe { Vault::adopt(records) }.map_err(|error| text(&error))?;
-    let Handover { from, timeline, kvm, release, api, config, booted: _, was_shut_down, vault: _ } = handover;
+    let Handover { from, log: _, timeline, kvm, release, api, config, booted: _, was_shut_down, vault: _ } = handover;
     let timeline = Timeline::claim(timeline, &mut claims)?;
     timeline.stamp_at(Phase::Exec, started);
     let kvm = claims.claim(kvm, Purpose::Kvm).map_err(|error| text(&error))?;

@@ -11,6 +11,7 @@ use super::target::{self, Target};
 use super::timeline::{Phase, Timeline};
 use super::{NotUpdated, Subject};
 use crate::build_info;
+use crate::log_config::LogConfig;
 use crate::machine::state::Depth;
 use crate::vcpus::placement::Placement;
 
@@ -94,6 +95,7 @@ pub fn handover(
     Handover {
         vault: vault.manifest(),
         from: build_info::this().clone(),
+        log: LogConfig::in_use(),
         timeline: timeline.slot(),
         kvm: subject.host.hypervisor.kept().slot(),
         release: release.slot(),

@@ -5,6 +5,7 @@ use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::vault::Record;
 use theseus_resources::{Slot, StateReader, StateWriter};
 
+use crate::log_config::LogConfig;
 use crate::machine::MachineError;
 use crate::machine::state::MachineState;
 
@@ -16,6 +17,8 @@ pub struct Handover {
     /// Every kept fd.
     pub vault: Vec<Record>,
     pub from: BuildInfo,
+    /// How this process logs: parsing the command line again would cost a part of the pause.
+    pub log: LogConfig,
     pub timeline: Slot,
     pub kvm: Slot,
     /// Lets the parked helper go.

@@ -101,6 +101,40 @@ impl Handle {
     }
 }
 
+/// A thread that has not said yet whether it has a vCPU.
+struct Newcomer {
+    index: u32,
+    pause: Arc<AtomicBool>,
+    commands: Sender<Command>,
+    thread: JoinHandle<()>,
+    introduced: Receiver<(libc::pid_t, ExitFlag)>,
+}
+
+/// vCPU threads on their way.
+pub struct Starting {
+    waiting: Vec<Newcomer>,
+    events: Receiver<Event>,
+}
+
+impl Starting {
+    /// All vCPUs exist, and are stopped.
+    pub fn wait(self) -> Result<Vcpus, VcpuError> {
+        let Self { waiting, events } = self;
+        let mut vcpus = Vcpus { handles: Vec::new(), events, running: false };
+        for Newcomer { index, pause, commands, thread, introduced } in waiting {
+            // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
+            if let Ok((tid, exit_flag)) = introduced.recv() {
+                vcpus.handles.push(Handle { index, tid, pause, exit_flag, commands, thread: Some(thread) });
+            } else {
+                drop(commands);
+                let _ = thread.join();
+            }
+            vcpus.ready()?;
+        }
+        Ok(vcpus)
+    }
+}
+
 pub struct Vcpus {
     handles: Vec<Handle>,
     events: Receiver<Event>,
@@ -108,11 +142,10 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread per vCPU, in parallel. They are stopped.
-    pub fn start(shared: &Shared, starts: Vec<Start>) -> Result<Self, VcpuError> {
+    /// Starts a thread per vCPU. They work in parallel with the caller, until [`Starting::wait`].
+    pub fn start(shared: &Shared, starts: Vec<Start>) -> Result<Starting, VcpuError> {
         let (event_sender, events) = channel();
-        let mut waiting = Vec::new();
-        let mut this = Self { handles: Vec::new(), events, running: false };
+        let mut starting = Starting { waiting: Vec::new(), events };
         for (index, start) in (0u32..).zip(starts) {
             let pause = Arc::new(AtomicBool::new(true));
             let (commands, receiver) = channel();
@@ -128,19 +161,9 @@ impl Vcpus {
                 .name(format!("vcpu{index}"))
                 .spawn(move || body.main(start, &introduce))
                 .map_err(|source| VcpuError::Spawn { index, source })?;
-            waiting.push((index, pause, commands, thread, introduced));
+            starting.waiting.push(Newcomer { index, pause, commands, thread, introduced });
         }
-        for (index, pause, commands, thread, introduced) in waiting {
-            // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
-            if let Ok((tid, exit_flag)) = introduced.recv() {
-                this.handles.push(Handle { index, tid, pause, exit_flag, commands, thread: Some(thread) });
-            } else {
-                drop(commands);
-                let _ = thread.join();
-            }
-            this.ready()?;
-        }
-        Ok(this)
+        Ok(starting)
     }
 
     fn ready(&self) -> Result<(), VcpuError> {

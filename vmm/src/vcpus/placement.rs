@@ -92,8 +92,7 @@ mod tests {
     #[test]
     fn what_is_applied_is_read_back() {
         std::thread::spawn(|| {
-            // SAFETY: no arguments.
-            let tid = unsafe { libc::gettid() };
+            let tid = rustix::thread::gettid().as_raw_nonzero().get();
             let now = Placement::of(tid);
             assert!(!now.affinity.is_empty());
             let mut one = now.clone();

@@ -26,8 +26,7 @@ impl Body {
             Ok(created) => created,
             Err(error) => return self.tell(Event::Ready(Err(error))),
         };
-        // SAFETY: no arguments, cannot fail.
-        let tid = unsafe { libc::gettid() };
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
         let _ = introduce.send((tid, vcpu.exit_flag()));
         self.tell(Event::Ready(Ok(())));
         while let Ok(command) = self.commands.recv() {
