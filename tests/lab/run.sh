@@ -46,6 +46,13 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM HUP
 
+# One lab at a time: two would halve each other's speed, and packets would be lost to that.
+exec {queue}>"${TMPDIR:-/tmp}/theseus-lab.lock"
+if ! flock -n "$queue"; then
+    note "another lab is running: waiting for it"
+    flock "$queue"
+fi
+
 # UDP ports for three wires: a block per run, held by a lock, and free of other programs.
 udp_free() { # FIRST LAST
     local address p

@@ -134,6 +134,39 @@ pub fn big_receive_buffer(socket: &std::net::UdpSocket, bytes: i32) -> io::Resul
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// struct ethtool_ringparam of linux/ethtool.h.
+#[repr(C)]
+#[derive(Default)]
+struct RingParam {
+    cmd: u32,
+    rx_max: u32,
+    other_max: [u32; 3],
+    rx: u32,
+    others: [u32; 3],
+}
+
+/// Gives the receive rings of `name` `descriptors` each, or as many as it can have. An interface that is up is reset by that.
+pub fn set_receive_ring(name: &str, descriptors: u32) -> io::Result<()> {
+    const ETHTOOL_GRINGPARAM: u32 = 0x10;
+    const ETHTOOL_SRINGPARAM: u32 = 0x11;
+    let mut ring = RingParam { cmd: ETHTOOL_GRINGPARAM, ..RingParam::default() };
+    ring_ioctl(name, &mut ring)?;
+    let wanted = descriptors.min(ring.rx_max);
+    if ring.rx == wanted {
+        return Ok(());
+    }
+    (ring.cmd, ring.rx) = (ETHTOOL_SRINGPARAM, wanted);
+    ring_ioctl(name, &mut ring)
+}
+
+fn ring_ioctl(name: &str, ring: &mut RingParam) -> io::Result<()> {
+    const SIOCETHTOOL: libc::c_ulong = 0x8946;
+    let mut request = ifreq(name)?;
+    // The kernel reads and writes `ring` through this pointer; it outlives the call.
+    request.ifr_ifru.ifru_data = (ring as *mut RingParam).cast();
+    ioctl(&format!("ring size of {name}"), SIOCETHTOOL, &mut request)
+}
+
 /// Counters of `name` that are not zero and tell of loss, and the machine's UDP errors: where packets went that did not come.
 pub fn losses(name: &str) -> io::Result<Vec<(String, u64)>> {
     let mut losses = Vec::new();

@@ -115,6 +115,8 @@ pub enum Request {
     Nics,
     /// `()`: brings interface `name` up with `ip`/`prefix` and waits for its carrier.
     IfUp { name: String, ip: String, prefix: u8 },
+    /// `()`: the size of the receive rings of interface `name`, which should be down.
+    Ring { name: String, descriptors: u32 },
     /// `()`: a permanent ARP entry.
     Neighbour { name: String, ip: String, mac: String },
     /// `Vec<(String, u64)>`: counters of loss of interface `name`.

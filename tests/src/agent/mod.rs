@@ -127,6 +127,7 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::IfUp { name, ip, prefix } => {
             value(net::interface_up(&name, ip.parse()?, prefix, std::time::Duration::from_secs(20))?)
         }
+        Request::Ring { name, descriptors } => value(net::set_receive_ring(&name, descriptors)?),
         Request::Neighbour { name, ip, mac } => {
             value(net::set_neighbour(&name, ip.parse()?, net::parse_mac(&mac).ok_or("not a MAC address")?)?)
         }

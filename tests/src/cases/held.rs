@@ -38,6 +38,7 @@ const TICK: Duration = Duration::from_millis(1800);
 /// How long the news of it may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 const ATTEMPTS: usize = 8;
+const SLOW_TRIES: usize = 3;
 const PORT: u16 = 9900;
 const SOURCES: u8 = 24;
 
@@ -65,11 +66,7 @@ pub fn red_without_irqfds() -> Result<()> {
     // The guest itself is well: it answers, only the packet's interrupt is missing.
     rig.agent()?.ping()?;
     ensure!(seen.dma, "the packet was not even in memory");
-    ensure!(
-        seen.reported.is_none_or(|after| after > PROMPT),
-        "reported {:?} after resume though nothing could deliver it",
-        seen.reported
-    );
+    ensure!(seen.is_lost(), "reported {:?} after resume though nothing could deliver it", seen.reported);
     Ok(())
 }
 
@@ -81,9 +78,22 @@ fn every_vector(rig: &mut Rig, expected: usize) -> Result<()> {
         "{expected} receive vectors expected, packets of {SOURCES} sources reach only {vectors:?}"
     );
     for (vector, source) in vectors {
-        let seen = conclusive(rig, &ram, &vector, source)?;
+        // On a busy machine a guest can be slow without anything being lost: that is tried again, a loss is not.
+        let mut seen = conclusive(rig, &ram, &vector, source)?;
+        for _ in 1..SLOW_TRIES {
+            if seen.is_lost() || seen.reported.is_some_and(|after| after <= PROMPT) {
+                break;
+            }
+            note(format_args!("{vector}: reported {:?} after the answer, once more", seen.reported));
+            seen = conclusive(rig, &ram, &vector, source)?;
+        }
         ensure!(seen.dma, "{vector}: the packet was not found in guest memory while the update was held");
-        let reported = seen.reported.with_context(|| format!("{vector}: the packet's interrupt was lost"))?;
+        ensure!(
+            !seen.is_lost(),
+            "{vector}: the packet's interrupt was lost; reported {:?} after resume",
+            seen.reported
+        );
+        let reported = seen.reported.with_context(|| format!("{vector}: the packet was never reported"))?;
         note(format_args!("{vector}: in memory after {:?}, reported {reported:?} after the answer", seen.dma_after));
         ensure!(reported <= PROMPT, "{vector}: reported {reported:?} after resume");
     }
@@ -135,8 +145,15 @@ struct Seen {
     dma_after: Duration,
     /// From the answer to the update (zero: before it) to the guest's report; `None`: no report for long.
     reported: Option<Duration>,
-    /// From the driver's tick to the end of what is judged.
+    /// From the driver's tick to the answer.
     took: Duration,
+}
+
+impl Seen {
+    /// Nothing, or no more than the driver's next tick, brought the packet to light.
+    fn is_lost(&self) -> bool {
+        self.reported.is_none_or(|after| self.took + after >= TICK)
+    }
 }
 
 /// Attempts until one is short enough to mean something.
@@ -144,7 +161,7 @@ fn conclusive(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result
     let mut took = Vec::new();
     for _ in 0..ATTEMPTS {
         let seen = attempt(rig, ram, vector, source)?;
-        if seen.took < TICK {
+        if seen.took + PROMPT < TICK {
             return Ok(seen);
         }
         took.push(seen.took);
@@ -193,9 +210,7 @@ fn attempt(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Se
         }
         None => None,
     };
-    // What comes later is late already, by whatever means it came.
-    let judged = reported.unwrap_or(PROMPT).min(PROMPT);
-    Ok(Seen { dma, dma_after, reported, took: answered.duration_since(tick) + judged })
+    Ok(Seen { dma, dma_after, reported, took: answered.duration_since(tick) })
 }
 
 /// Length of a TSC tick of L1.

@@ -76,27 +76,22 @@ impl Hold {
         Ok(now)
     }
 
-    /// Lets it go on.
-    pub fn release(mut self) -> Result<Instant> {
-        self.let_go()?;
-        Ok(Instant::now())
-    }
-
-    fn let_go(&mut self) -> Result<()> {
-        // The names go first: what comes after this update must not be held.
-        for path in &self.paths {
-            let _ = fs::remove_file(path);
-        }
+    /// Lets it go on. The names stay until this is dropped, as the VMM may be about to open them: that must be before the next update.
+    pub fn release(&mut self) -> Result<Instant> {
         if !self.released {
             self.released = true;
             self.release.write_all(b"go\n")?;
         }
-        Ok(())
+        Ok(Instant::now())
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let _ = self.let_go();
+        // Opened by a VMM that waits, it reads this; our own end keeps the bytes until then.
+        let _ = self.release();
+        for path in &self.paths {
+            let _ = fs::remove_file(path);
+        }
     }
 }

@@ -185,17 +185,17 @@ pub fn thread_ticks(pid: u32, name: &str) -> Result<u64> {
     Ok(field(11)? + field(12)?)
 }
 
-/// Waits until no process has a device or group of VFIO open: what was killed may still be dying.
-pub fn wait_vfio_free(deadline: Duration) -> Result<()> {
-    wait_for("VFIO groups to be closed", deadline, || {
-        let held = fs::read_dir("/proc")?.flatten().any(|entry| {
-            entry
-                .file_name()
-                .to_string_lossy()
-                .parse::<u32>()
-                .is_ok_and(|pid| fds_to(pid, "/dev/vfio/").is_ok_and(|fds| !fds.is_empty()))
-        });
-        Ok((!held).then_some(()))
+/// Waits until the VFIO group of the device `bdf` can be opened: whoever was killed may still be resetting it.
+pub fn wait_group_free(bdf: &str, deadline: Duration) -> Result<()> {
+    let link = fs::read_link(format!("/sys/bus/pci/devices/{bdf}/iommu_group"))
+        .with_context(|| format!("{bdf} has no IOMMU group: is there an IOMMU?"))?;
+    let group = Path::new("/dev/vfio").join(link.file_name().context("empty link")?);
+    wait_for(&format!("{} of {bdf} to be free", group.display()), deadline, || {
+        match fs::OpenOptions::new().read(true).write(true).open(&group) {
+            Ok(_) => Ok(Some(())),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("{}: is {bdf} bound to vfio-pci?", group.display())),
+        }
     })
 }
 

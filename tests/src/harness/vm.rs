@@ -78,8 +78,8 @@ impl Builder {
     /// Starts the VMM with a guest, and connects to its serial port.
     pub fn start(self) -> Result<Vm> {
         let memory = self.memory.clone();
-        if !self.devices.is_empty() {
-            proc::wait_vfio_free(Duration::from_secs(20))?;
+        for (bdf, _) in &self.devices {
+            proc::wait_group_free(bdf, Duration::from_secs(30))?;
         }
         let mut args = vec![
             "--kernel".to_string(),
@@ -99,7 +99,6 @@ impl Builder {
         }
         let mut vm = Vm::spawn(&self.binary, &args, true)?;
         vm.cpus = self.cpus;
-        vm.has_devices = !self.devices.is_empty();
         let console = logs::create("console")?;
         let agent = Agent::connect(&vm.dir.join("serial"), &console, Duration::from_secs(20));
         vm.console = Some(console);
@@ -155,7 +154,6 @@ pub struct Vm {
     console: Option<PathBuf>,
     agent: Option<Agent>,
     pub cpus: u32,
-    has_devices: bool,
     /// Updates so far: which build is next.
     updates: u32,
 }
@@ -186,10 +184,10 @@ impl Vm {
         command
             .env(hooks::ENV, dir.join("hooks"))
             .stdin(Stdio::null())
-            .stdout(File::create(&log)?)
+            .stdout(File::options().append(true).open(&log)?)
             .stderr(File::options().append(true).open(&log)?);
         let child = command.spawn().with_context(|| format!("{:?}", command.get_program()))?;
-        let mut vm = Self { child, api, dir, log, console: None, agent: None, cpus: 0, has_devices: false, updates: 0 };
+        let mut vm = Self { child, api, dir, log, console: None, agent: None, cpus: 0, updates: 0 };
         let api = vm.api.path.clone();
         let child = &mut vm.child;
         let log = vm.log.clone();
@@ -329,9 +327,6 @@ impl Drop for Vm {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if self.has_devices {
-            let _ = proc::wait_vfio_free(Duration::from_secs(20));
-        }
         let _ = fs::remove_dir_all(&self.dir);
     }
 }
