@@ -146,15 +146,16 @@ impl GuestRam {
 
     fn advise(&self, advice: Advice) -> Result<(), RamError> {
         for range in &self.ranges {
-            // Piece by piece: one call over all of it would hold mmap_lock against vCPU faults for long.
+            // Piece by piece: vCPU faults queue behind a writer that waits for the mmap_lock which a piece holds.
             let mut done = 0;
             while done < range.size {
-                let len = (range.size - done).min(64 << 20);
+                let len = (range.size - done).min(HUGE);
                 // SAFETY: inside one of our mappings; populating changes no contents.
                 unsafe { rustix::mm::madvise((range.hva + done) as *mut _, len as usize, advice) }.map_err(
                     |source| RamError::Map { size: len, offset: range.offset + done, source: source.into() },
                 )?;
                 done += len;
+                std::thread::yield_now();
             }
         }
         Ok(())

@@ -4,7 +4,7 @@
 # Exit codes of the lab itself: 124 timeout, 125 L1 did not start or died.
 source "$(dirname "$0")/common.sh"
 
-kernel=$DEFAULT_KERNEL mem=10G cpus=2 timeout=2400 results='' mode=run
+kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=2400 results='' mode=run
 while [[ $# -gt 0 ]]; do
     case $1 in
     --shell) mode=shell && shift ;;

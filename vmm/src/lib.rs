@@ -183,10 +183,7 @@ fn take_over(parts: Parts, state: i32, started: u64) -> anyhow::Result<Control> 
 /// Page tables for guest memory, in the background: else the guest faults them in one by one.
 fn populate(ram: Arc<theseus_resources::GuestRam>) {
     let body = move || {
-        // The guest has its own faults to take: this one only uses what is idle.
-        let param = libc::sched_param { sched_priority: 0 };
-        // SAFETY: the kernel reads one sched_param, for the calling thread.
-        unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &param) };
+        // At normal priority: it holds mmap_lock, and a thread that is starved while holding it would stop the vCPUs.
         if let Err(error) = ram.populate_page_tables() {
             log::debug!("background population: {error}");
         }

@@ -15,6 +15,9 @@ use crate::update::park;
 use crate::update::target::run_child;
 use crate::update::timeline::{Phase, Timeline};
 
+/// How long a helper that was let go after a failed exec may take; it has nothing to tear down.
+const HELPER_END: Duration = Duration::from_secs(5);
+
 /// Names the fd of the saved state to the new image.
 pub const HANDOVER_VARIABLE: &str = "THESEUS_HANDOVER";
 
@@ -140,7 +143,7 @@ fn exec(plan: ExecPlan) -> String {
     if let Some(pid) = helper {
         // SAFETY: a count of one into an eventfd that the plan's owner keeps open.
         unsafe { libc::write(release, 1u64.to_ne_bytes().as_ptr().cast(), 8) };
-        park::reap(pid, true);
+        park::reap(pid, HELPER_END);
     }
     format!("exec failed: {error}")
 }

@@ -7,6 +7,8 @@ use crate::{Error, Result};
 
 const MSR_IA32_TSC: u32 = 0x10;
 pub const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Hyper-V's: our guests are told of KVM, and the first write would switch that emulation on (kvm_hv_set_msr_common).
+const HYPERV: std::ops::Range<u32> = 0x4000_0000..0x4000_1000;
 /// KVM takes at most this many at once (KVM_MAX_MSR_ENTRIES in the bindings).
 const CHUNK: usize = 200;
 
@@ -28,7 +30,7 @@ pub fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
     let mut candidates: Vec<u32> = listed.iter().copied().chain(unlisted()).collect();
     candidates.sort_unstable();
     candidates.dedup();
-    candidates.retain(|index| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(index));
+    candidates.retain(|index| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(index) && !HYPERV.contains(index));
     let values = read_skipping(fd, &candidates);
     values.iter().filter(|entry| write_once(fd, std::slice::from_ref(entry)) == 1).map(|entry| entry.index).collect()
 }

@@ -7,6 +7,7 @@ mod vm;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use theseus_api::Request;
@@ -200,7 +201,7 @@ impl Control {
     fn signalled(&mut self) {
         for signal in self.signals.read() {
             match signal {
-                libc::SIGCHLD => self.reap_helper(false),
+                libc::SIGCHLD => self.reap_helper(Duration::ZERO),
                 signal => {
                     log::info!("signal {signal}: shutting down");
                     self.exit = Some(crate::EXIT_OK);
@@ -209,8 +210,8 @@ impl Control {
         }
     }
 
-    /// Whether the helper of the last update is gone.
-    pub fn reap_helper(&mut self, wait: bool) {
-        self.helper.take_if(|helper| helper.reap(wait));
+    /// Forgets the helper of the last update once it is gone, for which this waits a while.
+    pub fn reap_helper(&mut self, patience: Duration) {
+        self.helper.take_if(|helper| helper.reap(patience));
     }
 }

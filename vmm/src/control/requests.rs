@@ -16,6 +16,8 @@ use crate::update::{self, Subject};
 
 /// How long vm.pause waits for the vCPUs.
 const PAUSE: Duration = Duration::from_secs(5);
+/// How long an update waits for the end of the one before: its tear-down runs at idle priority.
+const HELPER_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Control {
     pub(super) fn serve_request(&mut self, request: Request, reply: ReplyTo) {
@@ -42,6 +44,7 @@ impl Control {
             }
             Request::Boot => self.boot(),
             Request::Delete => {
+                self.shut_down();
                 self.vm = Vm::None;
                 Ok(Body::Empty)
             }
@@ -113,7 +116,11 @@ impl Control {
 
     fn update(&mut self, request: &UpdateRequest, reply: ReplyTo) {
         // The helper of the update before holds the old VM: its tear-down is waited for, not raced.
-        self.reap_helper(true);
+        self.reap_helper(HELPER_PATIENCE);
+        if self.helper.is_some() {
+            let busy = "the address space of the update before is still being torn down: try again in a moment";
+            return reply.send(Err(ApiError::busy(busy)));
+        }
         let was_shut_down = matches!(self.vm, Vm::ShutDown(_));
         let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
         let (receiver, asked) = (&self.inbox.receiver, &mut self.asked);

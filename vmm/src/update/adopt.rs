@@ -6,6 +6,7 @@
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 use theseus_api::server::KeptConnection;
 use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport, VmConfig};
@@ -47,9 +48,9 @@ impl Helper {
         self.release.let_go();
     }
 
-    /// Whether it is gone. `wait`: until it is.
-    pub fn reap(&self, wait: bool) -> bool {
-        super::park::reap(self.pid, wait)
+    /// Whether it is gone; waits for that as long as `patience`.
+    pub fn reap(&self, patience: Duration) -> bool {
+        super::park::reap(self.pid, patience)
     }
 }
 

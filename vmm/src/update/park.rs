@@ -11,7 +11,11 @@
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::mm::{MapFlags, ProtFlags};
+use rustix::process::{Pid, PidfdFlags};
 
 const STACK: usize = 64 << 10;
 
@@ -99,11 +103,22 @@ mod raw {
     }
 }
 
-/// Waits for a helper that was let go, so that it leaves no zombie. `wait`: until it is gone, else only if it is.
-pub fn reap(pid: libc::pid_t, wait: bool) -> bool {
-    let flags = if wait { 0 } else { libc::WNOHANG };
+/// Reaps a helper that was let go, so that it leaves no zombie; waits for its end as long as `patience`. Whether it is gone.
+pub fn reap(pid: libc::pid_t, patience: Duration) -> bool {
+    if !patience.is_zero()
+        && let Some(pid) = Pid::from_raw(pid)
+        && let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+    {
+        // Somebody waits for it now: on a host whose CPUs are all busy it would get next to nothing at idle priority.
+        let param = libc::sched_param { sched_priority: 0 };
+        // SAFETY: our own child, not reaped yet; the kernel reads one sched_param.
+        unsafe { libc::sched_setscheduler(pid.as_raw_nonzero().get(), libc::SCHED_OTHER, &param) };
+        let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+        // An error or a signal only shortens the wait.
+        let _ = rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout));
+    }
     // SAFETY: no status is asked for.
-    let result = unsafe { libc::waitpid(pid, std::ptr::null_mut(), flags) };
+    let result = unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };
     result == pid || result < 0
 }
 
@@ -116,8 +131,8 @@ mod tests {
     fn a_helper_goes_when_it_is_let_go() {
         let release = EventFd::new(libc::EFD_CLOEXEC).unwrap();
         let pid = park(release.as_raw_fd()).unwrap();
-        assert!(!reap(pid, false), "it waits");
+        assert!(!reap(pid, Duration::ZERO), "it waits");
         release.write(1).unwrap();
-        assert!(reap(pid, true));
+        assert!(reap(pid, Duration::from_secs(30)));
     }
 }
