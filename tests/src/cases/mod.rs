@@ -27,27 +27,37 @@ struct Case {
     nics: &'static [Nic],
     /// Uses the common guest; others end it first if they need its NIC.
     shares: bool,
+    /// Runs where no name is given. Cases that have not passed dependably yet do not: see docs/testing.md.
+    gate: bool,
     body: fn() -> Result<()>,
 }
 
 const fn plain(name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics: &[], shares: false, body }
+    Case { name, nics: &[], shares: false, gate: true, body }
 }
 
 const fn shared(name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics: &[Nic::IgbA], shares: true, body }
+    Case { name, nics: &[Nic::IgbA], shares: true, gate: true, body }
 }
 
 const fn with(nics: &'static [Nic], name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics, shares: false, body }
+    Case { name, nics, shares: false, gate: true, body }
+}
+
+impl Case {
+    /// Only by name, or with `--all`.
+    const fn by_name(mut self) -> Self {
+        self.gate = false;
+        self
+    }
 }
 
 /// In the order they run; those that share a guest stand together.
 const CASES: &[Case] = &[
     plain("boot_1cpu_512m", boot::one_cpu_512m),
-    plain("boot_4cpu_6g", boot::four_cpus_6g),
+    plain("boot_4cpu_6g", boot::four_cpus_6g).by_name(),
     plain("poweroff_from_guest", boot::poweroff_from_guest),
-    plain("reboot_from_guest", boot::reboot_from_guest),
+    plain("reboot_from_guest", boot::reboot_from_guest).by_name(),
     plain("power_button", boot::power_button),
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),
@@ -118,9 +128,10 @@ pub fn note(text: std::fmt::Arguments<'_>) {
     println!("     {text}");
 }
 
-/// Runs the tests whose names contain one of `filters` (all for none). `rest` are options of the test harness.
-pub fn run(filters: &[String], rest: &[String]) -> Result<Conclusion> {
-    let wanted = |case: &&Case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f.as_str()));
+/// Runs the tests whose names contain one of `filters` (for none: those of the gate, or with `all` every one). `rest` are options of the test harness.
+pub fn run(filters: &[String], all: bool, rest: &[String]) -> Result<Conclusion> {
+    let named = |case: &Case| filters.iter().any(|f| case.name.contains(f.as_str()));
+    let wanted = |case: &&Case| if filters.is_empty() { all || case.gate } else { named(case) };
     let mut trials = Vec::new();
     let mut skipped = Vec::new();
     for case in CASES.iter().filter(wanted) {
@@ -134,6 +145,11 @@ pub fn run(filters: &[String], rest: &[String]) -> Result<Conclusion> {
     args.test_threads = Some(1);
     let conclusion = libtest_mimic::run(&args, trials);
     rig::drop_shared();
+    if filters.is_empty() && !all {
+        for case in CASES.iter().filter(|case| !case.gate) {
+            println!("not in the gate, run it by name: {}", case.name);
+        }
+    }
     for line in skipped {
         println!("{line}");
     }

@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DMA_MAP_FLAG_VADDR, VFIO_DMA_UNMAP_FLAG_VADDR, VFIO_TYPE, vfio_iommu_type1_dma_map,
     vfio_iommu_type1_dma_unmap,
@@ -61,9 +61,8 @@ impl InvalidRange {
         Ok(range)
     }
 
-    /// Makes it valid again, at the address the VMM has it. The range then counts as ours until the VMM's next update: the kernel
-    /// charges whoever calls, and uses the address only to pin pages anew.
-    pub fn repair(self) -> Result<()> {
+    /// Whether the VMM, when it was refused, has made the range valid again: the kernel then refuses an address for it.
+    pub fn is_valid_again(&self) -> bool {
         let map = vfio_iommu_type1_dma_map {
             argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
             flags: VFIO_DMA_MAP_FLAG_VADDR,
@@ -73,8 +72,7 @@ impl InvalidRange {
         };
         // SAFETY: a whole request of the size it says.
         let done = unsafe { libc::ioctl(self.container.as_raw_fd(), MAP_DMA, &map) };
-        ensure!(done == 0, "repairing the range: {}", io::Error::last_os_error());
-        Ok(())
+        done < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
     }
 }
 
