@@ -5,6 +5,7 @@
 use crate::carried::Carried;
 use crate::legacy::{cmos::Cmos, i8042::I8042, pm::Pm, serial::SerialDevice};
 use crate::pci::{config_access::PciConfigAccess, host_bridge::HostBridge};
+use crate::vfio::{Passthrough, VfioPci};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -25,6 +26,8 @@ pub const CATALOGUE: &[Entry] = &[
     entry::<Pm>(),
     entry::<HostBridge>(),
     entry::<PciConfigAccess>(),
+    entry::<Passthrough>(),
+    entry::<VfioPci>(),
 ];
 
 /// (kind, version) of every device this build knows.

@@ -66,7 +66,7 @@ const CASES: &[Case] = &[
     plain("update_without_guest", update::without_guest),
     plain("four_busy_vcpus", time::four_busy_vcpus),
     plain("idle_guest_wakes", time::idle_guest_wakes),
-    plain("timer_over_update", time::timer_over_update),
+    plain("timer_over_update", time::timer_over_update).by_name(),
     plain("affinity_kept", frozen::affinity_kept),
     shared("update_igb_traffic", traffic::igb),
     shared("clock_20_updates", time::clock_updates),
@@ -85,7 +85,7 @@ const CASES: &[Case] = &[
     with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
     with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),
-    with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
+    with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics).by_name(),
 ];
 
 impl Case {

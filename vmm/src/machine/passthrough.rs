@@ -88,10 +88,7 @@ impl PassthroughDevices {
                 id: config.id.clone().unwrap_or_else(|| format!("vfio{index}")),
                 container: config.container.clone(),
             };
-            let device = registry.attach(&config, wiring(vm, buses, vault), &mut windows).map_err(|error| {
-                // The reason is the error's source: a message for a person needs both.
-                failed(format!("{error}"))
-            })?;
+            let device = registry.attach(&config, wiring(vm, buses, vault), &mut windows).map_err(failed)?;
             let slot = pci.add(None, device.clone()).map_err(failed)?;
             plugged.push(Plugged { slot, device });
         }

@@ -1,5 +1,5 @@
-//! The machine in a new image. Up to [`Restored::commit`] nothing of the outside world is consumed and no guest code has run, so that
-//! the state it came from stays true.
+//! The machine in a new image. Until the update commits, nothing of the outside world is consumed and no guest code runs, so that the
+//! state it came from stays true.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::update::timeline::{Phase, Timeline};
 use crate::vcpus::{Shared, Start, Vcpus};
 
 impl Machine {
-    /// Order matters, see kernel notes in docs: memslots before vCPUs (cost), TSC offsets before the clock, the clock before the
+    /// Order matters: memslots before vCPUs (cost), TSC offsets before the clock, the clock before the
     /// kvmclock MSRs, all LAPICs and then the IRQ chip before routes, routes before irqfds.
     pub fn restore(
         state: MachineState,

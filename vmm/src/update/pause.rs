@@ -43,14 +43,15 @@ impl Release {
 }
 
 /// The guest's vCPUs are stopped with nothing pending, its interrupts wait in their eventfds, and the API stands still.
-/// Dropped in the order of the fields: the vCPUs run again last but one.
+/// Dropped in the order of the fields: the guest runs again first, then the API.
 pub struct Paused<'a> {
     guest: Option<StoppedGuest<'a>>,
-    frozen: Option<Frozen<'a>>,
+    _frozen: Option<Frozen<'a>>,
     host: &'a Host,
     main: &'a MainThread,
     handover: super::saved::Handover,
-    kept_connections: Vec<KeptFd>,
+    /// Held so that the vault keeps them: their slots are in the handover.
+    _kept_connections: Vec<KeptFd>,
     prepared: Prepared,
 }
 
@@ -102,7 +103,15 @@ impl<'a> Paused<'a> {
             None => None,
         };
         prepared.timeline.stamp(Phase::Pause);
-        Ok(Self { guest, frozen, host: subject.host, main: subject.main, handover, kept_connections, prepared })
+        Ok(Self {
+            guest,
+            _frozen: frozen,
+            host: subject.host,
+            main: subject.main,
+            handover,
+            _kept_connections: kept_connections,
+            prepared,
+        })
     }
 
     /// Pure: the guest and its devices stay as they are.
@@ -197,9 +206,6 @@ impl Invalidated<'_> {
             vault: paused.host.vault.clone(),
             timeline: Arc::clone(&paused.prepared.timeline),
         };
-        let reason = paused.main.exec(plan);
-        log::debug!("{} API connections and the guest stay here", paused.kept_connections.len());
-        let _ = &paused.frozen;
-        reason
+        paused.main.exec(plan)
     }
 }
