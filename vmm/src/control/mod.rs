@@ -102,8 +102,13 @@ impl Control {
         loop {
             manager.run()?;
             if let Some(code) = manager.subscriber_mut(id)?.exit {
+                let mut control = manager.remove_subscriber(id)?;
+                // The answer to vmm.shutdown may be on its way.
+                if let Some(server) = control.server.take() {
+                    server.stop();
+                }
                 // Ends the vCPU threads and puts a terminal back into its old mode.
-                drop(manager.remove_subscriber(id)?);
+                drop(control);
                 return Ok(code);
             }
         }
