@@ -84,7 +84,7 @@ const CASES: &[Case] = &[
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
-    with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),
+    with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container).by_name(),
     with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics).by_name(),
 ];
 
