@@ -9,7 +9,7 @@
 //!        -> close_range (a held VFIO group would stay busy until the end of the tear-down) -> SCHED_IDLE -> exit
 //! ```
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 
 use std::time::Duration;
 
@@ -30,21 +30,15 @@ struct Orders {
 ///
 /// `release`: an eventfd whose first count lets it go. If the exec then fails, write to it and reap the PID.
 pub fn park(release: RawFd) -> std::io::Result<libc::pid_t> {
-    // SAFETY: no arguments that point anywhere.
-    let image = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
-    if image < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    let image = image as i32;
-    // SAFETY: just returned by pidfd_open, owned here. The helper has its own copy of the fd table.
-    let image_fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(image) };
+    // The helper has its own copy of the fd table: ours closes with this function.
+    let image = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
     // SAFETY: a fresh private mapping. Never unmapped here: exec leaves it to the helper.
     let stack = unsafe {
         rustix::mm::mmap_anonymous(std::ptr::null_mut(), STACK, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
     }?;
     let orders = stack.cast::<Orders>();
     // SAFETY: inside the fresh mapping, page aligned.
-    unsafe { orders.write(Orders { release, image: image_fd.as_raw_fd() }) };
+    unsafe { orders.write(Orders { release, image: image.as_raw_fd() }) };
     // SAFETY: one past the last byte of the mapping.
     let top = unsafe { stack.cast::<u8>().add(STACK) };
     // SAFETY: the child runs `helper` on its own stack, which makes system calls only; it has its own fd table, so nothing
@@ -103,19 +97,29 @@ mod raw {
     }
 }
 
+/// Whether a child of ours ends within `patience`. Does not reap it.
+pub fn ends_within(pid: libc::pid_t, patience: Duration) -> std::io::Result<bool> {
+    let pid = Pid::from_raw(pid).ok_or(std::io::ErrorKind::InvalidInput)?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+    loop {
+        match rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(count) => return Ok(count > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 /// Reaps a helper that was let go, so that it leaves no zombie; waits for its end as long as `patience`. Whether it is gone.
 pub fn reap(pid: libc::pid_t, patience: Duration) -> bool {
-    if !patience.is_zero()
-        && let Some(pid) = Pid::from_raw(pid)
-        && let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty())
-    {
+    if !patience.is_zero() {
         // Somebody waits for it now: on a host whose CPUs are all busy it would get next to nothing at idle priority.
         let param = libc::sched_param { sched_priority: 0 };
         // SAFETY: our own child, not reaped yet; the kernel reads one sched_param.
-        unsafe { libc::sched_setscheduler(pid.as_raw_nonzero().get(), libc::SCHED_OTHER, &param) };
-        let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
-        // An error or a signal only shortens the wait.
-        let _ = rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout));
+        unsafe { libc::sched_setscheduler(pid, libc::SCHED_OTHER, &param) };
+        // An error only shortens the wait.
+        let _ = ends_within(pid, patience);
     }
     // SAFETY: no status is asked for.
     let result = unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };

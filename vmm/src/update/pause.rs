@@ -9,7 +9,7 @@ use theseus_api::server::{ConnId, Frozen};
 use theseus_resources::{Claims, KeptFd, Purpose, Slot, StateWriter, Vault};
 
 use super::Subject;
-use super::prepare::{PURPOSE, Prepared, handover};
+use super::prepare::{Prepared, handover};
 use super::saved::ApiSlots;
 use super::timeline::Phase;
 use crate::build_info;
@@ -23,11 +23,11 @@ pub struct Release(KeptFd);
 impl Release {
     pub fn new(vault: &Vault) -> std::io::Result<Self> {
         let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
-        Ok(Self(vault.keep("helper release", PURPOSE, fd)))
+        Ok(Self(vault.keep("helper release", Purpose::State, fd)))
     }
 
     pub fn claim(slot: Slot, claims: &mut Claims) -> Result<Self, theseus_resources::vault::VaultError> {
-        Ok(Self(claims.claim(slot, PURPOSE)?))
+        Ok(Self(claims.claim(slot, Purpose::State)?))
     }
 
     pub fn slot(&self) -> Slot {
@@ -196,7 +196,7 @@ impl Invalidated<'_> {
         };
         // The state travels like every other kept fd, but is not in the manifest that it contains.
         let state = match state.try_clone() {
-            Ok(state) => paused.host.vault.keep("saved state", PURPOSE, state),
+            Ok(state) => paused.host.vault.keep("saved state", Purpose::State, state),
             Err(error) => return format!("cannot hold on to the state: {error}"),
         };
         let plan = ExecPlan {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use theseus_api::types::{UpdateOutcome, UpdateRequest};
-use theseus_resources::{Purpose, StateWriter};
+use theseus_resources::StateWriter;
 
 use super::pause::Release;
 use super::saved::Handover;
@@ -105,6 +105,3 @@ pub fn handover(
         was_shut_down: subject.was_shut_down,
     }
 }
-
-/// Purpose of the eventfd and the page that go over with every update.
-pub const PURPOSE: Purpose = Purpose::State;

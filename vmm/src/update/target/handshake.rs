@@ -4,18 +4,17 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::PidfdFlags;
 use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
 
 use super::Target;
 use crate::build_info;
 use crate::main_thread::MainThread;
+use crate::update::park::ends_within;
 use crate::update::saved::Saved;
 
 /// How long the target may take for its verdict.
@@ -59,16 +58,7 @@ fn converse(target: &Target, state: &[u8], main: &MainThread) -> Result<Verdict,
 /// Runs `command` to its end, or kills it when `patience` is over (`None`). On the main thread, which has no filters.
 pub fn run_child(mut command: Command, patience: Duration) -> std::io::Result<Option<ExitStatus>> {
     let mut child = command.spawn()?;
-    let Some(pid) = rustix::process::Pid::from_raw(child.id() as i32) else { return child.wait().map(Some) };
-    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-    let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
-    let ended = loop {
-        match rustix::event::poll(&mut [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)], Some(&timeout)) {
-            Ok(count) => break count > 0,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    };
+    let ended = ends_within(child.id() as libc::pid_t, patience)?;
     if !ended {
         child.kill()?;
     }
