@@ -4,10 +4,9 @@ use std::process::ExitCode;
 
 use theseus_tests::{bench, cases, demo, harness::lab, soak};
 
-const USAGE: &str = "usage: l1-tests test [FILTER]... [--all] [--hardware BDF [--peer INTERFACE]] [--list]
+const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer INTERFACE]] [--list]
        l1-tests bench | demo | soak   [--hardware BDF --peer INTERFACE]
 
---all               also those that are not in the gate (see docs/testing.md)
 --hardware BDF      use this device (bound to vfio-pci) instead of the lab's; what needs more devices is skipped
 --peer INTERFACE    the interface of this machine that is wired to it";
 
@@ -16,14 +15,12 @@ fn main() -> ExitCode {
     let Some(command) = words.next() else { return usage("which command?") };
     let (mut filters, mut rest) = (Vec::new(), Vec::new());
     let (mut hardware, mut peer) = (None, None);
-    let mut all = false;
     while let Some(word) = words.next() {
         match word.as_str() {
             "--hardware" | "--peer" => {
                 let Some(value) = words.next() else { return usage(&format!("{word} needs a value")) };
                 if word == "--peer" { peer = Some(value) } else { hardware = Some(value) }
             }
-            "--all" => all = true,
             "-h" | "--help" => {
                 println!("{USAGE}");
                 return ExitCode::SUCCESS;
@@ -37,7 +34,7 @@ fn main() -> ExitCode {
         lab::use_hardware(&bdf, peer.as_deref());
     }
     let outcome = match command.as_str() {
-        "test" => match cases::run(&filters, all, &rest) {
+        "test" => match cases::run(&filters, &rest) {
             Ok(conclusion) => return conclusion.exit_code(),
             Err(e) => Err(e),
         },

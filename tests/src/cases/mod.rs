@@ -27,37 +27,27 @@ struct Case {
     nics: &'static [Nic],
     /// Uses the common guest; others end it first if they need its NIC.
     shares: bool,
-    /// Runs where no name is given. Cases that have not passed dependably yet do not: see docs/testing.md.
-    gate: bool,
     body: fn() -> Result<()>,
 }
 
 const fn plain(name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics: &[], shares: false, gate: true, body }
+    Case { name, nics: &[], shares: false, body }
 }
 
 const fn shared(name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics: &[Nic::IgbA], shares: true, gate: true, body }
+    Case { name, nics: &[Nic::IgbA], shares: true, body }
 }
 
 const fn with(nics: &'static [Nic], name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics, shares: false, gate: true, body }
-}
-
-impl Case {
-    /// Only by name, or with `--all`.
-    const fn by_name(mut self) -> Self {
-        self.gate = false;
-        self
-    }
+    Case { name, nics, shares: false, body }
 }
 
 /// In the order they run; those that share a guest stand together.
 const CASES: &[Case] = &[
     plain("boot_1cpu_512m", boot::one_cpu_512m),
-    plain("boot_4cpu_6g", boot::four_cpus_6g).by_name(),
+    plain("boot_4cpu_6g", boot::four_cpus_6g),
     plain("poweroff_from_guest", boot::poweroff_from_guest),
-    plain("reboot_from_guest", boot::reboot_from_guest).by_name(),
+    plain("reboot_from_guest", boot::reboot_from_guest),
     plain("power_button", boot::power_button),
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),
@@ -66,7 +56,7 @@ const CASES: &[Case] = &[
     plain("update_without_guest", update::without_guest),
     plain("four_busy_vcpus", time::four_busy_vcpus),
     plain("idle_guest_wakes", time::idle_guest_wakes),
-    plain("timer_over_update", time::timer_over_update).by_name(),
+    plain("timer_over_update", time::timer_over_update),
     plain("affinity_kept", frozen::affinity_kept),
     shared("update_igb_traffic", traffic::igb),
     shared("clock_20_updates", time::clock_updates),
@@ -84,8 +74,8 @@ const CASES: &[Case] = &[
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
-    with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container).by_name(),
-    with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics).by_name(),
+    with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),
+    with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
 ];
 
 impl Case {
@@ -128,10 +118,10 @@ pub fn note(text: std::fmt::Arguments<'_>) {
     println!("     {text}");
 }
 
-/// Runs the tests whose names contain one of `filters` (for none: those of the gate, or with `all` every one). `rest` are options of the test harness.
-pub fn run(filters: &[String], all: bool, rest: &[String]) -> Result<Conclusion> {
+/// Runs the tests whose names contain one of `filters` (for none: every one). `rest` are options of the test harness.
+pub fn run(filters: &[String], rest: &[String]) -> Result<Conclusion> {
     let named = |case: &Case| filters.iter().any(|f| case.name.contains(f.as_str()));
-    let wanted = |case: &&Case| if filters.is_empty() { all || case.gate } else { named(case) };
+    let wanted = |case: &&Case| filters.is_empty() || named(case);
     let mut trials = Vec::new();
     let mut skipped = Vec::new();
     for case in CASES.iter().filter(wanted) {
@@ -145,11 +135,6 @@ pub fn run(filters: &[String], all: bool, rest: &[String]) -> Result<Conclusion>
     args.test_threads = Some(1);
     let conclusion = libtest_mimic::run(&args, trials);
     rig::drop_shared();
-    if filters.is_empty() && !all {
-        for case in CASES.iter().filter(|case| !case.gate) {
-            println!("not in the gate, run it by name: {}", case.name);
-        }
-    }
     for line in skipped {
         println!("{line}");
     }

@@ -6,10 +6,11 @@
 //! 0x0_6100  PVH modules                0x0_B000  4 page directories
 //! 0x0_6200  PVH memory map             0x2_0000  command line
 //! 0x0_7000  zero page                  0x9_FC00  EBDA (reserved, empty)
-//! 0x0_8000  stack, grows down from 0x9000   0xE_0000  ACPI tables, up to 1 MiB
+//! 0x0_8000  stack, grows down from 0x9000   0xE_0000  ACPI tables
+//!                                           0xF_FFF0  reset vector
 //! ```
 //!
-//! All but the ACPI tables is free for the kernel once it has read it.
+//! All but the ACPI tables and the reset vector is free for the kernel once it has read it.
 
 pub const GDT: u64 = 0x500;
 pub const START_INFO: u64 = 0x6000;
@@ -28,4 +29,6 @@ pub const EBDA: u64 = 0x9_FC00;
 pub const CONVENTIONAL_END: u64 = 0xA_0000;
 /// Where a kernel without help looks for the RSDP (ACPI 6.5, 5.2.5.1).
 pub const ACPI: u64 = 0xE_0000;
+/// F000:FFF0, the last 16 bytes below 1 MiB.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 pub const HIGH_MEMORY: u64 = 0x10_0000;

@@ -20,6 +20,7 @@ mod lowmem;
 pub mod memory_map;
 mod pvh;
 mod regs;
+mod reset_vector;
 #[cfg(test)]
 mod tests;
 mod zero_page;
@@ -77,6 +78,7 @@ pub fn load(
         .map(|path| initramfs::load(mem, path, loaded.end..low_ram_end.min(loaded.initrd_end_max)))
         .transpose()?;
     let rsdp = acpi::write_tables(mem, machine)?;
+    reset_vector::write(mem)?;
     let map = memory_map::memory_map(machine.ram_size);
 
     match loaded.protocol {

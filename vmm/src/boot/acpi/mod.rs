@@ -58,9 +58,9 @@ pub fn write_tables(mem: &GuestMemoryMmap, machine: &MachineShape) -> Result<u64
     let mut place = |table: &[u8]| {
         let addr = next.next_multiple_of(ALIGN);
         next = addr + table.len() as u64;
-        if next > lowmem::HIGH_MEMORY {
+        if next > lowmem::RESET_VECTOR {
             let needed = (next - lowmem::ACPI) as usize;
-            return Err(BootError::AcpiSpace { needed, available: (lowmem::HIGH_MEMORY - lowmem::ACPI) as usize });
+            return Err(BootError::AcpiSpace { needed, available: (lowmem::RESET_VECTOR - lowmem::ACPI) as usize });
         }
         super::write(mem, table, addr).map(|()| addr)
     };
