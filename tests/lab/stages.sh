@@ -123,7 +123,10 @@ test)
 bench)
     build_all || die "the build failed"
     # Native numbers need only /dev/kvm, and no lab.
-    if [[ ${args[0]:-} == native ]]; then exec "$OUT/l1-tests" bench "${args[@]}"; fi
+    if [[ ${args[0]:-} == native ]]; then
+        mkdir -p "$OUT/results/native"
+        LAB_BIN=$OUT LAB_RESULTS=$OUT/results/native exec "$OUT/l1-tests" bench native
+    fi
     in_lab 3600 bench ${args[@]+"${args[@]}"}
     ;;
 demo)

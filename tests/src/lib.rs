@@ -14,4 +14,5 @@ pub mod bench;
 pub mod cases;
 pub mod demo;
 pub mod harness;
+pub mod native;
 pub mod soak;

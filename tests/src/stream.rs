@@ -18,6 +18,8 @@ use crate::{
     seq::{PACKET_LEN, Packet, SeqCheck, SeqStats},
 };
 
+/// Packets that a sender sends at once, at most, to be back at its rate.
+const CATCH_UP: u64 = 8;
 const RECEIVE_BUFFER: i32 = 8 << 20;
 
 fn io_thread(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
@@ -54,8 +56,9 @@ impl Sender {
                         errors.fetch_add(1, Ordering::Relaxed);
                     }
                 }
-                // A sender that was held up does not catch up: the rate is a promise to the receiver's ring too.
-                due = (due + period).max(now + period / 2);
+                // A sender that was held up catches up with a few packets, which makes good what timers are late, and not with
+                // all: the rate is a promise to the receiver's ring too.
+                due = (due + period).max(now.saturating_sub(CATCH_UP * period));
                 sleep_until(due);
             }
         })?;

@@ -8,6 +8,7 @@
 //! | `skip-irqfds` | the new image does not attach irqfds, so that a test can be seen to go red |
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
+//! | `skip-park` | no helper keeps the old address space: its tear-down is part of the pause |
 
 #[cfg(feature = "test-hooks")]
 mod hooks {
@@ -55,6 +56,10 @@ mod hooks {
         path("fail-exec").is_some()
     }
 
+    pub fn skip_park() -> bool {
+        path("skip-park").is_some()
+    }
+
     pub fn state_as_read(reader: Result<StateReader, StateError>) -> Result<StateReader, StateError> {
         if path("state-version").is_some() { Err(StateError::Format(FORMAT)) } else { reader }
     }
@@ -80,6 +85,10 @@ mod hooks {
     }
 
     pub fn fail_exec() -> bool {
+        false
+    }
+
+    pub fn skip_park() -> bool {
         false
     }
 

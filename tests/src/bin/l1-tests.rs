@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-use theseus_tests::{bench, cases, demo, harness::lab, soak};
+use theseus_tests::{bench, cases, demo, harness::lab, native, soak};
 
 const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer INTERFACE]] [--list]
+       l1-tests bench native
        l1-tests bench | demo | soak   [--hardware BDF --peer INTERFACE]
 
 --hardware BDF      use this device (bound to vfio-pci) instead of the lab's; what needs more devices is skipped
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
             Ok(conclusion) => return conclusion.exit_code(),
             Err(e) => Err(e),
         },
+        "bench" if filters == ["native"] => native::run(),
         "bench" => bench::run(),
         "demo" => demo::run(),
         "soak" => soak::run(),

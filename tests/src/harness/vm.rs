@@ -170,6 +170,12 @@ impl Vm {
         Self::spawn("theseus-a", &[], false)
     }
 
+    /// A guest without console and agent: `kernel` is all there is.
+    pub fn bare(kernel: &Path, memory: &str) -> Result<Self> {
+        let args = ["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory];
+        Self::spawn("theseus-a", &args.map(Into::into), false)
+    }
+
     fn spawn(binary: &str, args: &[String], serial: bool) -> Result<Self> {
         let dir =
             std::env::temp_dir().join(format!("vm-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));

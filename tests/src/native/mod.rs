@@ -1,0 +1,291 @@
+//! `l1-tests bench native`: the pause against the size of the guest's memory, on this machine's own KVM.
+//!
+//! The guest is [`guest`], which keeps all of its memory populated; there is no VFIO device.
+
+mod guest;
+
+use std::{
+    fs::{self, File, OpenOptions},
+    os::fd::AsRawFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{JoinHandle, sleep},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::harness::{
+    hooks::Switch,
+    logs, proc,
+    table::{Table, ms, percentile},
+    vm::Vm,
+    wait_for,
+};
+
+const UPDATES: usize = 10;
+const SMALL: u64 = 512 << 20;
+const LARGE: u64 = 8 << 30;
+/// Over which the guest's speed is taken, µs.
+const WINDOW_US: u64 = 20_000;
+/// How long the guest may take to be back at its speed.
+const BACK: Duration = Duration::from_secs(60);
+const BACK_PERCENT: u64 = 95;
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+pub fn run() -> Result<()> {
+    logs::begin("bench-native");
+    let mut table = Table::new(["pause, ms", "memory", "p50", "p99", "max", "n", "back at 95 %, p50", "max"]);
+    let mut medians = Vec::new();
+    let mut huge_pages = None;
+    for (name, options, parked) in
+        [("4 KiB pages", "", true), ("4 KiB pages, not parked", "", false), ("2 MiB pages", ",hugepages=on", true)]
+    {
+        if !options.is_empty() {
+            // Not before: two guests of 8 GiB may be more than this machine has.
+            match HugePages::reserve((LARGE >> 21) + 64) {
+                Ok(reserved) => huge_pages = Some(reserved),
+                Err(e) => {
+                    println!("No figures for {name}: {e:#}\n");
+                    continue;
+                }
+            }
+        }
+        for size in [SMALL, LARGE] {
+            let (pauses, backs) = measure(size, options, parked).with_context(|| format!("{name}, {size} bytes"))?;
+            let back_max = if backs.len() < pauses.len() {
+                format!("not in {} s", BACK.as_secs())
+            } else {
+                ms(percentile(&backs, 100))
+            };
+            table.row([
+                name.to_string(),
+                format!("{} MiB", size >> 20),
+                ms(percentile(&pauses, 50)),
+                ms(percentile(&pauses, 99)),
+                ms(percentile(&pauses, 100)),
+                pauses.len().to_string(),
+                ms(percentile(&backs, 50)),
+                back_max,
+            ]);
+            println!("{name}, {} MiB: pauses {pauses:?} us, back at speed after {backs:?} us", size >> 20);
+            medians.push((name, percentile(&pauses, 50)));
+        }
+    }
+    drop(huge_pages);
+    println!("### Pause against memory, natively: 1 vCPU that writes all of its memory, no device\n\n{table}");
+    for pair in medians.chunks_exact(2) {
+        let ratio = pair[1].1 as f64 / pair[0].1 as f64;
+        println!("{}: 8 GiB take {ratio:.2} times the pause of 512 MiB", pair[0].0);
+    }
+    Ok(())
+}
+
+/// The pauses, and how long after each the guest was at [`BACK_PERCENT`] of its speed again, µs.
+fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>)> {
+    let kernel = std::env::temp_dir().join(format!("guest-{}", std::process::id()));
+    guest::write(&kernel, size)?;
+    let mut vm = Vm::bare(&kernel, &format!("size={}M{options}", size >> 20))?;
+    let counter = Counter::of(vm.pid())?;
+    wait_for("the guest to write all of its memory", Duration::from_secs(180), || {
+        ensure!(vm.is_running(), "the VMM has ended");
+        Ok((counter.get() > 2 * guest::pages(size)).then_some(()))
+    })?;
+    let _ = fs::remove_file(&kernel);
+    let _hook = (!parked).then(|| Switch::on(&vm.dir, "skip-park")).transpose()?;
+    vm.update()?;
+    let (mut pauses, mut backs) = (Vec::new(), Vec::new());
+    for _ in 0..UPDATES {
+        vm.settled_facts()?;
+        let sampler = Sampler::start(counter.clone());
+        // One round over the memory at least, which is its speed with all tables there.
+        sleep(Duration::from_millis(300 + 100 * (size >> 30)));
+        let asked = sampler.now();
+        let report = vm.update()?;
+        ensure!(report.phases.iter().any(|phase| phase.name == "exec"), "the phases do not name the exec: {report:?}");
+        let back = sampler.back(asked, report.pause_us)?;
+        pauses.push(report.pause_us);
+        backs.extend(back);
+    }
+    // Its helper holds the guest's memory too.
+    vm.settled_facts()?;
+    Ok((pauses, backs))
+}
+
+/// The guest's count, in its own memory.
+#[derive(Clone)]
+struct Counter(Arc<Mapping>);
+
+struct Mapping(*const AtomicU64);
+
+// SAFETY: a shared mapping that is only read atomically.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Counter {
+    fn of(pid: u32) -> Result<Self> {
+        let fds = proc::fds_to(pid, "/memfd:guest-ram")?;
+        let fd = fds.first().context("the VMM has no memfd called guest-ram")?;
+        let file = OpenOptions::new().read(true).open(format!("/proc/{pid}/fd/{fd}"))?;
+        Self::map(&file)
+    }
+
+    /// A whole huge page, as hugetlbfs maps nothing less.
+    fn map(file: &File) -> Result<Self> {
+        const HUGE: u64 = 2 << 20;
+        let (page, offset) = (guest::COUNTER / HUGE * HUGE, guest::COUNTER % HUGE);
+        // SAFETY: a new mapping at an address of the kernel's choice. Never unmapped: it is one for each of a few VMs.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                HUGE as usize,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                page as libc::off_t,
+            )
+        };
+        ensure!(address != libc::MAP_FAILED, "mapping the guest's counter: {}", std::io::Error::last_os_error());
+        // SAFETY: inside the mapping.
+        Ok(Self(Arc::new(Mapping(unsafe { address.cast::<u8>().add(offset as usize) }.cast()))))
+    }
+
+    fn get(&self) -> u64 {
+        // SAFETY: mapped for good, aligned.
+        unsafe { &*self.0.0 }.load(Ordering::Relaxed)
+    }
+}
+
+/// Samples the guest's count every millisecond, on a thread of its own.
+struct Sampler {
+    started: Instant,
+    stop: Arc<AtomicBool>,
+    samples: Arc<std::sync::Mutex<Vec<(u64, u64)>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Sampler {
+    fn start(counter: Counter) -> Self {
+        let started = Instant::now();
+        let stop = Arc::new(AtomicBool::new(false));
+        let samples = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let thread = std::thread::spawn({
+            let (stop, samples) = (stop.clone(), samples.clone());
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let sample = (started.elapsed().as_micros() as u64, counter.get());
+                    samples.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(sample);
+                    sleep(Duration::from_millis(1));
+                }
+            }
+        });
+        Self { started, stop, samples, thread: Some(thread) }
+    }
+
+    fn now(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    fn samples(&self) -> Vec<(u64, u64)> {
+        self.samples.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// How long after the pause, which was asked for at `asked`, the guest was back at its speed, µs; None if not within [`BACK`].
+    fn back(&self, asked: u64, pause_us: u64) -> Result<Option<u64>> {
+        let deadline = self.now() + BACK.as_micros() as u64;
+        loop {
+            let samples = self.samples();
+            if let Some(back) = recovery(&samples, asked, pause_us) {
+                return Ok(Some(back));
+            }
+            if self.now() > deadline {
+                return Ok(None);
+            }
+            sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Sampler {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// From the end of the longest standstill after `asked` to the first window at [`BACK_PERCENT`] of the speed before it, µs.
+/// `samples`: (µs, count).
+fn recovery(samples: &[(u64, u64)], asked: u64, pause_us: u64) -> Option<u64> {
+    let before: Vec<_> = samples.iter().filter(|(at, _)| *at < asked).collect();
+    let (first, last) = (before.first()?, before.last()?);
+    let speed = (last.1 - first.1) as f64 / (last.0 - first.0) as f64;
+    let after = samples.iter().position(|(at, _)| *at >= asked)?;
+    // The standstill: the longest time over which the count did not change.
+    let (mut still, mut from) = ((0, 0), after);
+    for n in after..samples.len() {
+        if samples[n].1 != samples[from].1 {
+            from = n;
+        } else if samples[n].0 - samples[from].0 > still.0 {
+            still = (samples[n].0 - samples[from].0, n);
+        }
+    }
+    let resumed = still.1;
+    if still.0 * 2 < pause_us {
+        return None;
+    }
+    (resumed..samples.len()).find_map(|n| {
+        let end = samples[n..].iter().find(|(at, _)| *at >= samples[n].0 + WINDOW_US)?;
+        let now = (end.1 - samples[n].1) as f64 / (end.0 - samples[n].0) as f64;
+        (now * 100.0 >= speed * BACK_PERCENT as f64).then(|| samples[n].0 - samples[resumed].0)
+    })
+}
+
+/// Huge pages reserved for the benchmark, given back afterwards.
+struct HugePages(String);
+
+impl HugePages {
+    fn reserve(count: u64) -> Result<Self> {
+        let before = fs::read_to_string(HUGE_PAGES).context(HUGE_PAGES)?;
+        // The guests before have left memory in small pieces.
+        for knob in ["/proc/sys/vm/drop_caches", "/proc/sys/vm/compact_memory"] {
+            fs::write(knob, "1").context(knob)?;
+        }
+        let wanted = before.trim().parse::<u64>()? + count;
+        fs::write(HUGE_PAGES, wanted.to_string()).context(HUGE_PAGES)?;
+        let this = Self(before);
+        let got = fs::read_to_string(HUGE_PAGES)?;
+        ensure!(got.trim() == wanted.to_string(), "{HUGE_PAGES}: {wanted} wanted, {} there", got.trim());
+        Ok(this)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(HUGE_PAGES, &self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recovery_counts_from_the_end_of_the_standstill() {
+        // 10 pages a ms; stands still from 100 to 150 ms; half the speed until 200 ms, then the old one.
+        let count = |ms: u64| match ms {
+            0..100 => ms * 10,
+            100..150 => 1000,
+            150..200 => 1000 + (ms - 150) * 5,
+            _ => 1250 + (ms - 200) * 10,
+        };
+        let samples: Vec<_> = (0..400).map(|ms| (ms * 1000, count(ms))).collect();
+        let back = recovery(&samples, 90_000, 50_000).unwrap();
+        assert!((45_000..=52_000).contains(&back), "{back}");
+        assert_eq!(recovery(&samples[..180], 90_000, 50_000), None, "not back yet");
+    }
+}
