@@ -28,6 +28,7 @@ use crate::harness::{
 const UPDATES: usize = 10;
 const SMALL: u64 = 512 << 20;
 const LARGE: u64 = 8 << 30;
+const HUGE: usize = 2 << 20;
 /// Over which the guest's speed is taken, µs.
 const WINDOW_US: u64 = 20_000;
 /// How long the guest may take to be back at its speed.
@@ -120,6 +121,15 @@ struct Counter(Arc<Mapping>);
 
 struct Mapping(*const AtomicU64);
 
+impl Drop for Mapping {
+    // Or the guest's memory would stay for as long as the benchmark runs.
+    fn drop(&mut self) {
+        let page = self.0 as usize - guest::COUNTER as usize % HUGE;
+        // SAFETY: the whole of what Counter::map mapped; nobody else refers to it.
+        unsafe { libc::munmap(page as *mut libc::c_void, HUGE) };
+    }
+}
+
 // SAFETY: a shared mapping that is only read atomically.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
@@ -135,13 +145,12 @@ impl Counter {
 
     /// A whole huge page, as hugetlbfs maps nothing less.
     fn map(file: &File) -> Result<Self> {
-        const HUGE: u64 = 2 << 20;
-        let (page, offset) = (guest::COUNTER / HUGE * HUGE, guest::COUNTER % HUGE);
-        // SAFETY: a new mapping at an address of the kernel's choice. Never unmapped: it is one for each of a few VMs.
+        let (page, offset) = (guest::COUNTER / HUGE as u64 * HUGE as u64, guest::COUNTER % HUGE as u64);
+        // SAFETY: a new mapping at an address of the kernel's choice.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                HUGE as usize,
+                HUGE,
                 libc::PROT_READ,
                 libc::MAP_SHARED,
                 file.as_raw_fd(),
@@ -154,7 +163,7 @@ impl Counter {
     }
 
     fn get(&self) -> u64 {
-        // SAFETY: mapped for good, aligned.
+        // SAFETY: mapped until the last clone is dropped, aligned.
         unsafe { &*self.0.0 }.load(Ordering::Relaxed)
     }
 }
@@ -251,10 +260,7 @@ struct HugePages(String);
 impl HugePages {
     fn reserve(count: u64) -> Result<Self> {
         let before = fs::read_to_string(HUGE_PAGES).context(HUGE_PAGES)?;
-        // The guests before have left memory in small pieces.
-        for knob in ["/proc/sys/vm/drop_caches", "/proc/sys/vm/compact_memory"] {
-            fs::write(knob, "1").context(knob)?;
-        }
+        fs::write("/proc/sys/vm/compact_memory", "1").context("/proc/sys/vm/compact_memory")?;
         let wanted = before.trim().parse::<u64>()? + count;
         fs::write(HUGE_PAGES, wanted.to_string()).context(HUGE_PAGES)?;
         let this = Self(before);
