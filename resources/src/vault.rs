@@ -4,7 +4,7 @@
 //! [`Slot`] into its state; in the new image it claims that slot, once. What nobody claims is an error. How the fds travel
 //! (inherited by exec) is known only to [`Vault::open_for_exec`] and [`Vault::adopt`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -52,6 +52,8 @@ pub enum VaultError {
     NoSlot { slot: u32, purpose: Purpose },
     #[error("kept fd '{name}' is a {found:?}, not a {wanted:?}")]
     WrongPurpose { name: String, found: Purpose, wanted: Purpose },
+    #[error("the saved state names a slot or an fd twice")]
+    Twice,
     #[error("kept fds that nothing claimed: {0}")]
     Unclaimed(String),
     #[error("kept fd '{name}': cannot change its close-on-exec flag: {source}")]
@@ -146,16 +148,14 @@ impl Vault {
             .collect()
     }
 
-    /// Clears CLOEXEC on every kept fd: the only place that does. Dropping the guard, which happens only when exec
-    /// failed, sets it again.
+    /// Everything in keeping now stays open for as long as this lives.
+    pub fn hold(&self) -> HeldVault {
+        HeldVault(self.live())
+    }
+
+    /// [`HeldVault::open_for_exec`] for everything in keeping now.
     pub fn open_for_exec(&self) -> Result<OpenVault, VaultError> {
-        let mut open = OpenVault(Vec::new());
-        for kept in self.live() {
-            set_cloexec(kept.as_fd(), false)
-                .map_err(|source| VaultError::Flag { name: kept.name().to_owned(), source })?;
-            open.0.push(kept);
-        }
-        Ok(open)
+        self.hold().open_for_exec()
     }
 
     /// In the new image: takes over what the manifest names. Fails, before anything is claimed, if one is not what it was.
@@ -163,20 +163,30 @@ impl Vault {
     /// # Safety
     /// The fds in `records` must have no other owner in this process: call it once, at start, on the manifest handed over.
     pub unsafe fn adopt(records: Vec<Record>) -> Result<(Self, Claims), VaultError> {
+        // First look, then touch: an image that cannot take them over hands all of them back as they are.
+        for Record { slot: _, name, purpose, fd, identity: kept } in &records {
+            let (name, purpose, fd) = (name.clone(), *purpose, *fd);
+            // SAFETY: only borrowed for fstat, which answers EBADF for a number that is not open; -1 is excluded.
+            let found = if fd >= 0 { identity(unsafe { BorrowedFd::borrow_raw(fd) }) } else { None };
+            match found {
+                None => return Err(VaultError::NotOpen { name, purpose, fd }),
+                Some(found) if found != *kept => return Err(VaultError::OtherFile { name, purpose, fd }),
+                Some(_) => {}
+            }
+        }
+        let numbers: BTreeSet<_> = records.iter().map(|record| record.fd).collect();
+        let slots: BTreeSet<_> = records.iter().map(|record| record.slot).collect();
+        if numbers.len() != records.len() || slots.len() != records.len() {
+            return Err(VaultError::Twice);
+        }
         let vault = Self::new();
         let mut waiting = BTreeMap::new();
-        for record in records {
-            let Record { slot, name, purpose, fd, identity: kept_identity } = record;
-            // SAFETY: only borrowed for fcntl and fstat, which answer EBADF for a number that is not open; -1 is excluded.
-            let borrowed = (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) });
-            let Some(borrowed) = borrowed.filter(|fd| set_cloexec(*fd, true).is_ok()) else {
-                return Err(VaultError::NotOpen { name, purpose, fd });
-            };
-            if identity(borrowed) != Some(kept_identity) {
-                return Err(VaultError::OtherFile { name, purpose, fd });
-            }
-            // SAFETY: open (just checked), and the caller promises that nobody else owns it.
+        for Record { slot, name, purpose, fd, identity: _ } in records {
+            // SAFETY: open and named once (just checked), and the caller promises that nobody else owns it.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+            if let Err(error) = set_cloexec(fd.as_fd(), true) {
+                log::error!("{name}: cannot set close-on-exec: {error}");
+            }
             let entry = Arc::new(Entry { slot, name, purpose, fd });
             let mut inner = vault.lock();
             inner.next = inner.next.max(slot.0.wrapping_add(1));
@@ -184,6 +194,23 @@ impl Vault {
             waiting.insert(slot, KeptFd(entry));
         }
         Ok((vault, Claims { waiting }))
+    }
+}
+
+/// A share in every fd that was in keeping at some moment.
+pub struct HeldVault(Vec<KeptFd>);
+
+impl HeldVault {
+    /// Clears CLOEXEC on every one of them: the only place that does. Dropping the guard, which happens only when exec failed,
+    /// sets it again.
+    pub fn open_for_exec(&self) -> Result<OpenVault, VaultError> {
+        let mut open = OpenVault(Vec::new());
+        for kept in &self.0 {
+            set_cloexec(kept.as_fd(), false)
+                .map_err(|source| VaultError::Flag { name: kept.name().to_owned(), source })?;
+            open.0.push(kept.clone());
+        }
+        Ok(open)
     }
 }
 
@@ -222,10 +249,6 @@ impl Claims {
             return Ok(());
         }
         let names: Vec<_> = self.waiting.values().map(|kept| kept.name().to_owned()).collect();
-        // They stay open: the image that rolls back needs them.
-        for kept in self.waiting.into_values() {
-            std::mem::forget(kept);
-        }
         Err(VaultError::Unclaimed(names.join(", ")))
     }
 }

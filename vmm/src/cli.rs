@@ -35,12 +35,19 @@ pub struct Cli {
     /// Where the log goes; default: standard error.
     #[arg(long)]
     pub log_file: Option<PathBuf>,
+    /// Where the PID is written, and written again should an update that failed have changed it.
+    #[arg(long)]
+    pub pid_file: Option<PathBuf>,
     /// More log: -v info, -vv debug, -vvv trace.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Prints version and build id.
     #[arg(short = 'V', long)]
     pub version: bool,
+    /// PHASE:KIND[:N]: what goes wrong in updates, see src/test_hooks.rs.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long)]
+    pub fault: Option<String>,
     /// Reads a saved state from standard input and says whether this build could take it over. Used by the update.
     #[arg(long, hide = true)]
     pub check_update: bool,

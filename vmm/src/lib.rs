@@ -8,11 +8,13 @@ mod log_config;
 mod machine;
 mod main_thread;
 mod signals;
+mod supervisor;
 mod test_hooks;
 mod update;
 mod vcpus;
 
 use std::os::unix::net::UnixListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -30,7 +32,9 @@ use log_config::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
 use signals::Signals;
+use supervisor::Supervisor;
 use update::adopt::Adopted;
+use update::back::{Inherited, WayBack, panic_text};
 
 /// The API or a signal asked the VMM to end.
 pub const EXIT_OK: i32 = 0;
@@ -39,18 +43,14 @@ pub const EXIT_POWER_OFF: i32 = 0;
 pub const EXIT_FAILURE: i32 = 1;
 /// The guest has reset itself (or crashed so that a real machine would have).
 pub const EXIT_RESET: i32 = 3;
-/// An update failed after exec: the guest is lost.
+/// An update failed after exec, and so did the way back in this process; a parked helper may still bring the guest back in another.
 pub const EXIT_LOST: i32 = 70;
 
 pub fn main() -> ExitCode {
     let started = update::timeline::now_ns();
-    let result = match handed_over() {
+    let result = match Inherited::from_env() {
         // The guest is waiting: nothing that can be done later is done before.
-        Some(state) => run(|parts| take_over(parts, state, started)).or_else(|error| {
-            log::error!("the update failed after exec, the guest is lost: {error:#}");
-            eprintln!("theseus: the update failed after exec, the guest is lost: {error:#}");
-            Ok(EXIT_LOST)
-        }),
+        Some(inherited) => Ok(after_update(inherited, started)),
         None => start(&Cli::parse()),
     };
     match result {
@@ -60,6 +60,26 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The life of an image that an update has started. Returns the exit code; an image that fails before its commit becomes the old binary.
+fn after_update(inherited: Inherited, started: u64) -> i32 {
+    let lost = |reason: &str| {
+        log::error!("the guest is lost to this process: {reason}");
+        eprintln!("theseus: the guest is lost to this process: {reason}");
+        EXIT_LOST
+    };
+    let mut back = match WayBack::new(inherited) {
+        Ok(back) => back,
+        Err(error) => return lost(&format!("the update's timeline cannot be mapped: {error}")),
+    };
+    let life = catch_unwind(AssertUnwindSafe(|| run(|parts| take_over(parts, &mut back, started))));
+    let cause = match life {
+        Ok(Ok(code)) => return code,
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(panic) => panic_text(&*panic),
+    };
+    lost(&back.go(&cause))
 }
 
 /// What the command line asks for. Returns the exit code.
@@ -73,6 +93,8 @@ fn start(cli: &Cli) -> anyhow::Result<i32> {
         update::target::answer().context("--check-update")?;
         return Ok(EXIT_OK);
     }
+    #[cfg(feature = "test-hooks")]
+    cli.fault.iter().for_each(|fault| test_hooks::set_fault(fault));
     LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
     run(|parts| boot(parts, cli))
 }
@@ -90,11 +112,6 @@ fn run(prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result
     Ok(orders.serve())
 }
 
-/// The fd of the saved state, where this image was started by an update.
-fn handed_over() -> Option<i32> {
-    std::env::var(main_thread::HANDOVER_VARIABLE).ok()?.parse().ok()
-}
-
 struct Parts {
     signals: Signals,
     queue: Queue,
@@ -103,7 +120,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn control(self, host: Host, server: Option<Server>) -> Control {
+    fn control(self, host: Host, server: Option<Server>, supervisor: Supervisor) -> Control {
         let Self { signals, queue: _, inbox, main } = self;
         Control {
             host,
@@ -111,6 +128,7 @@ impl Parts {
             inbox,
             signals,
             server,
+            supervisor,
             vm: Vm::None,
             helper: None,
             asked: None,
@@ -134,10 +152,13 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
         "nothing to do: give --kernel for a guest, --api-socket for an API, or both"
     );
     let server = cli.api_socket.as_ref().map(|socket| serve_api(socket, &parts.queue)).transpose()?;
-    let mut control = parts.control(host, server);
+    let supervisor = Supervisor::new(cli.pid_file.clone());
+    supervisor.write_pid_file()?;
+    let mut control = parts.control(host, server, supervisor);
     if let Some(config) = config {
         control.boot_config(config).context("the guest cannot be booted")?;
     }
+    control.supervisor.ready();
     Ok(control)
 }
 
@@ -157,16 +178,16 @@ fn start_api(listener: UnixListener, kept: Vec<KeptConnection>, queue: &Queue) -
     Server::start(listener, kept, Arc::new(queue.clone())).context("the API server cannot be started")
 }
 
-fn take_over(parts: Parts, state: i32, started: u64) -> anyhow::Result<Control> {
+fn take_over(parts: Parts, back: &mut WayBack, started: u64) -> anyhow::Result<Control> {
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
-    let adopted = update::adopt::adopt(state, requests, started).map_err(anyhow::Error::msg)?;
-    let Adopted { host, machine, config, was_shut_down, api, helper } = adopted;
+    let adopted = update::adopt::adopt(back, requests, started).map_err(anyhow::Error::msg)?;
+    let Adopted { host, machine, config, was_shut_down, api, helper, supervisor } = adopted;
     // The guest runs: an API that cannot be served is no reason to lose it.
     let server = api.and_then(|api| {
         start_api(api.listener, api.connections, &parts.queue).inspect_err(|error| log::error!("{error:#}")).ok()
     });
     let ram = machine.as_ref().map(|machine| machine.ram.clone());
-    let mut control = parts.control(host, server);
+    let mut control = parts.control(host, server, supervisor);
     control.helper = helper;
     control.vm = match (machine, config) {
         (Some(machine), _) => Vm::Booted(Box::new(machine)),

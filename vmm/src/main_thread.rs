@@ -2,30 +2,28 @@
 //!
 //! It has no seccomp filter and sees no guest data: the new image inherits what this thread is.
 
-use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStringExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitStatus};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use theseus_resources::Vault;
 
-use crate::update::park;
+use crate::update::arbiter::Way;
+use crate::update::back::{HANDOVER_VARIABLE, Image, Inherited};
+use crate::update::park::{self, Return};
 use crate::update::target::run_child;
 use crate::update::timeline::{Phase, Timeline};
 
 /// How long a helper that was let go after a failed exec may take; it has nothing to tear down.
 const HELPER_END: Duration = Duration::from_secs(5);
 
-/// Names the fd of the saved state to the new image.
-pub const HANDOVER_VARIABLE: &str = "THESEUS_HANDOVER";
-
 /// An exec, ready to go.
 pub struct ExecPlan {
     /// The verified target.
     pub target: OwnedFd,
-    pub state: RawFd,
+    pub inherited: Inherited,
     pub release: RawFd,
     pub vault: Vault,
     pub timeline: std::sync::Arc<Timeline>,
@@ -93,21 +91,10 @@ impl Orders {
     }
 }
 
-/// Parks the address space and execs. Whatever this returns, everything is as before.
+/// Parks the address space and execs. Whatever this returns, everything is as before, and the guest is this image's.
 fn exec(plan: ExecPlan) -> String {
-    let ExecPlan { target, state, release, vault, timeline } = plan;
-    let c_string = |bytes: Vec<u8>| CString::new(bytes).unwrap_or_default();
-    let args: Vec<CString> = std::env::args_os().map(|arg| c_string(arg.into_vec())).collect();
-    let mut env: Vec<CString> = std::env::vars_os()
-        .filter(|(name, _)| name != HANDOVER_VARIABLE)
-        .map(|(name, value)| c_string([name.into_vec(), b"=".to_vec(), value.into_vec()].concat()))
-        .collect();
-    env.push(c_string(format!("{HANDOVER_VARIABLE}={state}").into_bytes()));
-    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
-        strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
-    };
-    let (arg_pointers, env_pointers) = (pointers(&args), pointers(&env));
-
+    let ExecPlan { target, inherited, release, vault, timeline } = plan;
+    let image = Image::new(HANDOVER_VARIABLE, &inherited.to_string());
     // Signal dispositions are reset by exec: until the new image can receive signals, they wait.
     let _blocked = match BlockedSignals::new() {
         Ok(blocked) => blocked,
@@ -117,7 +104,9 @@ fn exec(plan: ExecPlan) -> String {
         Ok(open) => open,
         Err(error) => return error.to_string(),
     };
-    let parked = if crate::test_hooks::skip_park() { None } else { Some(park::park(release)) };
+    let (args, env) = image.pointers();
+    let back = Return { binary: inherited.old, args, env };
+    let parked = if crate::test_hooks::skip_park() { None } else { Some(park::park(release, &timeline, back)) };
     let helper = match parked.transpose() {
         Ok(pid) => pid,
         Err(error) => {
@@ -127,26 +116,26 @@ fn exec(plan: ExecPlan) -> String {
         }
     };
     timeline.set_helper(helper.unwrap_or(0).unsigned_abs());
-    timeline.stamp(Phase::Park);
-    let fd = if crate::test_hooks::fail_exec() { -1 } else { target.as_raw_fd() };
-    // SAFETY: null-terminated arrays of pointers to strings that live here; the fd is the verified target.
-    unsafe {
-        libc::syscall(
-            libc::SYS_execveat,
-            fd,
-            c"".as_ptr(),
-            arg_pointers.as_ptr(),
-            env_pointers.as_ptr(),
-            libc::AT_EMPTY_PATH,
-        )
+    // From here on the guest may be the helper's at any moment, should we get stuck. A panic is as good as an error.
+    let reason = catch_unwind(AssertUnwindSafe(|| {
+        timeline.pass(Phase::Park)?;
+        let fd = if crate::test_hooks::fail_exec() { -1 } else { target.as_raw_fd() };
+        Err(format!("exec failed: {}", image.exec(fd)))
+    }));
+    let reason = match reason {
+        Ok(Ok(())) => "exec returned".to_owned(),
+        Ok(Err(reason)) => reason,
+        Err(panic) => crate::update::back::panic_text(&*panic),
     };
-    let error = std::io::Error::last_os_error();
+    if !timeline.arbiter().commit(Way::Forward) {
+        crate::update::back::superseded();
+    }
     if let Some(pid) = helper {
         // SAFETY: a count of one into an eventfd that the plan's owner keeps open.
         unsafe { libc::write(release, 1u64.to_ne_bytes().as_ptr().cast(), 8) };
         park::reap(pid, HELPER_END);
     }
-    format!("exec failed: {error}")
+    reason
 }
 
 /// All signals blocked on this thread, until dropped.

@@ -9,6 +9,12 @@
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
 //! | `skip-park` | no helper keeps the old address space: its tear-down is part of the pause |
+//! | `skip-reinjection` | after a roll back no vector is signalled |
+//! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
+//!
+//! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys, kill, stop, hang. Some
+//! are of one phase: `save:truncated` and `exec:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N refuses),
+//! `remap:refused:N` (MAP of range N is refused).
 
 #[cfg(feature = "test-hooks")]
 mod hooks {
@@ -60,6 +66,78 @@ mod hooks {
         path("skip-park").is_some()
     }
 
+    pub fn skip_reinjection() -> bool {
+        path("skip-reinjection").is_some()
+    }
+
+    const FAULT: &str = "THESEUS_FAULT";
+
+    /// What `--fault` says, for this image and all that come after it. To be called before there are other threads.
+    pub fn set_fault(fault: &str) {
+        // SAFETY: the caller's promise: nobody reads the environment meanwhile.
+        unsafe { std::env::set_var(FAULT, fault) };
+    }
+
+    /// (kind, N) of the fault asked for in this phase.
+    fn asked(phase: &str) -> Option<(String, u32)> {
+        let text = path("fault").and_then(|path| std::fs::read_to_string(path).ok());
+        let text = text.or_else(|| std::env::var(FAULT).ok())?;
+        let mut words = text.trim().split(':');
+        (words.next() == Some(phase)).then_some(())?;
+        let kind = words.next()?.to_owned();
+        Some((kind, words.next().and_then(|n| n.parse().ok()).unwrap_or(0)))
+    }
+
+    /// N of the fault `kind` where that is asked for in this phase.
+    pub fn fault_number(phase: &str, kind: &str) -> Option<u32> {
+        asked(phase).filter(|(asked, _)| asked == kind).map(|(_, n)| n)
+    }
+
+    /// The saved state as it is written (phase save) or read (phase exec).
+    pub fn truncated(phase: &str, mut state: Vec<u8>) -> Vec<u8> {
+        if fault_number(phase, "truncated").is_some() {
+            state.truncate(state.len() / 2);
+        }
+        state
+    }
+
+    /// At the end of `phase`.
+    pub fn fault(phase: &str) -> Result<(), String> {
+        let Some((kind, _)) = asked(phase) else { return Ok(()) };
+        let signal = match kind.as_str() {
+            "error" => return Err("error (test)".into()),
+            "enomem" => return Err(std::io::Error::from_raw_os_error(libc::ENOMEM).to_string()),
+            "panic" => panic!("panic (test)"),
+            "segv" => libc::SIGSEGV,
+            "bus" => libc::SIGBUS,
+            "abort" => libc::SIGABRT,
+            "sigsys" => libc::SIGSYS,
+            "kill" => libc::SIGKILL,
+            "stop" => libc::SIGSTOP,
+            "hang" => {
+                // What is stuck before the exec comes back to its deadline at some time, or the test would never end.
+                std::thread::sleep(std::time::Duration::from_secs(15));
+                return Ok(());
+            }
+            // One of those that are looked for where they strike.
+            _ => return Ok(()),
+        };
+        // SAFETY: no handler of ours is run by these. Default dispositions, so that the sanitising handlers of std do not swallow them.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::kill(libc::getpid(), signal);
+        }
+        // To oneself it arrives before kill returns, unless it is blocked on this thread (as it is right after exec): then it would wait.
+        let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: a set of our own, initialised by the first call.
+        unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            libc::sigaddset(set.as_mut_ptr(), signal);
+            libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), std::ptr::null_mut());
+        }
+        Ok(())
+    }
+
     pub fn state_as_read(reader: Result<StateReader, StateError>) -> Result<StateReader, StateError> {
         if path("state-version").is_some() { Err(StateError::Format(FORMAT)) } else { reader }
     }
@@ -90,6 +168,22 @@ mod hooks {
 
     pub fn skip_park() -> bool {
         false
+    }
+
+    pub fn skip_reinjection() -> bool {
+        false
+    }
+
+    pub fn fault_number(_phase: &str, _kind: &str) -> Option<u32> {
+        None
+    }
+
+    pub fn fault(_phase: &str) -> Result<(), String> {
+        Ok(())
+    }
+
+    pub fn truncated(_phase: &str, state: Vec<u8>) -> Vec<u8> {
+        state
     }
 
     pub fn state_as_read(reader: Result<StateReader, StateError>) -> Result<StateReader, StateError> {

@@ -30,6 +30,6 @@ pub mod registry;
 
 pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
 pub use group::Group;
-pub use invalidate::{InvalidateError, Invalidated};
+pub use invalidate::{InvalidateError, Invalidated, invalidate_all};
 pub use pci::{VfioPci, VfioPciParts, VfioPciState, Wiring};
 pub use registry::{AttachError, DeviceConfig, Passthrough, PassthroughState};

@@ -19,6 +19,7 @@ use crate::machine::Host;
 use crate::machine::devices::lock;
 use crate::main_thread::MainThread;
 use crate::signals::Signals;
+use crate::supervisor::Supervisor;
 use crate::update::adopt::Helper;
 pub use vm::Vm;
 
@@ -72,6 +73,7 @@ pub struct Control {
     pub inbox: Inbox,
     pub signals: Signals,
     pub server: Option<Server>,
+    pub supervisor: Supervisor,
     pub vm: Vm,
     /// Of the last update, until it is reaped.
     pub helper: Option<Helper>,

@@ -141,6 +141,7 @@ impl Control {
         let subject = Subject {
             host: &self.host,
             main: &self.main,
+            supervisor: &self.supervisor,
             server: self.server.as_ref(),
             machine: self.vm.machine_mut(),
             config: config.as_ref(),

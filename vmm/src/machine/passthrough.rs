@@ -16,6 +16,7 @@ use theseus_resources::{Claims, GuestRam, StateReader, StateWriter, Vault};
 use super::MachineError;
 use super::devices::{Buses, lock};
 use super::glue::{VmMemslots, VmMsi};
+use crate::update::arbiter::Way;
 
 struct Plugged {
     /// On PCI bus 0.
@@ -149,21 +150,44 @@ impl PassthroughDevices {
         if self.plugged.is_empty() {
             return Ok(None);
         }
+        if let Some(refusing) = crate::test_hooks::fault_number("invalidate", "ebusy") {
+            return self.refuse(refusing);
+        }
         self.registry.invalidate().map(Some).map_err(|error| error.to_string())
     }
 
+    /// As if container `refusing` were busy: those before it are invalidated, and put back.
+    fn refuse(&self, refusing: u32) -> Result<Option<Invalidated>, String> {
+        let containers = self.registry.containers();
+        let before = containers.get(..refusing as usize).unwrap_or(&containers);
+        drop(vfio::invalidate_all(before).map_err(|error| error.to_string())?);
+        Err(format!("container {refusing} of {}: device or resource busy (test)", containers.len()))
+    }
+
     /// In a new image, after the routes are set: addresses for the DMA mappings, groups for KVM, and then the interrupts.
-    pub fn remap(&self, ram: &GuestRam, vm: &Vm) -> Result<(), MachineError> {
+    ///
+    /// `way`: on a way back every vector is signalled once, as the death of the image in between may have drained its eventfd: a spurious
+    /// interrupt is legal, a lost one is not.
+    pub fn remap(&self, ram: &GuestRam, vm: &Vm, way: Way) -> Result<(), MachineError> {
         let bar_vaddr = |id: &str, region, offset, size| {
             let plugged = self.plugged.iter().find(|plugged| lock(&plugged.device).id() == id)?;
             lock(&plugged.device).bar_vaddr(region, offset, size)
         };
+        let mut ranges = ranges(ram);
+        if let Some(refused) = crate::test_hooks::fault_number("remap", "refused").filter(|_| way == Way::Forward) {
+            ranges.truncate(refused as usize);
+        }
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
-        unsafe { self.registry.remap(&ranges(ram), bar_vaddr) }.map_err(failed)?;
+        unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed)?;
         self.tell_kvm(vm)?;
         if !crate::test_hooks::skip_irqfds() {
             for plugged in &self.plugged {
                 lock(&plugged.device).attach_irqfds();
+            }
+        }
+        if way != Way::Forward && !crate::test_hooks::skip_reinjection() {
+            for plugged in &self.plugged {
+                lock(&plugged.device).signal_all();
             }
         }
         Ok(())

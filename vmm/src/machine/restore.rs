@@ -25,11 +25,11 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let MachineState { config, running: _, ram, vm_fd, irqchip, clock, vcpus, devices, passthrough } = state;
         let ram = Arc::new(GuestRam::restore(ram, claims)?);
-        timeline.stamp(Phase::Claim);
+        timeline.pass(Phase::Claim).map_err(MachineError::Config)?;
 
         let vm = Arc::new(Vm::new(&host.hypervisor, Some(vm_fd))?);
         map_ram(&vm, &ram)?;
-        timeline.stamp(Phase::Vm);
+        timeline.pass(Phase::Vm).map_err(MachineError::Config)?;
 
         let buses = Buses::new();
         let shared = Shared {
@@ -45,21 +45,21 @@ impl Machine {
         // Meanwhile, here:
         let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
         let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
-        timeline.stamp(Phase::Passthrough);
+        timeline.pass(Phase::Passthrough).map_err(MachineError::Config)?;
 
         let vcpus = vcpus.wait()?;
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }
         vcpus.restore_late()?;
-        timeline.stamp(Phase::Vcpus);
+        timeline.pass(Phase::Vcpus).map_err(MachineError::Config)?;
 
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
         let parts = RestoreParts { vm: &vm, vault: &host.vault, claims, requests: &host.requests };
         let devices = Devices::restore(devices, pci, parts)?;
         devices.plug(&buses)?;
-        timeline.stamp(Phase::Devices);
+        timeline.pass(Phase::Devices).map_err(MachineError::Config)?;
 
         Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: Some(clock) })
     }

@@ -1,25 +1,27 @@
 //! The new image: claim -> restore -> remap -> commit.
 //!
 //! Until commit it consumes nothing: no console byte, no API request, no guest instruction. So the saved state stays true, and any image
-//! could be started from it again (the way back after exec will be that).
+//! can be started from it again: the way back ([`super::back`]) is this same story in the old binary.
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
 use theseus_api::server::KeptConnection;
-use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport, VmConfig};
+use theseus_api::types::{UpdateOutcome, UpdateReport, VmConfig};
 use theseus_api::{Body, Reply};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::{Claims, KeptFd, Purpose, StateReader, Vault};
 
+use super::arbiter::Way;
+use super::back::{WayBack, superseded};
 use super::pause::Release;
-use super::saved::{ApiSlots, Handover, Saved};
+use super::saved::{self, ApiSlots, Handover, Saved};
 use super::timeline::{Phase, Timeline};
 use crate::build_info;
 use crate::machine::{Host, Machine};
+use crate::supervisor::Supervisor;
 
 /// The running guest in its new image, and what is left to do outside of its pause.
 pub struct Adopted {
@@ -29,6 +31,7 @@ pub struct Adopted {
     pub was_shut_down: bool,
     pub api: Option<AdoptedApi>,
     pub helper: Option<Helper>,
+    pub supervisor: Supervisor,
 }
 
 pub struct AdoptedApi {
@@ -54,24 +57,37 @@ impl Helper {
     }
 }
 
-/// Takes over what the image before left in `state`. `started`: CLOCK_MONOTONIC at the start of main.
-pub fn adopt(state: RawFd, requests: Arc<dyn GuestRequests>, started: u64) -> Result<Adopted, String> {
+/// Takes over what the image before left. On an error the guest has not been touched, and `back` leads to the old binary.
+/// `started`: CLOCK_MONOTONIC at the start of main.
+pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64) -> Result<Adopted, String> {
     let text = |error: &dyn std::error::Error| error.to_string();
-    let bytes = read_state(state).map_err(|error| format!("the saved state cannot be read: {error}"))?;
+    let timeline = back.timeline.clone();
+    let way = timeline.arbiter().way().ok_or("this state has been used already")?;
+    let failed = (way != Way::Forward).then(|| Failed::of(&timeline));
+    timeline.check(Phase::Exec)?;
+    timeline.stamp_at(Phase::Exec, started);
+
+    let bytes = saved::read(back.state()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
+    let bytes = if way == Way::Forward { crate::test_hooks::truncated("exec", bytes) } else { bytes };
     let reader = StateReader::new(&bytes).map_err(|error| text(&error))?;
     let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
     if let Err(error) = std::mem::take(&mut handover.log).start() {
         eprintln!("theseus: after an update: {error:#}");
     }
+    if let Some(Failed { phase, cause }) = &failed {
+        log::error!("the update failed in phase {}, the guest comes back: {cause}", phase.name());
+    }
     let records = std::mem::take(&mut handover.vault);
     // SAFETY: the first thing this image does with fds: nobody else owns those of the manifest.
     let (vault, mut claims) = unsafe { Vault::adopt(records) }.map_err(|error| text(&error))?;
-    let Handover { from, log: _, timeline, kvm, release, api, config, booted: _, was_shut_down, vault: _ } = handover;
-    let timeline = Timeline::claim(timeline, &mut claims)?;
-    timeline.stamp_at(Phase::Exec, started);
-    let kvm = claims.claim(kvm, Purpose::Kvm).map_err(|error| text(&error))?;
-    let release = Release::claim(release, &mut claims).map_err(|error| text(&error))?;
-    let api = api.map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
+    back.hold(&vault);
+    // The page itself is mapped since the start of main; its fd and the old binary's are for the way back only, which holds them.
+    for (slot, purpose) in [(handover.timeline, Purpose::State), (handover.old_binary, Purpose::Binary)] {
+        drop(claims.claim(slot, purpose).map_err(|error| text(&error))?);
+    }
+    let kvm = claims.claim(handover.kvm, Purpose::Kvm).map_err(|error| text(&error))?;
+    let release = Release::claim(handover.release, &mut claims).map_err(|error| text(&error))?;
+    let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
     let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), vault, requests };
 
     let running = machine.as_ref().is_some_and(|machine| machine.running);
@@ -79,42 +95,50 @@ pub fn adopt(state: RawFd, requests: Arc<dyn GuestRequests>, started: u64) -> Re
     let mut machine = restored.map_err(|error| text(&error))?;
     claims.finish().map_err(|error| text(&error))?;
     if let Some(machine) = &machine {
-        machine.passthrough.remap(&machine.ram, &machine.vm).map_err(|error| text(&error))?;
-        timeline.stamp(Phase::Remap);
+        machine.passthrough.remap(&machine.ram, &machine.vm, way).map_err(|error| text(&error))?;
+        timeline.pass(Phase::Remap)?;
     }
 
-    if !timeline.win() {
-        return Err("the old image has taken the guest back".into());
+    timeline.check(Phase::Commit)?;
+    if !timeline.arbiter().commit(way) {
+        superseded();
     }
     if let Some(machine) = machine.as_mut().filter(|_| running) {
         machine.vcpus.resume().map_err(|error| text(&error))?;
     }
     timeline.stamp(Phase::Commit);
 
-    // From here on the guest runs.
-    let helper = timeline.helper().map(|pid| Helper { pid: pid as libc::pid_t, release });
+    // From here on the guest runs, and no error is worth losing it.
+    back.committed();
+    let supervisor = Supervisor::new(handover.pid_file.take());
+    let helper = timeline.helper().filter(|_| way != Way::BackByHelper);
+    let helper = helper.map(|pid| Helper { pid: pid as libc::pid_t, release });
     if let Some(helper) = &helper {
         helper.let_go();
     }
-    let report = report(from, &timeline, machine.as_ref());
-    log::info!("updated from build {}: pause {} us", report.from.build_id, report.pause_us.unwrap_or(0));
-    let api = api.map(|api| api.open(&report)).transpose().map_err(|error| format!("the API is lost: {error}"))?;
-    Ok(Adopted { host, machine, config, was_shut_down, api, helper })
+    if way == Way::BackByHelper {
+        supervisor.pid_changed();
+    }
+    let report = report(&handover, failed, &timeline, machine.as_ref());
+    log::info!("{:?} from build {}: pause {} us", report.outcome, report.from.build_id, report.pause_us.unwrap_or(0));
+    let api = api.map(|api| api.open(&report)).transpose();
+    let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
+    let Handover { config, was_shut_down, .. } = handover;
+    Ok(Adopted { host, machine, config, was_shut_down, api, helper, supervisor })
 }
 
-fn read_state(fd: RawFd) -> std::io::Result<Vec<u8>> {
-    // SAFETY: the fd that the image before left for this, and nobody else here knows of it; closed after reading.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let size = rustix::fs::fstat(&fd)?.st_size;
-    let mut bytes = vec![0; usize::try_from(size).map_err(std::io::Error::other)?];
-    let mut done = 0;
-    while done < bytes.len() {
-        match rustix::io::pread(&fd, &mut bytes[done..], done as u64)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            count => done += count,
-        }
+/// What became of the new image.
+struct Failed {
+    phase: Phase,
+    cause: String,
+}
+
+impl Failed {
+    fn of(timeline: &Timeline) -> Self {
+        let failed = Self { phase: timeline.current(), cause: timeline.cause() };
+        timeline.forget_new_image();
+        failed
     }
-    Ok(bytes)
 }
 
 /// The API's fds, still unused.
@@ -152,16 +176,20 @@ impl ClaimedApi {
     }
 }
 
-fn report(from: BuildInfo, timeline: &Timeline, machine: Option<&Machine>) -> UpdateReport {
+fn report(handover: &Handover, failed: Option<Failed>, timeline: &Timeline, machine: Option<&Machine>) -> UpdateReport {
+    let (outcome, to) = match &failed {
+        Some(_) => (UpdateOutcome::RolledBack, handover.to.clone()),
+        None => (UpdateOutcome::Updated, build_info::this().clone()),
+    };
     UpdateReport {
-        outcome: UpdateOutcome::Updated,
-        from,
-        to: Some(build_info::this().clone()),
+        outcome,
+        from: handover.from.clone(),
+        to: Some(to),
         pid: std::process::id(),
         pause_us: timeline.pause_us(),
         phases: timeline.phases(),
         devices: machine.map(|machine| machine.passthrough.ids()).unwrap_or_default(),
         containers: machine.map(|machine| machine.passthrough.container_names()).unwrap_or_default(),
-        reasons: Vec::new(),
+        reasons: failed.iter().map(|failed| format!("phase {}: {}", failed.phase.name(), failed.cause)).collect(),
     }
 }

@@ -9,6 +9,8 @@
 //! Each phase consumes the one before. Dropping one puts back all that was done so far, and the guest runs on in this image.
 
 pub mod adopt;
+pub mod arbiter;
+pub mod back;
 pub mod park;
 mod pause;
 mod prepare;
@@ -16,6 +18,7 @@ pub mod saved;
 pub mod target;
 pub mod timeline;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use theseus_api::server::{ConnId, Server};
@@ -24,17 +27,19 @@ use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport, UpdateRequest};
 use crate::build_info;
 use crate::machine::{Host, Machine};
 use crate::main_thread::MainThread;
+use crate::supervisor::Supervisor;
 use pause::Paused;
 use prepare::Prepared;
-use timeline::Timeline;
+use timeline::{Phase, Timeline};
 
-/// How long draining the old side may take, unless the request says otherwise.
-const DEADLINE: Duration = Duration::from_secs(5);
+/// From the pause to the guest's next instruction, unless the request says otherwise. After that the guest goes back to the old image.
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// What an update works on.
 pub struct Subject<'a> {
     pub host: &'a Host,
     pub main: &'a MainThread,
+    pub supervisor: &'a Supervisor,
     pub server: Option<&'a Server>,
     /// None where no VM is booted: then only the VMM itself is replaced.
     pub machine: Option<&'a mut Machine>,
@@ -84,7 +89,8 @@ pub fn run(mut subject: Subject<'_>, request: &UpdateRequest, caller: Option<Con
     }
     let (to, timeline) = (Some(prepared.target.build.clone()), prepared.timeline.clone());
     let reason = in_pause(&mut subject, prepared, caller, deadline);
-    timeline.stamp(timeline::Phase::Commit);
+    let reason = format!("phase {}: {reason}", timeline.current().name());
+    timeline.stamp(Phase::Commit);
     log::error!("the update did not happen, the guest goes on in this image: {reason}");
     NotUpdated { outcome: UpdateOutcome::RolledBack, to, reasons: vec![reason], timeline: Some(timeline) }
 }
@@ -92,11 +98,15 @@ pub fn run(mut subject: Subject<'_>, request: &UpdateRequest, caller: Option<Con
 /// From the pause to the exec. Returns the reason why that failed; all guards have dropped by then.
 fn in_pause(subject: &mut Subject<'_>, prepared: Prepared, caller: Option<ConnId>, deadline: Duration) -> String {
     let text = |error: crate::machine::MachineError| error.to_string();
-    let result = Paused::new(subject, prepared, caller, deadline)
-        .and_then(|paused| paused.save().map_err(text))
-        .and_then(|saved| saved.invalidate())
-        .map(|invalidated| invalidated.exec());
-    match result {
-        Ok(reason) | Err(reason) => reason,
+    let update = || {
+        Paused::new(subject, prepared, caller, deadline)
+            .and_then(|paused| paused.save().map_err(text))
+            .and_then(|saved| saved.invalidate())
+            .map(|invalidated| invalidated.exec())
+    };
+    // A panic drops the guards as an error does.
+    match catch_unwind(AssertUnwindSafe(update)) {
+        Ok(Ok(reason) | Err(reason)) => reason,
+        Err(panic) => back::panic_text(&*panic),
     }
 }

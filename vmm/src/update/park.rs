@@ -1,35 +1,52 @@
-//! The parked helper: a process that shares the address space exec leaves behind, so that tearing it down (which grows with guest RAM)
-//! is not part of the guest's pause.
+//! The parked helper: a process that shares the address space exec leaves behind. It does two things: the tear-down of that address space,
+//! which grows with guest RAM, is not part of the guest's pause; and if the new image dies or hangs, it brings the old binary back.
 //!
 //! It shares main's thread-local storage and, after exec, an allocator whose locks may be held by threads that no longer exist: so it
-//! makes raw system calls only, from a stack of its own, and touches nothing else. All signals are blocked.
+//! makes raw system calls only, from a stack of its own, and touches nothing else but the shared page. All signals are blocked.
 //!
 //! ```text
-//!   park -> waits for the release eventfd, or the death of the image
-//!        -> close_range (a held VFIO group would stay busy until the end of the tear-down) -> SCHED_IDLE -> exit
+//!   park -> waits for the release eventfd, the death of the image, or the deadline
+//!        -> released, or the guest runs: close_range (a held VFIO group would stay busy until the end of the tear-down)
+//!             -> SCHED_IDLE -> exit
+//!        -> takes the arbiter: kills the image, waits for its exit (which gives up its KVM VM and its fds), execs the old binary
 //! ```
 
 use std::os::fd::{AsRawFd, RawFd};
-
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::{Pid, PidfdFlags};
 
+use super::arbiter::Way;
+use super::timeline::{Page, Phase, TAKEN_DEAD, TAKEN_LATE, Timeline};
+
 const STACK: usize = 64 << 10;
 
-/// What the helper is told; lives on its stack.
-#[repr(C)]
-struct Orders {
-    release: i32,
-    image: i32,
+/// How the old binary is started again.
+#[derive(Clone, Copy)]
+pub struct Return {
+    /// The old binary.
+    pub binary: RawFd,
+    /// Null-terminated arrays of C strings, which stay where they are for as long as this address space lives.
+    pub args: *const *const libc::c_char,
+    pub env: *const *const libc::c_char,
 }
 
-/// Starts the helper. To be called on the main thread right before exec, with all signals blocked. Returns its PID.
+/// What the helper is told; lives on its stack.
+struct Orders {
+    release: RawFd,
+    image: RawFd,
+    page: *const Page,
+    back: Return,
+}
+
+/// Starts the helper. To be called on the main thread right before exec, with all signals blocked and the kept fds open for exec, as
+/// the helper gets a copy of them. Returns its PID.
 ///
-/// `release`: an eventfd whose first count lets it go. If the exec then fails, write to it and reap the PID.
-pub fn park(release: RawFd) -> std::io::Result<libc::pid_t> {
+/// `release`: an eventfd whose first count lets it go. If the exec then fails, commit first, then write to it and reap the PID.
+pub fn park(release: RawFd, timeline: &Timeline, back: Return) -> std::io::Result<libc::pid_t> {
     // The helper has its own copy of the fd table: ours closes with this function.
     let image = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
     // SAFETY: a fresh private mapping. Never unmapped here: exec leaves it to the helper.
@@ -38,7 +55,7 @@ pub fn park(release: RawFd) -> std::io::Result<libc::pid_t> {
     }?;
     let orders = stack.cast::<Orders>();
     // SAFETY: inside the fresh mapping, page aligned.
-    unsafe { orders.write(Orders { release, image: image.as_raw_fd() }) };
+    unsafe { orders.write(Orders { release, image: image.as_raw_fd(), page: timeline.page(), back }) };
     // SAFETY: one past the last byte of the mapping.
     let top = unsafe { stack.cast::<u8>().add(STACK) };
     // SAFETY: the child runs `helper` on its own stack, which makes system calls only; it has its own fd table, so nothing
@@ -55,21 +72,80 @@ pub fn park(release: RawFd) -> std::io::Result<libc::pid_t> {
 
 extern "C" fn helper(orders: *mut libc::c_void) -> libc::c_int {
     // SAFETY: written by `park` before the clone; this stack is ours alone.
-    let Orders { release, image } = unsafe { orders.cast::<Orders>().read() };
-    let mut fds = [
-        libc::pollfd { fd: release, events: libc::POLLIN, revents: 0 },
-        libc::pollfd { fd: image, events: libc::POLLIN, revents: 0 },
-    ];
-    // SAFETY: raw system calls on our own memory and fds. Any answer but EINTR (which blocked signals exclude) ends the wait.
+    let Orders { release, image, page, back } = unsafe { orders.cast::<Orders>().read() };
+    // SAFETY: the update's page stays mapped in this address space: the thread that would unmap it waits for the exec, or for us.
+    let page = unsafe { &*page };
+    if let Some(because) = watch(release, image, page) {
+        page.taken_because.store(because, Ordering::SeqCst);
+        take_over(image, page, back);
+        // Nobody is left who could run the guest.
+        raw::exit(crate::EXIT_LOST as usize);
+    }
+    // SAFETY: raw system calls on our own fds and scheduling.
     unsafe {
-        raw::syscall3(libc::SYS_poll, fds.as_mut_ptr() as usize, fds.len(), usize::MAX);
-        raw::syscall3(libc::SYS_close_range, 0, u32::MAX as usize, 0);
+        raw::call(libc::SYS_close_range, [0, u32::MAX as usize, 0, 0, 0]);
         let param = 0i32;
         let idle = libc::SCHED_IDLE as usize;
-        raw::syscall3(libc::SYS_sched_setscheduler, 0, idle, std::ptr::from_ref(&param) as usize);
-        raw::syscall3(libc::SYS_exit_group, 0, 0, 0);
+        raw::call(libc::SYS_sched_setscheduler, [0, idle, std::ptr::from_ref(&param) as usize, 0, 0]);
     }
-    0
+    raw::exit(0)
+}
+
+/// Waits for the end of the update. None if the guest runs; else the arbiter is ours, and this is why.
+fn watch(release: RawFd, image: RawFd, page: &Page) -> Option<u32> {
+    let mut extended = false;
+    let mut until = page.deadline.load(Ordering::Relaxed);
+    loop {
+        let mut fds = [
+            libc::pollfd { fd: release, events: libc::POLLIN, revents: 0 },
+            libc::pollfd { fd: image, events: libc::POLLIN, revents: 0 },
+        ];
+        let rest = until.saturating_sub(raw::now_ns());
+        let timeout = libc::timespec { tv_sec: (rest / 1_000_000_000) as i64, tv_nsec: (rest % 1_000_000_000) as i64 };
+        // SAFETY: raw system call on our own memory and fds.
+        let ready = unsafe {
+            let timeout = std::ptr::from_ref(&timeout) as usize;
+            raw::call(libc::SYS_ppoll, [fds.as_mut_ptr() as usize, fds.len(), timeout, 0, 8])
+        };
+        if ready < 0 {
+            continue;
+        }
+        let dead = ready > 0 && fds[1].revents != 0;
+        if ready > 0 && fds[0].revents != 0 {
+            return None;
+        }
+        if ready == 0 && page.arbiter.way() == Some(Way::Back) && !extended {
+            // The image has given up by itself and is on its way back: that starts anew.
+            extended = true;
+            until = raw::now_ns().saturating_add(page.patience.load(Ordering::Relaxed));
+            continue;
+        }
+        if page.arbiter.take() {
+            return Some(if dead { TAKEN_DEAD } else { TAKEN_LATE });
+        }
+        // The guest runs: only the end of the image, or our release, is of interest any more.
+        if dead {
+            return None;
+        }
+        until = u64::MAX / 4;
+    }
+}
+
+/// Returns only if the old binary cannot be started.
+fn take_over(image: RawFd, page: &Page, back: Return) {
+    // SAFETY: raw system calls on our own memory and fds; the strings were made to last.
+    unsafe {
+        // ESRCH if it is dead already.
+        raw::call(libc::SYS_pidfd_send_signal, [image as usize, libc::SIGKILL as usize, 0, 0, 0]);
+        let mut fd = libc::pollfd { fd: image, events: libc::POLLIN, revents: 0 };
+        // Its last thread has given up mm and fds before this is readable (do_exit).
+        while raw::call(libc::SYS_ppoll, [std::ptr::from_mut(&mut fd) as usize, 1, 0, 0, 8]) <= 0 {}
+        page.stamp(Phase::Failed, raw::now_ns());
+        let Return { binary, args, env } = back;
+        let path = c"".as_ptr() as usize;
+        let flags = libc::AT_EMPTY_PATH as usize;
+        raw::call(libc::SYS_execveat, [binary as usize, path, args as usize, env as usize, flags]);
+    }
 }
 
 mod raw {
@@ -78,22 +154,38 @@ mod raw {
     /// # Safety
     /// As the call itself.
     #[inline(always)]
-    pub unsafe fn syscall3(number: i64, a: usize, b: usize, c: usize) -> isize {
+    pub unsafe fn call(number: i64, args: [usize; 5]) -> isize {
         let result;
+        let [a, b, c, d, e] = args;
         // SAFETY: the x86-64 system call convention: rcx and r11 are clobbered.
         unsafe {
             core::arch::asm!(
                 "syscall",
                 inlateout("rax") number as isize => result,
-                in("rdi") a,
-                in("rsi") b,
-                in("rdx") c,
-                lateout("rcx") _,
-                lateout("r11") _,
+                in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e,
+                lateout("rcx") _, lateout("r11") _,
                 options(nostack),
             );
         }
         result
+    }
+
+    pub fn exit(code: usize) -> ! {
+        loop {
+            // SAFETY: ends this process.
+            unsafe { call(libc::SYS_exit_group, [code, 0, 0, 0, 0]) };
+        }
+    }
+
+    /// CLOCK_MONOTONIC, ns.
+    pub fn now_ns() -> u64 {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel fills one timespec.
+        unsafe {
+            let now = std::ptr::from_mut(&mut now) as usize;
+            call(libc::SYS_clock_gettime, [libc::CLOCK_MONOTONIC as usize, now, 0, 0, 0]);
+        }
+        (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
     }
 }
 
@@ -129,13 +221,34 @@ pub fn reap(pid: libc::pid_t, patience: Duration) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use theseus_resources::Vault;
     use vmm_sys_util::eventfd::EventFd;
+
+    /// A helper that, should it ever take over, would run nothing.
+    fn parked(patience: Duration) -> (libc::pid_t, EventFd, Timeline) {
+        let release = EventFd::new(libc::EFD_CLOEXEC).unwrap();
+        let (timeline, _fd) = Timeline::new(&Vault::new()).unwrap();
+        timeline.start_deadline(patience);
+        let back = Return { binary: -1, args: std::ptr::null(), env: std::ptr::null() };
+        let pid = park(release.as_raw_fd(), &timeline, back).unwrap();
+        (pid, release, timeline)
+    }
 
     #[test]
     fn a_helper_goes_when_it_is_let_go() {
-        let release = EventFd::new(libc::EFD_CLOEXEC).unwrap();
-        let pid = park(release.as_raw_fd()).unwrap();
+        let (pid, release, timeline) = parked(Duration::from_secs(600));
         assert!(!reap(pid, Duration::ZERO), "it waits");
+        release.write(1).unwrap();
+        assert!(reap(pid, Duration::from_secs(30)));
+        assert!(timeline.arbiter().commit(Way::Forward), "it took nothing");
+    }
+
+    #[test]
+    fn a_helper_leaves_a_committed_guest_alone_whatever_the_deadline() {
+        let (pid, release, timeline) = parked(Duration::from_secs(600));
+        assert!(timeline.arbiter().commit(Way::Forward));
+        timeline.page().deadline.store(1, Ordering::Relaxed);
+        assert!(!reap(pid, Duration::ZERO), "it waits for its release");
         release.write(1).unwrap();
         assert!(reap(pid, Duration::from_secs(30)));
     }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use theseus_api::server::{ConnId, Frozen};
-use theseus_resources::{Claims, KeptFd, Purpose, Slot, StateWriter, Vault};
+use theseus_resources::{Claims, KeptFd, Purpose, Slot, StateReader, StateWriter, Vault};
 
 use super::Subject;
+use super::back::Inherited;
 use super::prepare::{Prepared, handover};
 use super::saved::ApiSlots;
 use super::timeline::Phase;
@@ -16,6 +17,9 @@ use crate::build_info;
 use crate::machine::state::Depth;
 use crate::machine::{Host, Machine, MachineError};
 use crate::main_thread::{ExecPlan, MainThread};
+
+/// How long running requests may take to end, and vCPUs to stop: a hung device must not hold the guest for longer.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// The eventfd that lets a parked helper go.
 pub struct Release(KeptFd);
@@ -78,21 +82,23 @@ impl<'a> Paused<'a> {
         caller: Option<ConnId>,
         deadline: Duration,
     ) -> Result<Self, String> {
-        let frozen = subject.server.map(|server| server.freeze(caller, deadline)).transpose();
+        let drain = deadline.min(DRAIN);
+        let frozen = subject.server.map(|server| server.freeze(caller, drain)).transpose();
         let frozen = frozen.map_err(|error| error.to_string())?;
         let mut kept_connections = Vec::new();
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.vault, &mut kept_connections)).transpose();
         let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
         // Before the pause: it lists all kept fds, which takes a system call for each.
-        let handover = handover(subject, &prepared.timeline, &prepared.release, api);
-        prepared.timeline.stamp(Phase::Freeze);
+        let handover = handover(subject, &prepared.kept, &prepared.target, api);
+        prepared.timeline.start_deadline(deadline);
+        prepared.timeline.pass(Phase::Freeze)?;
 
         let guest = match subject.machine.as_deref_mut() {
             Some(machine) => {
                 let was_running = machine.vcpus.is_running();
                 // vCPUs first: a vector that the guest enables while we look would be missed.
-                machine.vcpus.pause(deadline).map_err(|error| error.to_string())?;
+                machine.vcpus.pause(drain).map_err(|error| error.to_string())?;
                 let guest = StoppedGuest { machine, was_running };
                 if (subject.guest_asked)() {
                     return Err("the guest has just asked for power-off or reset".into());
@@ -102,7 +108,7 @@ impl<'a> Paused<'a> {
             }
             None => None,
         };
-        prepared.timeline.stamp(Phase::Pause);
+        prepared.timeline.pass(Phase::Pause)?;
         Ok(Self {
             guest,
             _frozen: frozen,
@@ -121,9 +127,12 @@ impl<'a> Paused<'a> {
         if let Some(StoppedGuest { machine, was_running }) = &self.guest {
             machine.save(&mut writer, Depth::Full, *was_running, self.prepared.placements.clone())?;
         }
-        let bytes = writer.finish()?;
-        let memfd = sealed(&bytes).map_err(|error| MachineError::Config(format!("cannot keep the state: {error}")))?;
-        self.prepared.timeline.stamp(Phase::Save);
+        let bytes = crate::test_hooks::truncated("save", writer.finish()?);
+        let kept = |error: std::io::Error| MachineError::Config(format!("cannot keep the state: {error}"));
+        let memfd = sealed(&bytes).map_err(kept)?;
+        // Both images live by what is in there now: what cannot be read back is found while there still is another way.
+        StateReader::new(&super::saved::read(memfd.as_fd()).map_err(kept)?)?;
+        self.prepared.timeline.pass(Phase::Save).map_err(MachineError::Config)?;
         Ok(Saved { paused: self, state: memfd })
     }
 }
@@ -173,10 +182,10 @@ impl<'a> Saved<'a> {
             Some(guest) => guest.machine.passthrough.invalidate()?,
             None => None,
         };
-        let timeline = &self.paused.prepared.timeline;
         crate::test_hooks::hold_invalidated();
-        timeline.stamp(Phase::Invalidate);
-        Ok(Invalidated { _containers: containers, saved: self })
+        let invalidated = Invalidated { _containers: containers, saved: self };
+        invalidated.saved.paused.prepared.timeline.pass(Phase::Invalidate)?;
+        Ok(invalidated)
     }
 }
 
@@ -190,6 +199,7 @@ impl Invalidated<'_> {
     /// Becomes the new image. Returns only if that failed: then everything is put back, and this is the reason.
     pub fn exec(self) -> String {
         let Saved { paused, state } = &self.saved;
+        let kept = &paused.prepared.kept;
         let target = match paused.prepared.target.file.as_fd().try_clone_to_owned() {
             Ok(target) => target,
             Err(error) => return format!("cannot hold on to the target: {error}"),
@@ -201,8 +211,12 @@ impl Invalidated<'_> {
         };
         let plan = ExecPlan {
             target,
-            state: state.as_raw_fd(),
-            release: paused.prepared.release.0.as_raw_fd(),
+            inherited: Inherited {
+                state: state.as_raw_fd(),
+                old: kept.old_binary.as_raw_fd(),
+                timeline: kept.timeline.as_raw_fd(),
+            },
+            release: kept.release.0.as_raw_fd(),
             vault: paused.host.vault.clone(),
             timeline: Arc::clone(&paused.prepared.timeline),
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use theseus_api::types::{UpdateOutcome, UpdateRequest};
-use theseus_resources::StateWriter;
+use theseus_resources::{KeptFd, Purpose, StateWriter, Vault};
 
 use super::pause::Release;
 use super::saved::Handover;
@@ -18,9 +18,28 @@ use crate::vcpus::placement::Placement;
 pub struct Prepared {
     pub target: Target,
     pub timeline: Arc<Timeline>,
-    pub release: Release,
+    pub kept: Kept,
     /// Read here, as that means opening files.
     pub placements: Vec<Placement>,
+}
+
+/// What travels beside the state itself.
+pub struct Kept {
+    pub timeline: KeptFd,
+    pub release: Release,
+    /// The running binary: it can be started again even if its file is replaced or deleted.
+    pub old_binary: KeptFd,
+}
+
+impl Kept {
+    fn new(vault: &Vault, timeline: KeptFd) -> std::io::Result<Self> {
+        let old_binary = std::fs::File::open("/proc/self/exe")?;
+        Ok(Self {
+            timeline,
+            release: Release::new(vault)?,
+            old_binary: vault.keep("old binary", Purpose::Binary, old_binary.into()),
+        })
+    }
 }
 
 impl Prepared {
@@ -28,9 +47,10 @@ impl Prepared {
     pub fn new(subject: &Subject<'_>, request: &UpdateRequest) -> Result<Self, NotUpdated> {
         let vault = &subject.host.vault;
         let io = |error: std::io::Error| NotUpdated::refused(None, vec![format!("cannot prepare: {error}")]);
-        let timeline = Arc::new(Timeline::new(vault).map_err(io)?);
+        let (timeline, fd) = Timeline::new(vault).map_err(io)?;
+        let timeline = Arc::new(timeline);
         timeline.stamp(Phase::Start);
-        let release = Release::new(vault).map_err(io)?;
+        let kept = Kept::new(vault, fd).map_err(io)?;
 
         let mut reasons = Vec::new();
         if let Some(machine) = &subject.machine {
@@ -44,7 +64,7 @@ impl Prepared {
             }
         };
         if let Some(target) = &target {
-            match dry_run(subject, &timeline, &release) {
+            match dry_run(subject, &kept, target) {
                 Ok(state) => reasons.extend(target::ask(target, &state, subject.main).err().unwrap_or_default()),
                 Err(reason) => reasons.push(reason),
             }
@@ -53,8 +73,10 @@ impl Prepared {
             Some(target) if reasons.is_empty() => {
                 log::info!("update to {}: prepared", target::describe(&target.path, &target.build));
                 let placements = subject.machine.as_ref().map(|machine| machine.vcpus.placements()).unwrap_or_default();
-                timeline.stamp(Phase::Prepare);
-                Ok(Self { target, timeline, release, placements })
+                match timeline.pass(Phase::Prepare) {
+                    Ok(()) => Ok(Self { target, timeline, kept, placements }),
+                    Err(reason) => Err(NotUpdated::refused(Some(target.build), vec![reason])),
+                }
             }
             target => Err(NotUpdated::refused(target.map(|target| target.build), reasons)),
         }
@@ -72,10 +94,10 @@ impl Prepared {
 }
 
 /// The state as it is now, with the guest running: all of it but the vCPUs.
-fn dry_run(subject: &Subject<'_>, timeline: &Timeline, release: &Release) -> Result<Vec<u8>, String> {
+fn dry_run(subject: &Subject<'_>, kept: &Kept, target: &Target) -> Result<Vec<u8>, String> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
     let mut encode = || -> Result<Vec<u8>, crate::machine::MachineError> {
-        handover(subject, timeline, release, None).encode(&mut writer)?;
+        handover(subject, kept, target, None).encode(&mut writer)?;
         if let Some(machine) = &subject.machine {
             machine.save(&mut writer, Depth::DryRun, machine.vcpus.is_running(), Vec::new())?;
         }
@@ -85,20 +107,18 @@ fn dry_run(subject: &Subject<'_>, timeline: &Timeline, release: &Release) -> Res
 }
 
 /// The section that says what else the new image gets.
-pub fn handover(
-    subject: &Subject<'_>,
-    timeline: &Timeline,
-    release: &Release,
-    api: Option<super::saved::ApiSlots>,
-) -> Handover {
+pub fn handover(subject: &Subject<'_>, kept: &Kept, target: &Target, api: Option<super::saved::ApiSlots>) -> Handover {
     let vault = &subject.host.vault;
     Handover {
         vault: vault.manifest(),
         from: build_info::this().clone(),
+        to: target.build.clone(),
+        old_binary: kept.old_binary.slot(),
+        pid_file: subject.supervisor.pid_file().map(Into::into),
         log: LogConfig::in_use(),
-        timeline: timeline.slot(),
+        timeline: kept.timeline.slot(),
         kvm: subject.host.hypervisor.kept().slot(),
-        release: release.slot(),
+        release: kept.release.slot(),
         api,
         config: subject.config.cloned(),
         booted: subject.machine.is_some(),

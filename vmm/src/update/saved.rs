@@ -1,5 +1,8 @@
 //! The whole saved state: what the update itself hands over, and the machine.
 
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::vault::Record;
@@ -17,6 +20,14 @@ pub struct Handover {
     /// Every kept fd.
     pub vault: Vec<Record>,
     pub from: BuildInfo,
+    /// The target, for a report of the way back.
+    #[serde(default)]
+    pub to: BuildInfo,
+    /// The binary that is running now, kept for the way back.
+    pub old_binary: Slot,
+    /// Where a supervisor finds our PID.
+    #[serde(default)]
+    pub pid_file: Option<PathBuf>,
     /// How this process logs: parsing the command line again would cost a part of the pause.
     pub log: LogConfig,
     pub timeline: Slot,
@@ -60,4 +71,18 @@ impl Saved {
         reader.finish()?;
         Ok(Self { handover, machine })
     }
+}
+
+/// The whole of a state's memfd; its offset stays where it is, as others read it too.
+pub fn read(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
+    let size = rustix::fs::fstat(fd)?.st_size;
+    let mut bytes = vec![0; usize::try_from(size).map_err(std::io::Error::other)?];
+    let mut done = 0;
+    while done < bytes.len() {
+        match rustix::io::pread(fd, &mut bytes[done..], done as u64)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            count => done += count,
+        }
+    }
+    Ok(bytes)
 }

@@ -1,0 +1,79 @@
+//! Whoever watches over this process is told its PID: by a file, and by systemd's notify socket (sd_notify(3)).
+//!
+//! An update keeps the PID. Only a roll back by the parked helper changes it.
+
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+pub struct Supervisor {
+    pid_file: Option<PathBuf>,
+}
+
+impl Supervisor {
+    pub fn new(pid_file: Option<PathBuf>) -> Self {
+        Self { pid_file }
+    }
+
+    pub fn pid_file(&self) -> Option<&Path> {
+        self.pid_file.as_deref()
+    }
+
+    /// Replaces the file as a whole: nobody reads half a number.
+    pub fn write_pid_file(&self) -> anyhow::Result<()> {
+        let Some(path) = &self.pid_file else { return Ok(()) };
+        let mut new = path.clone().into_os_string();
+        new.push(".new");
+        std::fs::write(&new, format!("{}\n", std::process::id()))
+            .and_then(|()| std::fs::rename(&new, path))
+            .with_context(|| format!("PID file {}", path.display()))
+    }
+
+    /// The VMM serves.
+    pub fn ready(&self) {
+        notify("READY=1");
+    }
+
+    /// This process is not the one that the supervisor has started.
+    pub fn pid_changed(&self) {
+        let pid = std::process::id();
+        log::warn!("an update was rolled back by the parked helper: the PID is now {pid}");
+        if let Err(error) = self.write_pid_file() {
+            log::error!("{error:#}");
+        }
+        notify(&format!("MAINPID={pid}\nSTATUS=an update was rolled back"));
+    }
+}
+
+fn notify(text: &str) {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path)),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(text.as_bytes(), &address));
+    if let Err(error) = sent {
+        log::warn!("systemd cannot be notified: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pid_file_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pid");
+        std::fs::write(&path, "1234567890123\n").unwrap();
+        let supervisor = Supervisor::new(Some(path.clone()));
+        supervisor.write_pid_file().unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        let nowhere = Supervisor::new(Some("/nowhere/pid".into()));
+        assert!(format!("{:#}", nowhere.write_pid_file().unwrap_err()).contains("/nowhere/pid"));
+    }
+}
