@@ -125,6 +125,10 @@ impl GuestRam {
         self.size
     }
 
+    pub fn pages(&self) -> Pages {
+        self.pages
+    }
+
     pub fn ranges(&self) -> &[RamRange] {
         &self.ranges
     }
@@ -135,20 +139,20 @@ impl GuestRam {
 
     /// Touches every page now rather than at first use.
     pub fn prefault(&self) -> Result<(), RamError> {
-        self.advise(Advice::LinuxPopulateWrite)
+        self.advise(Advice::LinuxPopulateWrite, || true)
     }
 
     /// Fills this image's page tables from pages that exist already, so that the guest does not fault them in one by one.
-    /// Meant for a background thread.
-    pub fn populate_page_tables(&self) -> Result<(), RamError> {
-        self.advise(Advice::LinuxPopulateRead)
+    /// Meant for a background thread, which ends when `go_on` says so.
+    pub fn populate_page_tables(&self, go_on: impl Fn() -> bool) -> Result<(), RamError> {
+        self.advise(Advice::LinuxPopulateRead, go_on)
     }
 
-    fn advise(&self, advice: Advice) -> Result<(), RamError> {
+    fn advise(&self, advice: Advice, go_on: impl Fn() -> bool) -> Result<(), RamError> {
         for range in &self.ranges {
             // Piece by piece: vCPU faults queue behind a writer that waits for the mmap_lock which a piece holds.
             let mut done = 0;
-            while done < range.size {
+            while done < range.size && go_on() {
                 let len = (range.size - done).min(HUGE);
                 // SAFETY: inside one of our mappings; populating changes no contents.
                 unsafe { rustix::mm::madvise((range.hva + done) as *mut _, len as usize, advice) }.map_err(
@@ -266,6 +270,6 @@ mod tests {
         let new = GuestRam::map(old.memfd.clone(), state.size, state.pages, state.ranges).unwrap();
         assert_ne!(new.ranges()[0].hva, old.ranges()[0].hva);
         assert_eq!(new.memory().read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 7);
-        new.populate_page_tables().unwrap();
+        new.populate_page_tables(|| true).unwrap();
     }
 }

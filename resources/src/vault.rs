@@ -215,6 +215,7 @@ impl HeldVault {
 }
 
 /// While it lives, the kept fds would survive an exec.
+#[must_use = "dropping it closes the fds to the next image again"]
 pub struct OpenVault(Vec<KeptFd>);
 
 impl Drop for OpenVault {

@@ -83,12 +83,13 @@ on_hardware() { # BDF ARGS...
 
 command=$1
 shift
-kernel=$DEFAULT_KERNEL hardware=''
+kernel=$DEFAULT_KERNEL hardware='' one_kernel=''
 args=()
 while [[ $# -gt 0 ]]; do
     case $1 in
     --kernel | --hardware)
         [[ $# -ge 2 ]] || die "$1 needs a value"
+        [[ $1 != --kernel ]] || one_kernel=$2
         declare "${1#--}=$2" && shift 2
         ;;
     *) args+=("$1") && shift ;;
@@ -97,7 +98,7 @@ done
 
 case $command in
 lint | unit | build) "$LAB/setup.sh" rust ;;
-soak) "$LAB/setup.sh" all ;;
+soak) "$LAB/setup.sh" "${one_kernel:-all}" ;;
 *) "$LAB/setup.sh" "$kernel" ;;
 esac
 
@@ -135,7 +136,9 @@ demo)
     ;;
 soak)
     check build build_all || verdict
-    for kernel in "${ALL_KERNELS[@]}"; do
+    kernels=("$kernel")
+    [[ $one_kernel ]] || kernels=("${ALL_KERNELS[@]}")
+    for kernel in "${kernels[@]}"; do
         count "soak, kernel $kernel" in_lab 10800 soak ${args[@]+"${args[@]}"} || true
     done
     verdict

@@ -1,4 +1,4 @@
-//! `l1-tests soak`: many updates, everything watched at once.
+//! `l1-tests soak`: many updates with everything watched at once, every fault in every phase, and random faults.
 
 use std::time::Duration;
 
@@ -6,7 +6,8 @@ use anyhow::{Result, ensure};
 
 use crate::{
     bench::phase_table,
-    clock::slope,
+    cases::rollback::{self, Cell, End},
+    clock::{mono_ns, slope},
     harness::{
         clock,
         lab::{self, Nic},
@@ -19,19 +20,76 @@ use crate::{
 };
 
 const UPDATES: u32 = 100;
+const MANY: u32 = 1000;
+const RANDOM_FAULTS: usize = 200;
 /// Growth of the VMM's own resident memory that counts as flat, KiB.
 const FLAT_KIB: u64 = 1024;
 
-pub fn run() -> Result<()> {
-    logs::begin("soak");
-    soak("one igb", &[(Nic::IgbA, None)])?;
+/// `words`: which parts, all if there are none: updates, thousand, matrix, faults. A number is the seed of the last.
+pub fn run(words: &[String]) -> Result<()> {
+    let (seeds, parts): (Vec<_>, Vec<_>) = words.iter().partition(|word| word.parse::<u64>().is_ok());
+    let seed = seeds.first().and_then(|word| word.parse().ok());
+    let (mut ran, mut failures) = (0, Vec::new());
+    for (name, body) in [
+        ("updates", updates as fn(Option<u64>) -> Result<()>),
+        ("thousand", thousand),
+        ("matrix", matrix),
+        ("faults", faults),
+    ] {
+        if !parts.is_empty() && !parts.iter().any(|part| *part == name) {
+            continue;
+        }
+        ran += 1;
+        logs::begin(&format!("soak-{name}"));
+        let outcome = body(seed);
+        println!("test soak_{name} ... {}", if outcome.is_ok() { "ok" } else { "FAILED" });
+        if let Err(e) = outcome {
+            println!("{e:#}\n{}", logs::tails());
+            failures.push(name);
+        }
+    }
+    let verdict = if failures.is_empty() { "ok" } else { "FAILED" };
+    println!("test result: {verdict}. {} passed; {} failed", ran - failures.len(), failures.len());
+    ensure!(failures.is_empty(), "failed: {failures:?}");
+    Ok(())
+}
+
+fn updates(_seed: Option<u64>) -> Result<()> {
+    soak(UPDATES, "one igb", &[(Nic::IgbA, None)])?;
     soak(
+        UPDATES,
         "two igb and an e1000e in two containers",
         &[(Nic::IgbA, None), (Nic::IgbB, Some("second")), (Nic::E1000e, None)],
     )
 }
 
-fn soak(what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
+fn thousand(_seed: Option<u64>) -> Result<()> {
+    soak(MANY, "one igb", &[(Nic::IgbA, None)])
+}
+
+fn matrix(_seed: Option<u64>) -> Result<()> {
+    println!("### Every fault in every phase, kernel {}\n", lab::kernel_version());
+    rollback::matrix(&Cell::all())
+}
+
+/// Updates with a random fault each, all on one guest.
+fn faults(seed: Option<u64>) -> Result<()> {
+    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) ^ mono_ns());
+    println!("### {RANDOM_FAULTS} updates with a random fault each, kernel {}, seed {seed}\n", lab::kernel_version());
+    let cells: Vec<Cell> = Cell::all().into_iter().filter(|cell| cell.end != End::Crash).collect();
+    // xorshift64*: any will do that gives the same again for the same seed.
+    let mut state = seed | 1;
+    let mut random = || {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize
+    };
+    let chosen: Vec<Cell> = (0..RANDOM_FAULTS).map(|_| cells[random() % cells.len()]).collect();
+    rollback::matrix(&chosen)
+}
+
+fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), nics)?;
     rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 99 })?;
     let traffic = rig.traffic()?;
@@ -40,7 +98,7 @@ fn soak(what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     rig.vm.update()?;
     let first = rig.vm.settled_facts()?;
     let (mut reports, mut errors) = (Vec::new(), Vec::new());
-    for update in 1..=UPDATES {
+    for update in 1..=updates {
         reports.push(rig.vm.update()?);
         traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
         if update % 5 == 0 {
@@ -52,7 +110,7 @@ fn soak(what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     let memory: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
     let growth = slope(&errors) * errors.len() as f64;
 
-    println!("### Soak: {UPDATES} updates, {what}, kernel {}\n", lab::kernel_version());
+    println!("### Soak: {updates} updates, {what}, kernel {}\n", lab::kernel_version());
     println!("{}", phase_table(&reports));
     let mut table = Table::new(["", "after the first", "after the last"]);
     for (name, a, b) in [
@@ -71,6 +129,8 @@ fn soak(what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
         println!("{} out: {}", account.name, account.from_guest);
     }
     println!("guest memory: {memory:?}");
+    let pauses: Vec<f64> = reports.iter().map(|report| report.pause_us as f64).collect();
+    println!("slope of the pause: {:+.3} us an update", slope(&pauses));
     println!(
         "clock error at the end {:+.1} us, growth over all {growth:+.1} us\n",
         errors.last().copied().unwrap_or(0.0)

@@ -38,6 +38,9 @@ pub struct Cli {
     /// Where the PID is written, and written again should an update that failed have changed it.
     #[arg(long)]
     pub pid_file: Option<PathBuf>,
+    /// The only folder (with those below it) that a build to update to may be in.
+    #[arg(long)]
+    pub update_dir: Option<PathBuf>,
     /// More log: -v info, -vv debug, -vvv trace.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,

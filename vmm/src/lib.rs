@@ -152,7 +152,7 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
         "nothing to do: give --kernel for a guest, --api-socket for an API, or both"
     );
     let server = cli.api_socket.as_ref().map(|socket| serve_api(socket, &parts.queue)).transpose()?;
-    let supervisor = Supervisor::new(cli.pid_file.clone());
+    let supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone());
     supervisor.write_pid_file()?;
     let mut control = parts.control(host, server, supervisor);
     if let Some(config) = config {
@@ -186,30 +186,16 @@ fn take_over(parts: Parts, back: &mut WayBack, started: u64) -> anyhow::Result<C
     let server = api.and_then(|api| {
         start_api(api.listener, api.connections, &parts.queue).inspect_err(|error| log::error!("{error:#}")).ok()
     });
-    let ram = machine.as_ref().map(|machine| machine.ram.clone());
     let mut control = parts.control(host, server, supervisor);
     control.helper = helper;
     control.vm = match (machine, config) {
-        (Some(machine), _) => Vm::Booted(Box::new(machine)),
+        (Some(mut machine), _) => {
+            machine.populate();
+            Vm::Booted(Box::new(machine))
+        }
         (None, Some(config)) if was_shut_down => Vm::ShutDown(config),
         (None, Some(config)) => Vm::Created(config),
         (None, None) => Vm::None,
     };
-    if let Some(ram) = ram {
-        populate(ram);
-    }
     Ok(control)
-}
-
-/// Page tables for guest memory, in the background: else the guest faults them in one by one.
-fn populate(ram: Arc<theseus_resources::GuestRam>) {
-    let body = move || {
-        // At normal priority: it holds mmap_lock, and a thread that is starved while holding it would stop the vCPUs.
-        if let Err(error) = ram.populate_page_tables() {
-            log::debug!("background population: {error}");
-        }
-    };
-    if let Err(error) = std::thread::Builder::new().name("populate".into()).spawn(body) {
-        log::debug!("no background population: {error}");
-    }
 }

@@ -1,4 +1,5 @@
-//! Whoever watches over this process is told its PID: by a file, and by systemd's notify socket (sd_notify(3)).
+//! Whoever watches over this process: it is told the PID, by a file and by systemd's notify socket (sd_notify(3)), and may confine where
+//! builds to update to come from.
 //!
 //! An update keeps the PID. Only a roll back by the parked helper changes it.
 
@@ -8,18 +9,24 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use serde::{Deserialize, Serialize};
 
+/// What the command line says of it; goes over with every update.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Supervisor {
     pid_file: Option<PathBuf>,
+    update_dir: Option<PathBuf>,
 }
 
 impl Supervisor {
-    pub fn new(pid_file: Option<PathBuf>) -> Self {
-        Self { pid_file }
+    /// `update_dir`: where builds to update to must be; anywhere if there is none.
+    pub fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>) -> Self {
+        Self { pid_file, update_dir }
     }
 
-    pub fn pid_file(&self) -> Option<&Path> {
-        self.pid_file.as_deref()
+    pub fn update_dir(&self) -> Option<&Path> {
+        self.update_dir.as_deref()
     }
 
     /// Replaces the file as a whole: nobody reads half a number.
@@ -69,11 +76,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
         std::fs::write(&path, "1234567890123\n").unwrap();
-        let supervisor = Supervisor::new(Some(path.clone()));
+        let supervisor = Supervisor::new(Some(path.clone()), None);
         supervisor.write_pid_file().unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        let nowhere = Supervisor::new(Some("/nowhere/pid".into()));
+        let nowhere = Supervisor::new(Some("/nowhere/pid".into()), None);
         assert!(format!("{:#}", nowhere.write_pid_file().unwrap_err()).contains("/nowhere/pid"));
     }
 }

@@ -12,7 +12,8 @@
 //! | `skip-reinjection` | after a roll back no vector is signalled |
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
-//! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys, kill, stop, hang. Some
+//! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
+//! kill, stop, hang (N seconds), sleep (N ms). Some
 //! are of one phase: `save:truncated` and `exec:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N refuses),
 //! `remap:refused:N` (MAP of range N is refused).
 
@@ -103,7 +104,7 @@ mod hooks {
 
     /// At the end of `phase`.
     pub fn fault(phase: &str) -> Result<(), String> {
-        let Some((kind, _)) = asked(phase) else { return Ok(()) };
+        let Some((kind, n)) = asked(phase) else { return Ok(()) };
         let signal = match kind.as_str() {
             "error" => return Err("error (test)".into()),
             "enomem" => return Err(std::io::Error::from_raw_os_error(libc::ENOMEM).to_string()),
@@ -115,8 +116,12 @@ mod hooks {
             "kill" => libc::SIGKILL,
             "stop" => libc::SIGSTOP,
             "hang" => {
-                // What is stuck before the exec comes back to its deadline at some time, or the test would never end.
-                std::thread::sleep(std::time::Duration::from_secs(15));
+                // For N seconds: nothing but its deadline ends what is stuck before the exec.
+                std::thread::sleep(std::time::Duration::from_secs(n.into()));
+                return Ok(());
+            }
+            "sleep" => {
+                std::thread::sleep(std::time::Duration::from_millis(n.into()));
                 return Ok(());
             }
             // One of those that are looked for where they strike.

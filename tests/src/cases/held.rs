@@ -101,7 +101,7 @@ fn every_vector(rig: &mut Rig, expected: usize) -> Result<()> {
 }
 
 /// For each receive vector of the wire's NIC, the number of a source address whose packets raise it.
-fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
+pub fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
     wire.add_peer_ips(SOURCES)?;
     let mut found: Vec<(String, u8)> = Vec::new();
     let counts = |agent: &Agent| -> Result<Vec<Vector>> {
@@ -138,6 +138,27 @@ fn send(wire: &Wire, source: u8, token: u16) -> Result<()> {
     Ok(())
 }
 
+/// Whether one packet, sent while the guest is stopped for an update that is rolled back, is reported after that. `request` is the body of
+/// vm.update; the fault is armed already. None where no attempt was short enough to mean anything.
+pub fn reported_after_roll_back(
+    rig: &mut Rig,
+    ram: &GuestRam,
+    (vector, source): &(String, u8),
+    request: &str,
+) -> Result<Option<bool>> {
+    for _ in 0..SLOW_TRIES {
+        let seen = attempt(rig, ram, vector, *source, request, "rolled_back")?;
+        ensure!(seen.dma, "{vector}: the packet was not found in guest memory while the update was held");
+        if seen.reported.is_some_and(|after| after <= PROMPT) {
+            return Ok(Some(true));
+        }
+        if seen.took + PROMPT < TICK {
+            return Ok(Some(!seen.is_lost()));
+        }
+    }
+    Ok(None)
+}
+
 /// What an attempt showed.
 struct Seen {
     dma: bool,
@@ -160,7 +181,8 @@ impl Seen {
 fn conclusive(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Seen> {
     let mut took = Vec::new();
     for _ in 0..ATTEMPTS {
-        let seen = attempt(rig, ram, vector, source)?;
+        let request = update_body(&rig.vm.other_build()?);
+        let seen = attempt(rig, ram, vector, source, &request, "updated")?;
         if seen.took + PROMPT < TICK {
             return Ok(seen);
         }
@@ -169,7 +191,7 @@ fn conclusive(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result
     bail!("{vector}: no attempt was over before the driver's next tick: {took:?}")
 }
 
-fn attempt(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Seen> {
+fn attempt(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8, request: &str, expected: &str) -> Result<Seen> {
     let wire = rig.wires[0].clone();
     let token = fresh_token(ram)?;
     let agent = rig.vm.agent()?;
@@ -177,12 +199,11 @@ fn attempt(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Se
     let report = agent.start::<Arrival>(&Request::WatchWait { port: PORT, timeout_ms: 8000 })?;
     let mut hold = Hold::arm(&rig.vm.dir)?;
     let mut caller = rig.vm.api.connect()?;
-    let request = update_body(&rig.vm.other_build()?);
 
     // A driver without ticks forgives nothing.
     let _ = agent.call::<Vec<Vector>>(&Request::InterruptsWait { name: vector.into(), timeout_ms: 4000 });
     let tick = Instant::now();
-    caller.send("PUT", "vm.update", &request)?;
+    caller.send("PUT", "vm.update", request)?;
     hold.wait_held(Duration::from_secs(30))?;
     let sent = Instant::now();
     send(&wire, source, token)?;
@@ -196,11 +217,14 @@ fn attempt(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Se
     let answered = Instant::now();
     ensure!(answer.status == 200, "{answer:?}");
     let outcome: Report = answer.json()?;
-    ensure!(outcome.outcome == "updated", "{outcome:?}");
+    ensure!(outcome.outcome == expected, "{outcome:?}");
     // When the guest had the packet, on L1's TSC axis: the way of the news over the serial line does not count.
     let answered_at = sample(1).tsc;
     let late = report.wait(PATIENCE).ok().map(|(arrival, _)| arrival);
-    rig.vm.note_update();
+    if expected == "updated" {
+        rig.vm.note_update();
+    }
+    rig.vm.follow(outcome.pid)?;
     let reported = match &late {
         Some(arrival) => {
             ensure!(arrival.head.chunks(2).all(|pair| pair == token.to_ne_bytes()), "another packet came: {arrival:?}");

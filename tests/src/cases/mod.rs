@@ -6,7 +6,9 @@ mod connections;
 mod failures;
 mod frozen;
 mod held;
+mod meetings;
 mod resources;
+pub mod rollback;
 mod time;
 mod traffic;
 mod update;
@@ -54,6 +56,10 @@ const CASES: &[Case] = &[
     plain("update_plain", update::plain),
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
+    plain("meets_another_update", meetings::two_updates_at_once),
+    plain("meets_boot", meetings::guest_boots),
+    plain("meets_reboot_and_shutdown", meetings::reboot_and_shutdown),
+    plain("meets_end_of_guest", meetings::guest_ends),
     plain("four_busy_vcpus", time::four_busy_vcpus),
     plain("idle_guest_wakes", time::idle_guest_wakes),
     plain("timer_over_update", time::timer_over_update),
@@ -71,10 +77,13 @@ const CASES: &[Case] = &[
     shared("fails_wrong_sha256", failures::wrong_sha256),
     shared("fails_older_state_version", failures::older_state_version),
     shared("fails_exec", failures::exec_fails),
+    shared("meets_its_deadline", meetings::deadline_race),
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
     with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),
+    with(&[Nic::IgbA, Nic::E1000e], "rollback_one_cell_a_phase", rollback::one_cell_a_phase),
+    with(&[Nic::IgbA, Nic::E1000e], "rollback_red_without_reinjection", rollback::red_without_reinjection),
     with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
 ];
 

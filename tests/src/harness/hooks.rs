@@ -26,8 +26,13 @@ pub struct Switch(PathBuf);
 
 impl Switch {
     pub fn on(vm_dir: &Path, name: &str) -> Result<Self> {
+        Self::with(vm_dir, name, "1")
+    }
+
+    /// A switch that says something, like `fault`.
+    pub fn with(vm_dir: &Path, name: &str, text: &str) -> Result<Self> {
         let path = vm_dir.join("hooks").join(name);
-        fs::write(&path, "1").with_context(|| format!("{}", path.display()))?;
+        fs::write(&path, text).with_context(|| format!("{}", path.display()))?;
         Ok(Self(path))
     }
 }

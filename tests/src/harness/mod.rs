@@ -7,6 +7,7 @@ pub mod http;
 pub mod lab;
 pub mod logs;
 pub mod proc;
+pub mod process;
 pub mod ram;
 pub mod rig;
 pub mod table;

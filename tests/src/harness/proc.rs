@@ -175,6 +175,12 @@ pub fn children(pid: u32) -> Result<Vec<u32>> {
     Ok(children)
 }
 
+/// Whether a signal has stopped `pid`.
+pub fn is_stopped(pid: u32) -> Result<bool> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    Ok(status.lines().any(|line| line.starts_with("State:") && line.contains('T')))
+}
+
 /// CPU time that threads called `name` of `pid` have used, in clock ticks.
 pub fn thread_ticks(pid: u32, name: &str) -> Result<u64> {
     let tid = thread_named(pid, name)?;

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
@@ -16,7 +16,9 @@ use crate::harness::{
     agent::Agent,
     hooks,
     http::{Answer, Api},
-    lab, logs, proc, wait_for,
+    lab, logs, proc,
+    process::Process,
+    wait_for,
 };
 
 /// From the start of the VMM to a guest agent that answers; nested software emulation is slow.
@@ -103,7 +105,7 @@ impl Builder {
         let agent = Agent::connect(&vm.dir.join("serial"), &console, Duration::from_secs(20));
         vm.console = Some(console);
         if agent.is_err()
-            && let Ok(Some(status)) = vm.child.try_wait()
+            && let Ok(Some(status)) = vm.process.try_wait()
         {
             bail!("the VMM ended at once ({status}):\n{}", logs::tail(&vm.log));
         }
@@ -132,10 +134,14 @@ pub struct Report {
     pub from: Build,
     pub to: Build,
     pub pid: u32,
+    /// 0 where the guest was not stopped.
+    #[serde(default)]
     pub pause_us: u64,
     pub phases: Vec<Phase>,
     pub devices: Vec<String>,
     pub containers: Vec<String>,
+    #[serde(default)]
+    pub reasons: Vec<String>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -147,7 +153,7 @@ pub struct Ping {
 }
 
 pub struct Vm {
-    child: Child,
+    process: Process,
     pub api: Api,
     pub dir: PathBuf,
     pub log: PathBuf,
@@ -192,13 +198,15 @@ impl Vm {
             .stdin(Stdio::null())
             .stdout(File::options().append(true).open(&log)?)
             .stderr(File::options().append(true).open(&log)?);
+        Process::adopt_orphans();
         let child = command.spawn().with_context(|| format!("{:?}", command.get_program()))?;
-        let mut vm = Self { child, api, dir, log, console: None, agent: None, cpus: 0, updates: 0 };
+        let process = Process::new(child);
+        let mut vm = Self { process, api, dir, log, console: None, agent: None, cpus: 0, updates: 0 };
         let api = vm.api.path.clone();
-        let child = &mut vm.child;
+        let process = &mut vm.process;
         let log = vm.log.clone();
         wait_for("API socket", Duration::from_secs(30), || {
-            if let Some(status) = child.try_wait()? {
+            if let Some(status) = process.try_wait()? {
                 bail!("the VMM ended at once ({status}):\n{}", logs::tail(&log));
             }
             Ok(std::os::unix::net::UnixStream::connect(&api).ok())
@@ -207,7 +215,7 @@ impl Vm {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.pid()
     }
 
     pub fn agent(&self) -> Result<&Agent> {
@@ -287,14 +295,23 @@ impl Vm {
         proc::Facts::of(self.pid())
     }
 
+    /// After a roll back that may have changed the PID.
+    pub fn follow(&mut self, pid: u32) -> Result<()> {
+        self.process.follow(pid).with_context(|| format!("the VMM is said to be process {pid} now"))
+    }
+
+    pub fn signal(&mut self, signal: i32) -> Result<()> {
+        Ok(self.process.signal(signal)?)
+    }
+
     /// Waits for the end of the VMM.
     pub fn wait_exit(&mut self, deadline: Duration) -> Result<ExitStatus> {
-        let child = &mut self.child;
-        wait_for("the VMM to end", deadline, || Ok(child.try_wait()?))
+        let process = &mut self.process;
+        wait_for("the VMM to end", deadline, || Ok(process.try_wait()?))
     }
 
     pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+        matches!(self.process.try_wait(), Ok(None))
     }
 
     /// The running test uses this VM, which another has started.
@@ -326,13 +343,13 @@ pub fn update_body(binary: &Path) -> String {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        if let Ok(Some(status)) = self.child.try_wait()
+        if let Ok(Some(status)) = self.process.try_wait()
             && let Ok(mut log) = File::options().append(true).open(&self.log)
         {
             let _ = writeln!(log, "[the VMM had ended: {status}]");
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.process.signal(libc::SIGKILL);
+        let _ = self.process.wait();
         let _ = fs::remove_dir_all(&self.dir);
     }
 }

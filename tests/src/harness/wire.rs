@@ -18,7 +18,7 @@ use crate::{
 const PREFIX: u8 = 24;
 /// Ten times the drivers' default of 256: software emulation stretches every stall, of the guest or of L1, about tenfold, and packets that
 /// find the ring full are dropped by the device.
-const RING: u32 = 2560;
+pub const RING: u32 = 2560;
 
 #[derive(Debug, Clone)]
 pub struct Wire {

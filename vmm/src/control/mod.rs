@@ -6,12 +6,13 @@ mod vm;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use theseus_api::Request;
 use theseus_api::server::{Backend, ReplyTo, Server};
+use theseus_api::{ApiError, Request};
 use theseus_devices::interrupt::{GuestRequest, GuestRequests};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -33,17 +34,22 @@ enum Message {
 pub struct Queue {
     sender: Sender<Message>,
     wake: Arc<EventFd>,
+    updating: Arc<AtomicBool>,
 }
 
 pub struct Inbox {
     receiver: Receiver<Message>,
     wake: Arc<EventFd>,
+    /// An update is under way: every other request is told so at once, as nobody would answer it before the exec.
+    updating: Arc<AtomicBool>,
 }
 
 pub fn queue() -> std::io::Result<(Queue, Inbox)> {
     let (sender, receiver) = channel();
     let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
-    Ok((Queue { sender, wake: wake.clone() }, Inbox { receiver, wake }))
+    let updating = Arc::new(AtomicBool::new(false));
+    let queue = Queue { sender, wake: wake.clone(), updating: updating.clone() };
+    Ok((queue, Inbox { receiver, wake, updating }))
 }
 
 impl Queue {
@@ -54,8 +60,15 @@ impl Queue {
     }
 }
 
+fn update_under_way() -> ApiError {
+    ApiError::busy("an update is under way: try again in a moment")
+}
+
 impl Backend for Queue {
     fn submit(&self, request: Request, reply: ReplyTo) {
+        if self.updating.load(Ordering::SeqCst) {
+            return reply.send(Err(update_under_way()));
+        }
         self.push(Message::Api(request, reply));
     }
 }

@@ -1,5 +1,6 @@
 //! What each request does.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::json;
@@ -8,7 +9,7 @@ use theseus_api::types::{PingInfo, UpdateOutcome, UpdateRequest, VmConfig, VmInf
 use theseus_api::{ApiError, Body, Reply, Request};
 
 use super::admit::admit;
-use super::{Control, Message, Vm};
+use super::{Control, Message, Vm, update_under_way};
 use crate::build_info;
 use crate::machine::devices::lock;
 use crate::machine::{Machine, MachineError};
@@ -124,17 +125,19 @@ impl Control {
         let was_shut_down = matches!(self.vm, Vm::ShutDown(_));
         let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
         let (receiver, asked) = (&self.inbox.receiver, &mut self.asked);
-        let waiting = std::cell::RefCell::new(Vec::new());
+        self.inbox.updating.store(true, Ordering::SeqCst);
         let seen = std::cell::Cell::new(None);
         let guest_asked = || {
             for message in receiver.try_iter() {
                 match message {
                     Message::Guest(request) => seen.set(Some(request)),
-                    Message::Api(request, reply) => waiting.borrow_mut().push((request, reply)),
+                    Message::Api(_, reply) => reply.send(Err(update_under_way())),
                 }
             }
             seen.get().is_some()
         };
+        // What came together with this request.
+        guest_asked();
         let (devices, containers) = self.vm.machine().map_or_else(Default::default, |machine| {
             (machine.passthrough.ids(), machine.passthrough.container_names())
         });
@@ -150,15 +153,13 @@ impl Control {
         };
         let result = update::run(subject, request, Some(reply.connection()));
         *asked = seen.get().or(asked.take());
+        self.inbox.updating.store(false, Ordering::SeqCst);
         let outcome = result.outcome;
         let report = result.report(devices, containers);
         reply.send(match outcome {
             UpdateOutcome::Refused => Err(ApiError::conflict("the update is refused").because(report.reasons)),
             _ => to_json(&report).map(Body::Json),
         });
-        for (request, reply) in waiting.into_inner() {
-            self.serve_request(request, reply);
-        }
     }
 }
 

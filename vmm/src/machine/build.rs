@@ -73,7 +73,7 @@ impl Machine {
             requests: host.requests.clone(),
         };
         let vcpus = Vcpus::start(&shared, starts)?.wait()?;
-        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None })
+        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None, populating: None })
     }
 }
 

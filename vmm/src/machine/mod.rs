@@ -5,6 +5,7 @@ mod build;
 pub mod devices;
 mod glue;
 pub mod passthrough;
+mod populate;
 mod restore;
 pub mod state;
 
@@ -21,6 +22,7 @@ use crate::boot::BootError;
 use crate::vcpus::{VcpuError, Vcpus};
 use devices::Devices;
 use passthrough::PassthroughDevices;
+use populate::Populating;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -64,12 +66,18 @@ pub struct Machine {
     pub ram: Arc<GuestRam>,
     /// What the guest's clock was set by in this image; None in the image it booted in.
     clock: Option<ClockAnchor>,
+    populating: Option<Populating>,
 }
 
 impl Machine {
     /// The number of bytes of RAM that the guest has.
     pub fn memory_size(&self) -> u64 {
         self.ram.size()
+    }
+
+    /// Fills this image's page tables, in the background.
+    pub fn populate(&mut self) {
+        self.populating = Populating::start(self.ram.clone());
     }
 
     /// An NMI to every vCPU, as a button on the front panel would give.
@@ -79,7 +87,8 @@ impl Machine {
 
     /// Ends the guest and gives its devices back. Returns what it takes to boot it again.
     pub fn shut_down(self) -> VmConfig {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _ } = self;
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _, populating } = self;
+        drop(populating);
         // Nothing may touch the devices any more before they are released.
         drop(vcpus);
         passthrough.release(&vm);

@@ -40,7 +40,7 @@ struct Layout {
     devices: Vec<(u8, String)>,
 }
 
-const LAYOUT: (&str, u16) = ("vfio-layout", 1);
+pub const LAYOUT: (&str, u16) = ("vfio-layout", 1);
 
 /// Decoded; nothing is claimed yet.
 pub struct PassthroughState {
@@ -169,14 +169,21 @@ impl PassthroughDevices {
     /// `way`: on a way back every vector is signalled once, as the death of the image in between may have drained its eventfd: a spurious
     /// interrupt is legal, a lost one is not.
     pub fn remap(&self, ram: &GuestRam, vm: &Vm, way: Way) -> Result<(), MachineError> {
+        let mut ranges = ranges(ram);
+        // Which BAR mapping a test wants refused; a number below that of the ranges is one of these.
+        let mut refused_bar = None;
+        if let Some(refused) = crate::test_hooks::fault_number("remap", "refused").filter(|_| way == Way::Forward) {
+            refused_bar = (refused as usize).checked_sub(ranges.len());
+            ranges.truncate(refused as usize);
+        }
+        let bars = std::cell::Cell::new(0);
         let bar_vaddr = |id: &str, region, offset, size| {
+            if refused_bar == Some(bars.replace(bars.get() + 1)) {
+                return None;
+            }
             let plugged = self.plugged.iter().find(|plugged| lock(&plugged.device).id() == id)?;
             lock(&plugged.device).bar_vaddr(region, offset, size)
         };
-        let mut ranges = ranges(ram);
-        if let Some(refused) = crate::test_hooks::fault_number("remap", "refused").filter(|_| way == Way::Forward) {
-            ranges.truncate(refused as usize);
-        }
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
         unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed)?;
         self.tell_kvm(vm)?;

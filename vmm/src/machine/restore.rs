@@ -61,6 +61,6 @@ impl Machine {
         devices.plug(&buses)?;
         timeline.pass(Phase::Devices).map_err(MachineError::Config)?;
 
-        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: Some(clock) })
+        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: Some(clock), populating: None })
     }
 }

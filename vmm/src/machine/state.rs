@@ -17,6 +17,9 @@ const IRQCHIP: (&str, u16) = ("kvm-irqchip", 1);
 const CLOCK: (&str, u16) = ("kvm-clock", 1);
 const VCPU: (&str, u16) = ("vcpu", 1);
 
+/// (kind, version) of the sections that are not a device's.
+pub const VERSIONS: &[(&str, u16)] = &[MACHINE, RAM, IRQCHIP, CLOCK, VCPU, super::passthrough::LAYOUT];
+
 /// What the other sections hang on.
 #[derive(Serialize, Deserialize)]
 struct MachineSection {
@@ -60,7 +63,7 @@ impl Machine {
         was_running: bool,
         placements: Vec<Placement>,
     ) -> Result<(), MachineError> {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock } = self;
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock, populating: _ } = self;
         let states = if depth == Depth::Full { vcpus.save()? } else { Vec::new() };
         let tsc_khz = states.first().map_or(0, |state| state.tsc_khz);
         let section = MachineSection {

@@ -137,11 +137,12 @@ impl WayBack {
         timeline.set_cause(cause);
         timeline.stamp(Phase::Failed);
         log::error!("the new image gives the guest back: {cause}");
-        if let Some(held) = &held
-            && let Err(error) = held.open_for_exec()
-        {
-            return format!("{cause}; and no way back: {error}");
-        }
+        // None where the vault was not even adopted: then everything is still open for exec.
+        let open = held.as_ref().map(HeldVault::open_for_exec).transpose();
+        let _open = match open {
+            Ok(open) => open,
+            Err(error) => return format!("{cause}; and no way back: {error}"),
+        };
         let error = Image::new(HANDOVER_VARIABLE, &inherited.to_string()).exec(inherited.old);
         format!("{cause}; and the old binary cannot be started: {error}")
     }

@@ -13,6 +13,7 @@ pub mod arbiter;
 pub mod back;
 pub mod park;
 mod pause;
+mod preflight;
 mod prepare;
 pub mod saved;
 pub mod target;
@@ -80,9 +81,10 @@ impl NotUpdated {
 /// The story of an update, in the old image.
 pub fn run(mut subject: Subject<'_>, request: &UpdateRequest, caller: Option<ConnId>) -> NotUpdated {
     let deadline = request.deadline_ms.map_or(DEADLINE, Duration::from_millis);
-    let prepared = match Prepared::new(&subject, request) {
-        Ok(prepared) => prepared,
-        Err(refused) => return refused,
+    let prepared = match catch_unwind(AssertUnwindSafe(|| Prepared::new(&subject, request))) {
+        Ok(Ok(prepared)) => prepared,
+        Ok(Err(refused)) => return refused,
+        Err(panic) => return NotUpdated::refused(None, vec![back::panic_text(&*panic)]),
     };
     if request.dry_run {
         return prepared.ready();

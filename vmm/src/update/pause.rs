@@ -21,6 +21,8 @@ use crate::main_thread::{ExecPlan, MainThread};
 /// How long running requests may take to end, and vCPUs to stop: a hung device must not hold the guest for longer.
 const DRAIN: Duration = Duration::from_secs(5);
 
+const GUEST_ASKED: &str = "the guest has just asked for power-off or reset";
+
 /// The eventfd that lets a parked helper go.
 pub struct Release(KeptFd);
 
@@ -82,6 +84,10 @@ impl<'a> Paused<'a> {
         caller: Option<ConnId>,
         deadline: Duration,
     ) -> Result<Self, String> {
+        // A last look at the queue, too: the server waits for the answers to all that is in there.
+        if (subject.guest_asked)() {
+            return Err(GUEST_ASKED.into());
+        }
         let drain = deadline.min(DRAIN);
         let frozen = subject.server.map(|server| server.freeze(caller, drain)).transpose();
         let frozen = frozen.map_err(|error| error.to_string())?;
@@ -101,7 +107,7 @@ impl<'a> Paused<'a> {
                 machine.vcpus.pause(drain).map_err(|error| error.to_string())?;
                 let guest = StoppedGuest { machine, was_running };
                 if (subject.guest_asked)() {
-                    return Err("the guest has just asked for power-off or reset".into());
+                    return Err(GUEST_ASKED.into());
                 }
                 guest.machine.passthrough.quiesce(&guest.machine.vm).map_err(|error| error.to_string())?;
                 Some(guest)

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use theseus_api::types::{UpdateOutcome, UpdateRequest};
-use theseus_resources::{KeptFd, Purpose, StateWriter, Vault};
+use theseus_resources::{KeptFd, Pages, Purpose, StateWriter, Vault};
 
 use super::pause::Release;
+use super::preflight::{self, Needs};
 use super::saved::Handover;
 use super::target::{self, Target};
 use super::timeline::{Phase, Timeline};
@@ -53,10 +54,13 @@ impl Prepared {
         let kept = Kept::new(vault, fd).map_err(io)?;
 
         let mut reasons = Vec::new();
+        let mut needs = Needs::default();
         if let Some(machine) = &subject.machine {
             reasons.extend(machine.passthrough.probe());
+            needs = Needs { ram: machine.memory_size(), small_pages: machine.ram.pages() == Pages::Small };
         }
-        let target = match Target::open(request, build_info::this()) {
+        reasons.extend(preflight::reasons(needs));
+        let target = match Target::open(request, build_info::this(), subject.supervisor.update_dir()) {
             Ok(target) => Some(target),
             Err(more) => {
                 reasons.extend(more);
@@ -114,7 +118,7 @@ pub fn handover(subject: &Subject<'_>, kept: &Kept, target: &Target, api: Option
         from: build_info::this().clone(),
         to: target.build.clone(),
         old_binary: kept.old_binary.slot(),
-        pid_file: subject.supervisor.pid_file().map(Into::into),
+        supervisor: subject.supervisor.clone(),
         log: LogConfig::in_use(),
         timeline: kept.timeline.slot(),
         kvm: subject.host.hypervisor.kept().slot(),

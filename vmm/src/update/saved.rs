@@ -1,7 +1,6 @@
 //! The whole saved state: what the update itself hands over, and the machine.
 
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{BuildInfo, VmConfig};
@@ -10,7 +9,8 @@ use theseus_resources::{Slot, StateReader, StateWriter};
 
 use crate::log_config::LogConfig;
 use crate::machine::MachineError;
-use crate::machine::state::MachineState;
+use crate::machine::state::{self, MachineState};
+use crate::supervisor::Supervisor;
 
 const HANDOVER: (&str, u16) = ("handover", 1);
 
@@ -25,9 +25,8 @@ pub struct Handover {
     pub to: BuildInfo,
     /// The binary that is running now, kept for the way back.
     pub old_binary: Slot,
-    /// Where a supervisor finds our PID.
     #[serde(default)]
-    pub pid_file: Option<PathBuf>,
+    pub supervisor: Supervisor,
     /// How this process logs: parsing the command line again would cost a part of the pause.
     pub log: LogConfig,
     pub timeline: Slot,
@@ -50,6 +49,12 @@ pub struct ApiSlots {
     pub idle: Vec<Slot>,
     /// The one that waits for the answer to this update.
     pub caller: Option<Slot>,
+}
+
+/// (kind, version) of every section that this build writes. It reads the versions before and after them too.
+pub fn versions() -> Vec<(&'static str, u16)> {
+    let devices = theseus_devices::catalogue::supported();
+    [HANDOVER].into_iter().chain(state::VERSIONS.iter().copied()).chain(devices).collect()
 }
 
 pub struct Saved {

@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
+use theseus_resources::state::readable;
 
 use super::Target;
 use crate::build_info;
 use crate::main_thread::MainThread;
 use crate::update::park::ends_within;
-use crate::update::saved::Saved;
+use crate::update::saved::{self, Saved};
 
 /// How long the target may take for its verdict.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,6 +26,9 @@ pub struct Verdict {
     pub build_id: String,
     /// Why it cannot take this guest over; empty if it can.
     pub reasons: Vec<String>,
+    /// (kind, version) of the sections that it writes: what we would have to read, should we be asked to take the guest back later.
+    #[serde(default)]
+    pub writes: Vec<(String, u16)>,
 }
 
 /// In the running image.
@@ -35,7 +39,18 @@ pub fn ask(target: &Target, state: &[u8], main: &MainThread) -> Result<(), Vec<S
         let (note, own) = (&target.build.build_id, &verdict.build_id);
         return Err(fail(format!("it calls itself build {own}, its file says {note}")));
     }
-    if verdict.reasons.is_empty() { Ok(()) } else { Err(verdict.reasons.into_iter().flat_map(fail).collect()) }
+    let mut reasons: Vec<String> = verdict.reasons.into_iter().flat_map(fail).collect();
+    reasons.extend(one_way(&verdict.writes, &saved::versions()).into_iter().flat_map(fail));
+    if reasons.is_empty() { Ok(()) } else { Err(reasons) }
+}
+
+/// Which of the sections that it `writes` we could not read, who have the versions `ours`.
+fn one_way(writes: &[(String, u16)], ours: &[(&str, u16)]) -> Vec<String> {
+    let unreadable = writes.iter().filter_map(|(kind, theirs)| {
+        let (_, ours) = ours.iter().find(|(ours, _)| ours == kind).filter(|(_, ours)| !readable(*theirs, *ours))?;
+        Some(format!("it writes version {theirs} of '{kind}', which this build (version {ours}) could not take back"))
+    });
+    unreadable.collect()
 }
 
 fn converse(target: &Target, state: &[u8], main: &MainThread) -> Result<Verdict, String> {
@@ -75,7 +90,22 @@ pub fn answer() -> std::io::Result<()> {
     if let Err(reason) = decoded.and_then(|reader| Saved::decode(reader).map_err(|error| error.to_string())) {
         reasons.push(reason);
     }
-    let verdict = Verdict { build_id: build_info::this().build_id.clone(), reasons };
+    let writes = saved::versions().into_iter().map(|(kind, version)| (kind.to_owned(), version)).collect();
+    let verdict = Verdict { build_id: build_info::this().build_id.clone(), reasons, writes };
     println!("{}", serde_json::to_string(&verdict)?);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_of_one_version_leads_both_ways() {
+        let writes = [("vcpu", 3), ("ram", 2), ("new", 9)].map(|(kind, version)| (kind.to_owned(), version));
+        let reasons = one_way(&writes, &[("vcpu", 1), ("ram", 1)]);
+        assert!(matches!(&reasons[..], [one] if one.contains("version 3 of 'vcpu'")), "{reasons:?}");
+        let verdict: Verdict = serde_json::from_str(r#"{"build_id":"a","reasons":[]}"#).unwrap();
+        assert!(verdict.writes.is_empty(), "a verdict of the format before");
+    }
 }

@@ -31,7 +31,8 @@ pub fn default_path() -> Result<PathBuf, String> {
 
 impl Target {
     /// Opens and checks the file; on failure all the reasons that could be found.
-    pub fn open(request: &UpdateRequest, running: &BuildInfo) -> Result<Self, Vec<String>> {
+    /// `allowed`: the only folder that it may be in, if there is one.
+    pub fn open(request: &UpdateRequest, running: &BuildInfo, allowed: Option<&Path>) -> Result<Self, Vec<String>> {
         let path = match &request.binary {
             Some(path) => path.clone(),
             None => default_path().map_err(|reason| vec![reason])?,
@@ -47,6 +48,11 @@ impl Target {
             return Err(vec![say("is not a regular file".into())]);
         }
         let mut reasons = Vec::new();
+        if let Some(allowed) = allowed
+            && let Err(reason) = is_below(&file, allowed)
+        {
+            reasons.push(say(reason));
+        }
         if rustix::fs::accessat(rustix::fs::CWD, &path, rustix::fs::Access::EXEC_OK, rustix::fs::AtFlags::EACCESS)
             .is_err()
             || meta.permissions().mode() & 0o111 == 0
@@ -85,6 +91,17 @@ impl Target {
     }
 }
 
+/// Where the open file really is, whatever links led to it.
+fn is_below(file: &File, folder: &Path) -> Result<(), String> {
+    use std::os::fd::AsRawFd;
+    let folder = folder.canonicalize().map_err(|error| format!("--update-dir {}: {error}", folder.display()))?;
+    let real = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|error| error.to_string())?;
+    if real.starts_with(&folder) {
+        return Ok(());
+    }
+    Err(format!("is at {}, not below {} (--update-dir)", real.display(), folder.display()))
+}
+
 fn sha256(file: &File) -> std::io::Result<String> {
     let mut file = file.try_clone()?;
     std::io::Seek::rewind(&mut file)?;
@@ -121,7 +138,19 @@ mod tests {
     fn open(path: &Path, sha256: Option<&str>) -> Result<Target, Vec<String>> {
         let request =
             UpdateRequest { binary: Some(path.into()), sha256: sha256.map(str::to_owned), ..Default::default() };
-        Target::open(&request, crate::build_info::this())
+        Target::open(&request, crate::build_info::this(), None)
+    }
+
+    #[test]
+    fn only_what_is_below_the_allowed_folder() {
+        let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (good, bad) = (inside.path().join("a"), outside.path().join("b"));
+        std::fs::write(&good, "").unwrap();
+        std::fs::write(&bad, "").unwrap();
+        let link = inside.path().join("link");
+        std::os::unix::fs::symlink(&bad, &link).unwrap();
+        is_below(&File::open(&good).unwrap(), inside.path()).unwrap();
+        assert!(is_below(&File::open(&link).unwrap(), inside.path()).unwrap_err().contains("--update-dir"));
     }
 
     #[test]

@@ -1,0 +1,352 @@
+//! Nothing loses the guest: faults by name, in every phase of an update, on both sides of the exec.
+//!
+//! A cell is a fault. From the park to the commit the guest lives in every one of them; before the park, in all but those that are an
+//! ordinary crash of the VMM.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::held;
+use crate::{
+    cases::note,
+    harness::{
+        hooks::Switch,
+        http::Answer,
+        lab::Nic,
+        proc,
+        ram::GuestRam,
+        rig::Rig,
+        table::{Table, ms},
+        traffic::RATE,
+        vm::{Report, Vm},
+        wire::RING,
+    },
+    proto::{MemoryStats, Request, TimerFired},
+};
+
+/// How a cell ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// 409: the guest was not touched.
+    Refused,
+    /// The fault only took time.
+    Updated,
+    /// Rolled back, in the same process.
+    SamePid,
+    /// Rolled back by the parked helper, in another.
+    NewPid,
+    /// An ordinary crash of the VMM, which nothing is there to catch yet.
+    Crash,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Cell {
+    pub phase: &'static str,
+    pub kind: &'static str,
+    pub end: End,
+}
+
+const BEFORE_PARK: [&str; 5] = ["prepare", "freeze", "pause", "save", "invalidate"];
+const FROM_PARK: [&str; 9] = ["park", "exec", "claim", "vm", "passthrough", "vcpus", "devices", "remap", "commit"];
+const KINDS: [&str; 10] = ["error", "enomem", "panic", "segv", "bus", "abort", "sigsys", "kill", "stop", "hang:4"];
+const SPECIAL: [(&str, &str); 6] = [
+    ("save", "truncated"),
+    ("invalidate", "ebusy:0"),
+    ("invalidate", "ebusy:1"),
+    ("exec", "truncated"),
+    ("remap", "refused:0"),
+    ("remap", "refused:1"),
+];
+/// Of an update that is going to hang: less than the driver's tick, which would forgive a lost interrupt.
+const DEADLINE_MS: u64 = 800;
+/// What a timer may be late beside the outage, on a busy L1 in software emulation.
+const TIMER_SLACK: Duration = Duration::from_secs(1);
+
+impl Cell {
+    fn new(phase: &'static str, kind: &'static str) -> Self {
+        let early = BEFORE_PARK.contains(&phase);
+        let end = match kind {
+            "stop" | "hang:4" if phase == "prepare" => End::Updated,
+            "stop" | "hang:4" if early => End::SamePid,
+            "segv" | "bus" | "abort" | "sigsys" | "kill" if early => End::Crash,
+            "segv" | "bus" | "abort" | "sigsys" | "kill" | "stop" | "hang:4" => End::NewPid,
+            _ if phase == "prepare" => End::Refused,
+            _ => End::SamePid,
+        };
+        Self { phase, kind, end }
+    }
+
+    pub fn all() -> Vec<Self> {
+        let phases = BEFORE_PARK.into_iter().chain(FROM_PARK);
+        let cells = phases.flat_map(|phase| KINDS.map(|kind| Self::new(phase, kind)));
+        cells.chain(SPECIAL.map(|(phase, kind)| Self::new(phase, kind))).collect()
+    }
+
+    fn hangs(&self) -> bool {
+        matches!(self.kind, "stop" | "hang:4")
+    }
+
+    /// Whether the vaddrs were invalid when the fault came: then a test can send a packet while the guest stands still.
+    fn is_held(&self) -> bool {
+        (self.phase == "invalidate" && !self.kind.starts_with("ebusy")) || FROM_PARK.contains(&self.phase)
+    }
+
+    /// What the report must say beside the phase.
+    fn cause(&self) -> &'static str {
+        match self.kind {
+            "error" => "error (test)",
+            "enomem" => "cannot allocate memory",
+            "panic" => "panic (test)",
+            "hang:4" | "stop" => "deadline_ms",
+            "truncated" => "truncated",
+            kind if kind.starts_with("ebusy") => "busy",
+            kind if kind.starts_with("refused") => "container",
+            _ => "died",
+        }
+    }
+}
+
+/// What a cell showed.
+pub struct Shown {
+    pub outage: Duration,
+    pub lost: u64,
+    /// max(0, rate x outage - receive descriptors)
+    pub may_lose: u64,
+    /// Whether a packet that came in the pause, and none after it, was reported; None where that says nothing.
+    pub reported: Option<bool>,
+}
+
+/// The guest of the matrix: 2 vCPUs, two containers, and a job that checks its memory.
+pub struct Subject {
+    rig: Rig,
+    ram: GuestRam,
+    vector: (String, u8),
+}
+
+impl Subject {
+    pub fn boot() -> Result<Self> {
+        let nics = [(Nic::IgbA, None), (Nic::E1000e, Some("second"))];
+        let rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
+        rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 3 })?;
+        let ram = GuestRam::of(rig.vm.pid())?;
+        let vector = held::sources(rig.agent()?, &rig.wires[0])?.into_iter().next().context("no vector")?;
+        Ok(Self { rig, ram, vector })
+    }
+
+    fn request(&self, cell: &Cell) -> Result<String> {
+        let mut body = serde_json::json!({ "binary": self.rig.vm.other_build()? });
+        if cell.hangs() {
+            body["deadline_ms"] = DEADLINE_MS.into();
+        }
+        Ok(body.to_string())
+    }
+
+    /// Runs a cell that the guest survives. An error is a loss, or a lie.
+    pub fn survive(&mut self, cell: &Cell) -> Result<Shown> {
+        let rig = &mut self.rig;
+        let traffic = rig.traffic()?;
+        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        let after_ms: Vec<u64> = (1..=20).map(|i| i * 100).collect();
+        rig.agent()?.call::<()>(&Request::TimersArm { after_ms })?;
+        let (before, pid) = (rig.vm.ping()?, rig.vm.pid());
+
+        let request = self.request(cell)?;
+        let fault = Switch::with(&self.rig.vm.dir, "fault", &format!("{}:{}", cell.phase, cell.kind))?;
+        let answer = self.ask(cell, &request)?;
+        drop(fault);
+        let outage = self.check_answer(cell, &answer, pid)?;
+
+        let rig = &mut self.rig;
+        let after = rig.vm.ping()?;
+        ensure!((after.build_id == before.build_id) == (cell.end != End::Updated), "{before:?} -> {after:?}");
+        let fired: Vec<TimerFired> = rig.agent()?.call(&Request::TimersWait { timeout_ms: 20_000 })?;
+        let limit = (outage + TIMER_SLACK).as_micros() as i64;
+        ensure!(
+            fired.iter().all(|timer| (0..limit).contains(&timer.late_us())),
+            "timers: {fired:?}; outage {outage:?}"
+        );
+        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        let may_lose = (u64::from(RATE) * outage.as_millis() as u64 / 1000).saturating_sub(u64::from(RING));
+        let mut lost = 0;
+        for account in traffic.finish(rig.agent()?)? {
+            for (name, way) in [("in", &account.to_guest), ("out", &account.from_guest)] {
+                let missing = way.got.lost_of(way.sent.packets);
+                ensure!(
+                    missing <= may_lose && way.got.duplicated + way.got.reordered + way.got.foreign == 0,
+                    "{} {name}: {way}; outage {outage:?}; missing {:?}; counters {}",
+                    account.name,
+                    account.missing,
+                    account.losses
+                );
+                lost += missing;
+            }
+        }
+        let memory: MemoryStats = rig.agent()?.call(&Request::MemoryStats)?;
+        ensure!(memory.pages_wrong == 0, "guest memory is damaged: {memory:?}");
+        let reported = self.silent_packet(cell)?;
+        ensure!(reported != Some(false), "the one packet that came in the pause was not reported");
+        self.rig.vm.update().context("the update after it")?;
+        Ok(Shown { outage, lost, may_lose, reported })
+    }
+
+    fn ask(&mut self, cell: &Cell, request: &str) -> Result<Answer> {
+        let vm = &mut self.rig.vm;
+        if cell.kind != "stop" || cell.end == End::NewPid {
+            return vm.api.put("vm.update", request);
+        }
+        // Before the park nobody but its supervisor can wake a stopped VMM.
+        let mut caller = vm.api.connect()?;
+        caller.send("PUT", "vm.update", request)?;
+        let pid = vm.pid();
+        crate::harness::wait_for("the VMM to stop", Duration::from_secs(20), || {
+            Ok(proc::is_stopped(pid)?.then_some(()))
+        })?;
+        std::thread::sleep(Duration::from_millis(DEADLINE_MS + 100));
+        vm.signal(libc::SIGCONT)?;
+        caller.receive()
+    }
+
+    /// Checks that the answer is what this cell must say, and true. How long the guest stood still.
+    fn check_answer(&mut self, cell: &Cell, answer: &Answer, pid: u32) -> Result<Duration> {
+        let vm = &mut self.rig.vm;
+        if cell.end == End::Refused {
+            ensure!(answer.status == 409 && answer.causes()?.join(" ").contains(cell.cause()), "{answer:?}");
+            ensure!(vm.ping()?.pid == pid, "the PID changed");
+            return Ok(Duration::ZERO);
+        }
+        ensure!(answer.status == 200, "{answer:?}");
+        let report: Report = answer.json()?;
+        vm.follow(report.pid)?;
+        ensure!(vm.ping()?.pid == report.pid, "{report:?}");
+        ensure!((report.pid == pid) == (cell.end != End::NewPid), "PID {pid} before: {report:?}");
+        if cell.end == End::Updated {
+            vm.note_update();
+            ensure!(report.outcome == "updated", "{report:?}");
+        } else {
+            let reasons = report.reasons.join(" ").to_lowercase();
+            ensure!(
+                report.outcome == "rolled_back"
+                    && reasons.contains(&format!("phase {}", cell.phase))
+                    && reasons.contains(cell.cause()),
+                "{report:?} does not say {}: {}",
+                cell.phase,
+                cell.cause()
+            );
+        }
+        Ok(Duration::from_micros(report.pause_us))
+    }
+
+    fn silent_packet(&mut self, cell: &Cell) -> Result<Option<bool>> {
+        if !cell.is_held() || cell.end == End::Updated || (cell.phase == "invalidate" && cell.hangs()) {
+            return Ok(None);
+        }
+        let request = self.request(cell)?;
+        let _fault = Switch::with(&self.rig.vm.dir, "fault", &format!("{}:{}", cell.phase, cell.kind))?;
+        held::reported_after_roll_back(&mut self.rig, &self.ram, &self.vector, &request)
+    }
+}
+
+/// A cell that is an ordinary crash: the VMM is gone, as a signal has killed it, and its device can be used again.
+fn crash(cell: &Cell) -> Result<()> {
+    let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None), (Nic::E1000e, Some("second"))])?;
+    let _fault = Switch::with(&rig.vm.dir, "fault", &format!("{}:{}", cell.phase, cell.kind))?;
+    let answer = rig.vm.ask_update(&rig.vm.other_build()?);
+    ensure!(answer.is_err(), "{answer:?}");
+    let status = rig.vm.wait_exit(Duration::from_secs(20))?;
+    ensure!(std::os::unix::process::ExitStatusExt::signal(&status).is_some(), "{status}");
+    Ok(())
+}
+
+/// Runs `cells`, prints what each has shown and, at the end, the matrix. All of them are run, whatever fails.
+pub fn matrix(cells: &[Cell]) -> Result<()> {
+    let mut table = Table::new(["phase", "fault", "the guest", "outage, ms", "lost", "may lose", "silent packet"]);
+    let mut failures = Vec::new();
+    let mut subject = None;
+    for cell in cells {
+        let Cell { phase, kind, end } = cell;
+        let row = |what: &str, rest: [String; 4]| {
+            let [a, b, c, d] = rest;
+            [phase.to_string(), kind.to_string(), what.to_string(), a, b, c, d]
+        };
+        let result = match (end, subject.take()) {
+            (End::Crash, _) => crash(cell).map(|()| None),
+            (_, kept) => kept.map_or_else(Subject::boot, Ok).and_then(|mut kept: Subject| {
+                let shown = kept.survive(cell)?;
+                subject = Some(kept);
+                Ok(Some(shown))
+            }),
+        };
+        match result {
+            Ok(None) => table.row(row("dies, as any VMM that crashes", Default::default())),
+            Ok(Some(Shown { outage, lost, may_lose, reported })) => {
+                let what = match end {
+                    End::Refused => "lives, refused",
+                    End::Updated => "lives, updated",
+                    End::SamePid => "lives, same PID",
+                    _ => "lives, new PID",
+                };
+                note(format_args!(
+                    "{phase}:{kind}: {what}, outage {outage:?}, lost {lost}, silent packet {reported:?}"
+                ));
+                let reported = reported.map_or("-", |_| "reported").to_string();
+                let outage = ms(outage.as_micros() as u64);
+                table.row(row(what, [outage, lost.to_string(), may_lose.to_string(), reported]));
+            }
+            Err(error) => {
+                note(format_args!("{phase}:{kind}: FAILED: {error:#}"));
+                failures.push(format!("{phase}:{kind}: {error:#}\n{}", crate::harness::logs::tails()));
+                table.row(row("**FAILED**", Default::default()));
+            }
+        }
+    }
+    println!("{table}");
+    ensure!(failures.is_empty(), "{} of {} cells failed:\n{}", failures.len(), cells.len(), failures.join("\n"));
+    Ok(())
+}
+
+/// One cell of every phase, each kind of end among them.
+pub fn one_cell_a_phase() -> Result<()> {
+    let cells = [
+        ("prepare", "error"),
+        ("freeze", "panic"),
+        ("pause", "error"),
+        ("save", "truncated"),
+        ("invalidate", "ebusy:1"),
+        ("park", "kill"),
+        ("exec", "segv"),
+        ("claim", "panic"),
+        ("vm", "enomem"),
+        ("passthrough", "sigsys"),
+        ("vcpus", "stop"),
+        ("devices", "hang:4"),
+        ("remap", "refused:1"),
+        ("commit", "kill"),
+        ("commit", "error"),
+    ];
+    matrix(&cells.map(|(phase, kind)| Cell::new(phase, kind)))
+}
+
+/// Without re-injection, the packet whose interrupt the failed image has consumed must be missing: or the check above shows nothing.
+pub fn red_without_reinjection() -> Result<()> {
+    let mut subject = Subject::boot()?;
+    let _hook = Switch::on(&subject.rig.vm.dir, "skip-reinjection")?;
+    let seen = subject.silent_packet(&Cell::new("commit", "error"))?;
+    subject.rig.agent()?.ping()?;
+    ensure!(seen == Some(false), "reported ({seen:?}) though nothing could deliver it");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn from_park_to_commit_every_cell_is_survived() {
+        let cells = Cell::all();
+        assert_eq!(cells.len(), 14 * KINDS.len() + SPECIAL.len());
+        let late = cells.iter().filter(|cell| FROM_PARK.contains(&cell.phase));
+        assert!(late.clone().all(|cell| matches!(cell.end, End::SamePid | End::NewPid)));
+        assert_eq!(late.filter(|cell| cell.end == End::NewPid).count(), 9 * 7);
+    }
+}

@@ -1,0 +1,127 @@
+//! What an update will need of this process's limits and of the host's memory: known before the guest is touched.
+
+use std::io;
+
+use rustix::process::{Resource, getrlimit};
+
+/// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, the old
+/// binary, the target, timeline and helper, and duplicates of the API's connections.
+const MORE_FDS: u64 = 64;
+/// For the new image itself beside the guest's page tables.
+const IMAGE: u64 = 32 << 20;
+/// Bit of CAP_IPC_LOCK in the capability masks (capabilities(7)).
+const CAP_IPC_LOCK: u64 = 1 << 14;
+
+/// What the guest makes an update need.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Needs {
+    /// Bytes of RAM, and whether it is in pages of 4 KiB.
+    pub ram: u64,
+    pub small_pages: bool,
+}
+
+/// What this process may have, in bytes and numbers. None: no limit.
+#[derive(Clone, Copy, Debug, Default)]
+struct Limits {
+    /// Pinned for DMA now, and to be charged to the new image.
+    locked: u64,
+    memlock: Option<u64>,
+    may_lock: bool,
+    open_fds: u64,
+    max_fds: Option<u64>,
+    available: u64,
+}
+
+/// Every reason against an update; empty if there is none.
+pub fn reasons(needs: Needs) -> Vec<String> {
+    match Limits::of_this_process() {
+        Ok(limits) => judge(needs, limits),
+        Err(error) => vec![format!("the limits of this process cannot be read: {error}: is /proc mounted?")],
+    }
+}
+
+fn judge(needs: Needs, limits: Limits) -> Vec<String> {
+    let Limits { locked, memlock, may_lock, open_fds, max_fds, available } = limits;
+    let mut reasons = Vec::new();
+    // vfio_iommu_type1 charges what is pinned to the new address space (vfio_change_dma_owner).
+    if let Some(limit) = memlock.filter(|limit| !may_lock && *limit < locked) {
+        reasons.push(format!(
+            "RLIMIT_MEMLOCK is {} KiB, {} KiB are pinned for DMA and would be charged to the new image: raise it (prlimit --memlock) or \
+             give CAP_IPC_LOCK",
+            limit >> 10,
+            locked >> 10
+        ));
+    }
+    if let Some(limit) = max_fds.filter(|limit| *limit < open_fds.saturating_add(MORE_FDS)) {
+        reasons.push(format!(
+            "RLIMIT_NOFILE is {limit}, {open_fds} fds are open and an update takes up to {MORE_FDS} more: raise it (prlimit --nofile)"
+        ));
+    }
+    // 8 bytes a page: the new image's page tables and its second stage, while the parked old ones are still there.
+    let tables = if needs.small_pages { needs.ram / 512 * 2 } else { 0 };
+    let wanted = IMAGE.saturating_add(tables);
+    if available < wanted {
+        reasons.push(format!(
+            "the host has {} MiB of free memory, the new image needs up to {} MiB while the old one is still there",
+            available >> 20,
+            wanted >> 20
+        ));
+    }
+    reasons
+}
+
+impl Limits {
+    fn of_this_process() -> io::Result<Self> {
+        let status = std::fs::read_to_string("/proc/self/status")?;
+        let memory = std::fs::read_to_string("/proc/meminfo")?;
+        let missing = |key: &str| io::Error::other(format!("no {key}"));
+        let kib = |text: &str, key: &str| Some(field(text, key)?.parse::<u64>().ok()?.saturating_mul(1024));
+        let capabilities = field(&status, "CapEff:").and_then(|mask| u64::from_str_radix(mask, 16).ok());
+        Ok(Self {
+            locked: kib(&status, "VmLck:").ok_or_else(|| missing("VmLck"))?,
+            memlock: getrlimit(Resource::Memlock).current,
+            may_lock: capabilities.ok_or_else(|| missing("CapEff"))? & CAP_IPC_LOCK != 0,
+            open_fds: std::fs::read_dir("/proc/self/fd")?.count() as u64,
+            max_fds: getrlimit(Resource::Nofile).current,
+            available: kib(&memory, "MemAvailable:").ok_or_else(|| missing("MemAvailable"))?,
+        })
+    }
+}
+
+/// The first word behind `key` at the start of a line.
+fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: Limits = Limits {
+        locked: 1 << 30,
+        memlock: Some(1 << 30),
+        may_lock: false,
+        open_fds: 40,
+        max_fds: Some(1024),
+        available: 1 << 30,
+    };
+
+    #[test]
+    fn all_reasons_at_once() {
+        let needs = Needs { ram: 1 << 30, small_pages: true };
+        assert!(judge(needs, GOOD).is_empty());
+        let bad = Limits { memlock: Some(8 << 20), max_fds: Some(64), available: 1 << 20, ..GOOD };
+        let text = judge(needs, bad).join("\n");
+        for part in ["RLIMIT_MEMLOCK is 8192 KiB", "RLIMIT_NOFILE is 64", "1 MiB of free memory", "36 MiB"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(judge(needs, Limits { memlock: Some(0), may_lock: true, ..GOOD }).is_empty());
+        assert!(judge(needs, Limits { memlock: None, max_fds: None, ..GOOD }).is_empty());
+    }
+
+    #[test]
+    fn this_process_has_limits() {
+        let limits = Limits::of_this_process().unwrap();
+        assert!(limits.open_fds >= 3 && limits.available > 0, "{limits:?}");
+    }
+}
