@@ -155,7 +155,8 @@ pub fn readable(found: u16, ours: u16) -> bool {
     found.abs_diff(ours) <= 1
 }
 
-fn checksum(bytes: &[u8]) -> u32 {
+/// Of the body, as the header has it (CRC-32, ISO-HDLC).
+pub fn checksum(bytes: &[u8]) -> u32 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32IsoHdlc, bytes) as u32
 }
 

@@ -112,6 +112,12 @@ fn run(prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result
     Ok(orders.serve())
 }
 
+/// Decodes a saved state as the dry run of an update does; the error says why it cannot be taken over. For tests and fuzzing.
+pub fn check_state(bytes: &[u8]) -> Result<(), String> {
+    let reader = theseus_resources::StateReader::new(bytes).map_err(|error| error.to_string())?;
+    update::saved::Saved::decode(reader).map(|_| ()).map_err(|error| error.to_string())
+}
+
 struct Parts {
     signals: Signals,
     queue: Queue,

@@ -6,6 +6,7 @@ use theseus_tests::{bench, cases, demo, harness::lab, native, soak};
 
 const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer INTERFACE]] [--list]
        l1-tests bench native
+       l1-tests golden
        l1-tests soak [updates] [thousand] [matrix] [faults] [SEED]
        l1-tests bench | demo | soak   [--hardware BDF --peer INTERFACE]
 
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         "bench" if filters == ["native"] => native::run(),
         "bench" => bench::run(),
         "demo" => demo::run(),
+        "golden" => cases::rollback::golden(),
         "soak" => soak::run(&filters),
         "-h" | "--help" | "help" => {
             println!("{USAGE}");
