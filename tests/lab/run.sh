@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# run.sh [--kernel V] [--mem M] [--cpus N] [--timeout S] [--results DIR] -- CMD ARGS...   runs CMD in L1, exits with its code
+# run.sh [--kernel V] [--mem M] [--cpus N] [--timeout S] [--results DIR] [--vectors N] -- CMD ARGS...   runs CMD in L1, exits with its code
 # run.sh --shell [OPTIONS]                                                                an interactive shell in L1
+# --vectors: how many MSI-X vectors the NVMe controller has.
 # Exit codes of the lab itself: 124 timeout, 125 L1 did not start or died.
 source "$(dirname "$0")/common.sh"
 
-kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=2400 results='' mode=run
+kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=2400 results='' vectors=65 mode=run
 while [[ $# -gt 0 ]]; do
     case $1 in
     --shell) mode=shell && shift ;;
-    --kernel | --mem | --cpus | --timeout | --results)
+    --kernel | --mem | --cpus | --timeout | --results | --vectors)
         [[ $# -ge 2 ]] || die "$1 needs a value"
         declare "${1#--}=$2" && shift 2
         ;;
@@ -102,7 +103,7 @@ pair IGB_B igb
 pair E1000E e1000e
 truncate -s 64M "$work/nvme.img"
 port
-args+=(-drive "file=$work/nvme.img,if=none,id=nvme,format=raw" -device "nvme,serial=lab,drive=nvme,bus=rp$slot")
+args+=(-drive "file=$work/nvme.img,if=none,id=nvme,format=raw" -device "nvme,serial=lab,drive=nvme,bus=rp$slot,msix_qsize=$vectors")
 passed+=" NVME:$slot_name:"
 
 copy=''

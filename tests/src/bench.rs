@@ -15,6 +15,7 @@ use crate::harness::{
     table::{Table, ms, percentile},
     vm::{Report, Vm},
 };
+use crate::proto::Request;
 
 const UPDATES: usize = 50;
 const STARTS: usize = 10;
@@ -45,6 +46,25 @@ fn pause(cpus: u32) -> Result<()> {
     println!(
         "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, 500 packets/s each way ({packets} packets, none lost)\n"
     );
+    println!("{}", phase_table(&reports));
+    Ok(())
+}
+
+/// Pause with as many live interrupt vectors as the lab's NVMe controller has (`./dev bench vectors` runs a lab for each number).
+pub fn vectors() -> Result<()> {
+    logs::begin("bench-vectors");
+    let mut vm = Vm::builder().device_at(lab::nvme()?).boot()?;
+    let storage = vm.agent()?.pci()?.into_iter().find(|function| function.config.get(20..24) == Some("0801"));
+    let bdf = storage.context("the guest has no NVMe controller")?.bdf;
+    let count: u32 = vm.agent()?.call(&Request::VectorsOn { bdf })?;
+    vm.update()?;
+    vm.update()?;
+    let mut reports = Vec::new();
+    for _ in 0..UPDATES {
+        vm.settled_facts()?;
+        reports.push(vm.update()?);
+    }
+    println!("### Pause of an update: {count} live interrupt vectors of one device, 1 vCPU, 512 MiB, idle\n");
     println!("{}", phase_table(&reports));
     Ok(())
 }

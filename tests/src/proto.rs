@@ -165,6 +165,8 @@ pub enum Request {
     CpuidChanges,
     /// `Vec<PciFunction>`
     Pci,
+    /// `u32`: enables MSI-X on the device at `bdf`, which no driver has, with all vectors unmasked; how many they are.
+    VectorsOn { bdf: String },
     /// `Vec<Vector>`: the lines of /proc/interrupts whose name contains `name`.
     Interrupts { name: String },
     /// `Vec<Vector>`: answers when the sum of the counts of those lines grew.

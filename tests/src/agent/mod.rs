@@ -6,6 +6,7 @@
 mod jobs;
 mod machine;
 mod tty;
+mod vectors;
 
 use std::{
     collections::BTreeMap,
@@ -187,6 +188,7 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         }
         Request::CpuidChanges => value(machine::changes(&lock(&agent.cpuid), &machine::cpuid_of_all()?)),
         Request::Pci => value(machine::pci()?),
+        Request::VectorsOn { bdf } => value(vectors::on(&bdf)?),
         Request::Interrupts { name } => value(machine::interrupts(&name)?),
         Request::InterruptsWait { name, timeout_ms } => value(machine::interrupts_wait(&name, timeout_ms)?),
         Request::Dmesg { bytes } => value(machine::dmesg(bytes)?),

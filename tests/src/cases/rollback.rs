@@ -165,7 +165,9 @@ impl Subject {
         let after = rig.vm.ping()?;
         ensure!((after.build_id == before.build_id) == (cell.end != End::Updated), "{before:?} -> {after:?}");
         let fired: Vec<TimerFired> = rig.agent()?.call(&Request::TimersWait { timeout_ms: 20_000 })?;
-        let limit = (outage + TIMER_SLACK).as_micros() as i64;
+        // A stopped VMM has stopped its vCPUs too, whatever phase it is in.
+        let stopped = Duration::from_millis(if cell.kind == "stop" { DEADLINE_MS + 100 } else { 0 });
+        let limit = (outage.max(stopped) + TIMER_SLACK).as_micros() as i64;
         ensure!(
             fired.iter().all(|timer| (0..limit).contains(&timer.late_us())),
             "timers: {fired:?}; outage {outage:?}"

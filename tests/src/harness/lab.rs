@@ -54,6 +54,11 @@ impl Nic {
     }
 }
 
+/// PCI address of the NVMe controller that is bound to vfio-pci; a guest has no driver for it.
+pub fn nvme() -> Result<String> {
+    env::var("LAB_NVME_BDF").context("LAB_NVME_BDF is not set: run this in the lab (./dev lab)")
+}
+
 fn required(name: &str) -> Result<PathBuf> {
     let value = env::var(name)
         .with_context(|| format!("{name} is not set: l1-tests runs in the lab's L1 (./dev test, ./dev lab)"))?;

@@ -64,6 +64,12 @@ impl Builder {
         Ok(self)
     }
 
+    /// Passes the device at `bdf` through.
+    pub fn device_at(mut self, bdf: String) -> Self {
+        self.devices.push((bdf, None));
+        self
+    }
+
     /// Starts the VMM and waits until the guest's agent is ready.
     pub fn boot(self) -> Result<Vm> {
         let mut vm = self.start()?;
