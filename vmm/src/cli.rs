@@ -35,6 +35,9 @@ pub struct Cli {
     /// Where the log goes; default: standard error.
     #[arg(long)]
     pub log_file: Option<PathBuf>,
+    /// Where events are written, a JSON object a line: a file or FIFO as path=PATH, or fd=N.
+    #[arg(long, value_parser = args::api_socket)]
+    pub event_monitor: Option<ApiSocket>,
     /// Where the PID is written, and written again should an update that failed have changed it.
     #[arg(long)]
     pub pid_file: Option<PathBuf>,

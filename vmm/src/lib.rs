@@ -4,6 +4,7 @@ pub mod boot;
 mod build_info;
 mod cli;
 mod control;
+mod events;
 mod log_config;
 mod machine;
 mod main_thread;
@@ -28,6 +29,7 @@ use theseus_resources::Vault;
 
 use cli::Cli;
 use control::{Control, Inbox, Queue, Vm};
+use events::EventStream;
 use log_config::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
@@ -126,7 +128,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn control(self, host: Host, server: Option<Server>, supervisor: Supervisor) -> Control {
+    fn control(self, host: Host, server: Option<Server>, supervisor: Supervisor, events: EventStream) -> Control {
         let Self { signals, queue: _, inbox, main } = self;
         Control {
             host,
@@ -135,6 +137,7 @@ impl Parts {
             signals,
             server,
             supervisor,
+            events,
             vm: Vm::None,
             helper: None,
             asked: None,
@@ -160,9 +163,11 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
     let server = cli.api_socket.as_ref().map(|socket| serve_api(socket, &parts.queue)).transpose()?;
     let supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone());
     supervisor.write_pid_file()?;
-    let mut control = parts.control(host, server, supervisor);
+    let events = EventStream::open(cli.event_monitor.as_ref(), &host.vault)?;
+    let mut control = parts.control(host, server, supervisor, events);
     if let Some(config) = config {
         control.boot_config(config).context("the guest cannot be booted")?;
+        control.events.say("vm", "booted", serde_json::json!({}));
     }
     control.supervisor.ready();
     Ok(control)
@@ -187,12 +192,12 @@ fn start_api(listener: UnixListener, kept: Vec<KeptConnection>, queue: &Queue) -
 fn take_over(parts: Parts, back: &mut WayBack, started: u64) -> anyhow::Result<Control> {
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
     let adopted = update::adopt::adopt(back, requests, started).map_err(anyhow::Error::msg)?;
-    let Adopted { host, machine, config, was_shut_down, api, helper, supervisor } = adopted;
+    let Adopted { host, machine, config, was_shut_down, api, helper, supervisor, events } = adopted;
     // The guest runs: an API that cannot be served is no reason to lose it.
     let server = api.and_then(|api| {
         start_api(api.listener, api.connections, &parts.queue).inspect_err(|error| log::error!("{error:#}")).ok()
     });
-    let mut control = parts.control(host, server, supervisor);
+    let mut control = parts.control(host, server, supervisor, events);
     control.helper = helper;
     control.vm = match (machine, config) {
         (Some(mut machine), _) => {

@@ -196,6 +196,7 @@ impl Vm {
         let api = Api { path: dir.join("api") };
         let mut command = Command::new(lab::bin(binary)?);
         command.arg("--api-socket").arg(&api.path).args(args);
+        command.arg("--pid-file").arg(dir.join("pid")).arg("--event-monitor").arg(dir.join("events"));
         if serial {
             command.arg("--serial").arg(format!("socket={}", dir.join("serial").display()));
         }
@@ -301,8 +302,18 @@ impl Vm {
         proc::Facts::of(self.pid())
     }
 
-    /// After a roll back that may have changed the PID.
+    /// Everything that the event stream has said, in order.
+    pub fn events(&self) -> Result<Vec<serde_json::Value>> {
+        let text = fs::read_to_string(self.dir.join("events"))?;
+        text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// After a roll back that may have changed the PID, which is said where a supervisor looks.
     pub fn follow(&mut self, pid: u32) -> Result<()> {
+        let written = fs::read_to_string(self.dir.join("pid"))?;
+        ensure!(written.trim() == pid.to_string(), "the PID file says {written}, the report {pid}");
+        let last = self.events()?.pop().context("no event")?;
+        ensure!(last["source"] == "update" && last["properties"]["pid"] == pid, "the last event is {last}");
         self.process.follow(pid).with_context(|| format!("the VMM is said to be process {pid} now"))
     }
 

@@ -16,6 +16,7 @@ use theseus_api::{ApiError, Request};
 use theseus_devices::interrupt::{GuestRequest, GuestRequests};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::events::EventStream;
 use crate::machine::Host;
 use crate::machine::devices::lock;
 use crate::main_thread::MainThread;
@@ -87,6 +88,7 @@ pub struct Control {
     pub signals: Signals,
     pub server: Option<Server>,
     pub supervisor: Supervisor,
+    pub events: EventStream,
     pub vm: Vm,
     /// Of the last update, until it is reaped.
     pub helper: Option<Helper>,
@@ -145,10 +147,11 @@ impl Control {
     }
 
     fn guest_asked(&mut self, request: GuestRequest) {
-        let (what, code) = match request {
-            GuestRequest::PowerOff => ("the guest has powered off", crate::EXIT_POWER_OFF),
-            GuestRequest::Reset => ("the guest has asked for a reset", crate::EXIT_RESET),
+        let (event, what, code) = match request {
+            GuestRequest::PowerOff => ("powered_off", "the guest has powered off", crate::EXIT_POWER_OFF),
+            GuestRequest::Reset => ("reset", "the guest has asked for a reset", crate::EXIT_RESET),
         };
+        self.events.say("vm", event, serde_json::json!({}));
         log::info!("{what}");
         println!("theseus: {what}");
         self.exit = Some(code);

@@ -28,7 +28,14 @@ impl Control {
         log::info!("API: {}", request.name());
         match request {
             Request::Update(request) => self.update(&request, reply),
-            other => reply.send(self.carry_out(other)),
+            other => {
+                let event = event_of(&other);
+                let answer = self.carry_out(other);
+                if let Some((source, event)) = event.filter(|_| answer.is_ok()) {
+                    self.events.say(source, event, json!({}));
+                }
+                reply.send(answer);
+            }
         }
     }
 
@@ -145,6 +152,7 @@ impl Control {
             host: &self.host,
             main: &self.main,
             supervisor: &self.supervisor,
+            events: &self.events,
             server: self.server.as_ref(),
             machine: self.vm.machine_mut(),
             config: config.as_ref(),
@@ -156,11 +164,27 @@ impl Control {
         self.inbox.updating.store(false, Ordering::SeqCst);
         let outcome = result.outcome;
         let report = result.report(devices, containers);
+        self.events.say("update", report.outcome.name(), to_json(&report).unwrap_or_default());
         reply.send(match outcome {
             UpdateOutcome::Refused => Err(ApiError::conflict("the update is refused").because(report.reasons)),
             _ => to_json(&report).map(Body::Json),
         });
     }
+}
+
+/// What the event stream says of a request that was carried out.
+fn event_of(request: &Request) -> Option<(&'static str, &'static str)> {
+    Some(match request {
+        Request::Create(_) => ("vm", "created"),
+        Request::Boot => ("vm", "booted"),
+        Request::Pause => ("vm", "paused"),
+        Request::Resume => ("vm", "resumed"),
+        Request::Shutdown => ("vm", "shutdown"),
+        Request::Reboot => ("vm", "rebooted"),
+        Request::Delete => ("vm", "deleted"),
+        Request::VmmShutdown => ("vmm", "shutdown"),
+        _ => return None,
+    })
 }
 
 fn ping() -> PingInfo {

@@ -20,6 +20,7 @@ use super::pause::Release;
 use super::saved::{self, ApiSlots, Handover, Saved};
 use super::timeline::{Phase, Timeline};
 use crate::build_info;
+use crate::events::EventStream;
 use crate::machine::{Host, Machine};
 use crate::supervisor::Supervisor;
 
@@ -32,6 +33,7 @@ pub struct Adopted {
     pub api: Option<AdoptedApi>,
     pub helper: Option<Helper>,
     pub supervisor: Supervisor,
+    pub events: EventStream,
 }
 
 pub struct AdoptedApi {
@@ -87,6 +89,7 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     }
     let kvm = claims.claim(handover.kvm, Purpose::Kvm).map_err(|error| text(&error))?;
     let release = Release::claim(handover.release, &mut claims).map_err(|error| text(&error))?;
+    let events = EventStream::claim(handover.events, &mut claims).map_err(|error| text(&error))?;
     let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
     let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), vault, requests };
 
@@ -125,10 +128,11 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     }
     let report = report(&handover, failed, &timeline, machine.as_ref());
     log::info!("{:?} from build {}: pause {} us", report.outcome, report.from.build_id, report.pause_us.unwrap_or(0));
+    events.say("update", report.outcome.name(), serde_json::to_value(&report).unwrap_or_default());
     let api = api.map(|api| api.open(&report)).transpose();
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
     let Handover { config, was_shut_down, .. } = handover;
-    Ok(Adopted { host, machine, config, was_shut_down, api, helper, supervisor })
+    Ok(Adopted { host, machine, config, was_shut_down, api, helper, supervisor, events })
 }
 
 /// What became of the new image.

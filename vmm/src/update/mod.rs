@@ -26,6 +26,7 @@ use theseus_api::server::{ConnId, Server};
 use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport, UpdateRequest};
 
 use crate::build_info;
+use crate::events::EventStream;
 use crate::machine::{Host, Machine};
 use crate::main_thread::MainThread;
 use crate::supervisor::Supervisor;
@@ -41,6 +42,7 @@ pub struct Subject<'a> {
     pub host: &'a Host,
     pub main: &'a MainThread,
     pub supervisor: &'a Supervisor,
+    pub events: &'a EventStream,
     pub server: Option<&'a Server>,
     /// None where no VM is booted: then only the VMM itself is replaced.
     pub machine: Option<&'a mut Machine>,
@@ -89,6 +91,7 @@ pub fn run(mut subject: Subject<'_>, request: &UpdateRequest, caller: Option<Con
     if request.dry_run {
         return prepared.ready();
     }
+    subject.events.say("update", "prepared", serde_json::json!({ "to": prepared.target.build }));
     let (to, timeline) = (Some(prepared.target.build.clone()), prepared.timeline.clone());
     let reason = in_pause(&mut subject, prepared, caller, deadline);
     let reason = format!("phase {}: {reason}", timeline.current().name());

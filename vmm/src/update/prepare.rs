@@ -119,6 +119,7 @@ pub fn handover(subject: &Subject<'_>, kept: &Kept, target: &Target, api: Option
         to: target.build.clone(),
         old_binary: kept.old_binary.slot(),
         supervisor: subject.supervisor.clone(),
+        events: subject.events.slot(),
         log: LogConfig::in_use(),
         timeline: kept.timeline.slot(),
         kvm: subject.host.hypervisor.kept().slot(),

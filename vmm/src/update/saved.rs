@@ -27,6 +27,8 @@ pub struct Handover {
     pub old_binary: Slot,
     #[serde(default)]
     pub supervisor: Supervisor,
+    #[serde(default)]
+    pub events: Option<Slot>,
     /// How this process logs: parsing the command line again would cost a part of the pause.
     pub log: LogConfig,
     pub timeline: Slot,

@@ -1,0 +1,97 @@
+//! The event stream (`--event-monitor`): one JSON object a line, for whoever supervises many guests.
+//!
+//! `{"timestamp":{"secs":S,"nanos":N},"source":"vm|vmm|update","event":"NAME","properties":{...}}`. A reader that does not read loses
+//! events, and never holds the VMM up.
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::{Value, json};
+use theseus_api::args::ApiSocket;
+use theseus_resources::vault::VaultError;
+use theseus_resources::{Claims, KeptFd, Purpose, Slot, Vault};
+
+/// Linux's, bytes (pipe(7)).
+const PIPE_BUF: usize = 4096;
+
+/// Cheap to clone; says nothing where no stream was asked for.
+#[derive(Clone, Default)]
+pub struct EventStream(Option<KeptFd>);
+
+impl EventStream {
+    /// `target`: a file that is appended to, a FIFO, or an fd that whoever started us has opened.
+    pub fn open(target: Option<&ApiSocket>, vault: &Vault) -> anyhow::Result<Self> {
+        let fd: OwnedFd = match target {
+            None => return Ok(Self(None)),
+            // Reading too: a FIFO then opens, whether or not somebody reads it yet.
+            Some(ApiSocket::Path(path)) => File::options()
+                .create(true)
+                .append(true)
+                .read(true)
+                .open(path)
+                .with_context(|| format!("event stream {}", path.display()))?
+                .into(),
+            // SAFETY: the one who started us says that this fd is ours.
+            Some(ApiSocket::Fd(fd)) => unsafe { OwnedFd::from_raw_fd(*fd) },
+        };
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).context("event stream: is that fd open?")?;
+        Ok(Self(Some(vault.keep("event stream", Purpose::Log, fd))))
+    }
+
+    pub fn slot(&self) -> Option<Slot> {
+        self.0.as_ref().map(KeptFd::slot)
+    }
+
+    pub fn claim(slot: Option<Slot>, claims: &mut Claims) -> Result<Self, VaultError> {
+        Ok(Self(slot.map(|slot| claims.claim(slot, Purpose::Log)).transpose()?))
+    }
+
+    pub fn say(&self, source: &str, event: &str, properties: Value) {
+        let Some(fd) = &self.0 else { return };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let timestamp = json!({ "secs": now.as_secs(), "nanos": now.subsec_nanos() });
+        let mut line = json!({ "timestamp": timestamp, "source": source, "event": event, "properties": properties });
+        if line.to_string().len() >= PIPE_BUF {
+            // A pipe that can be written to has room for so much; a longer line could block.
+            line["properties"] = json!({ "pid": std::process::id(), "shortened": true });
+        }
+        // Not O_NONBLOCK, which would hold for all who share the open file.
+        let ready = rustix::event::poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default()));
+        if ready != Ok(1) || rustix::io::write(fd, format!("{line}\n").as_bytes()).is_err() {
+            log::debug!("event lost: {line}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_appended_line_by_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events");
+        std::fs::write(&path, "before\n").unwrap();
+        let events = EventStream::open(Some(&ApiSocket::Path(path.clone())), &Vault::new()).unwrap();
+        events.say("vm", "booted", json!({}));
+        events.say("update", "updated", json!({ "pid": 7 }));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let last: Value = serde_json::from_str(text.lines().nth(2).unwrap()).unwrap();
+        assert_eq!((&last["event"], &last["properties"]["pid"]), (&json!("updated"), &json!(7)));
+        EventStream::default().say("vm", "nobody hears this", json!({}));
+        let nowhere = ApiSocket::Path("/nowhere/events".into());
+        assert!(EventStream::open(Some(&nowhere), &Vault::new()).is_err());
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_holds_nobody_up() {
+        let (_reader, writer) = rustix::pipe::pipe().unwrap();
+        let events = EventStream(Some(Vault::new().keep("pipe", Purpose::Log, writer)));
+        for _ in 0..5000 {
+            events.say("vm", "booted", json!({}));
+        }
+    }
+}
