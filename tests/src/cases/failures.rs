@@ -171,6 +171,40 @@ pub fn second_container() -> Result<()> {
     Ok(())
 }
 
+/// Every reason at once: of the file, and of the limits of the process.
+pub fn preflight() -> Result<()> {
+    rig::shared(|rig| {
+        let set_limit = |soft: u64| -> Result<u64> {
+            let (mut old, mut limit) =
+                (libc::rlimit { rlim_cur: 0, rlim_max: 0 }, libc::rlimit { rlim_cur: 0, rlim_max: 0 });
+            let pid = rig.vm.pid() as libc::pid_t;
+            // SAFETY: the kernel fills one rlimit, and reads one.
+            unsafe {
+                ensure!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut old) == 0, "prlimit");
+                (limit.rlim_cur, limit.rlim_max) = (soft, old.rlim_max);
+                ensure!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) == 0, "prlimit");
+            }
+            Ok(old.rlim_cur)
+        };
+        let before = rig.vm.ping()?;
+        let old = set_limit(80)?;
+        let body = serde_json::json!({ "binary": lab::bin("agent")?, "sha256": "0".repeat(64), "dry_run": true });
+        let answer = rig.vm.api.put("vm.update", &body.to_string())?;
+        let right = serde_json::json!({ "binary": rig.vm.other_build()? });
+        let refused = rig.vm.api.put("vm.update", &right.to_string())?;
+        set_limit(old)?;
+        let causes = End::Refused.reasons(&answer)?;
+        for part in ["RLIMIT_NOFILE is 80", "SHA-256", "not a build of Theseus"] {
+            ensure!(causes.contains(part), "no word of {part}: {causes}");
+        }
+        note(format_args!("told: {causes}"));
+        ensure!(End::Refused.reasons(&refused)?.contains("RLIMIT_NOFILE"), "{refused:?}");
+        ensure!(rig.vm.ping()?.build_id == before.build_id, "updated all the same");
+        rig.vm.update()?;
+        Ok(())
+    })
+}
+
 /// A dry run says that it would work, or why not, and changes nothing.
 pub fn dry_run() -> Result<()> {
     rig::shared(|rig| {

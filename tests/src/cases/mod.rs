@@ -71,6 +71,7 @@ const CASES: &[Case] = &[
     shared("idle_and_calling_connections", connections::kept),
     shared("client_hangs_up_during_update", connections::client_hangs_up),
     shared("dry_run", failures::dry_run),
+    shared("preflight_lists_every_reason", failures::preflight),
     shared("fails_target_missing", failures::target_missing),
     shared("fails_not_executable", failures::not_executable),
     shared("fails_not_theseus", failures::not_theseus),

@@ -9,9 +9,10 @@ use theseus_resources::{StateReader, StateWriter};
 use super::devices::DevicesState;
 use super::passthrough::PassthroughState;
 use super::{Machine, MachineError};
+use crate::build_info;
 use crate::vcpus::placement::Placement;
 
-const MACHINE: (&str, u16) = ("machine", 1);
+const MACHINE: (&str, u16) = ("machine", 1 + build_info::SKEW.is_some() as u16);
 const RAM: (&str, u16) = ("guest-ram", 1);
 const IRQCHIP: (&str, u16) = ("kvm-irqchip", 1);
 const CLOCK: (&str, u16) = ("kvm-clock", 1);
@@ -32,6 +33,9 @@ struct MachineSection {
     placements: Vec<Placement>,
     /// Number of the VM's fd, which the next image's VM must not get.
     vm_fd: i32,
+    /// See [`build_info::SKEW`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    of_a_later_version: Option<u16>,
 }
 
 /// Everything decoded, nothing claimed or created yet: what `--check-update` tries, and what a restore starts from.
@@ -73,6 +77,7 @@ impl Machine {
             vcpus: (depth == Depth::Full).then_some(states.len() as u32),
             placements,
             vm_fd: vm.raw_fd(),
+            of_a_later_version: build_info::SKEW,
         };
         writer.add("machine", MACHINE.0, MACHINE.1, &section)?;
         writer.add("ram", RAM.0, RAM.1, &ram.save())?;
@@ -89,7 +94,7 @@ impl Machine {
 impl MachineState {
     pub fn decode(reader: &mut StateReader) -> Result<Self, MachineError> {
         let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
-        let MachineSection { config, running, has_serial, vcpus, placements, vm_fd } = section;
+        let MachineSection { config, running, has_serial, vcpus, placements, vm_fd, of_a_later_version: _ } = section;
         let mut states = Vec::new();
         for index in 0..vcpus.unwrap_or(0) {
             let state: VcpuState = reader.take(&format!("vcpu{index}"), VCPU.0, VCPU.1)?;
