@@ -14,7 +14,7 @@
 //!
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
 //! kill, stop, hang (N seconds), sleep (N ms). Some
-//! are of one phase: `save:truncated` and `exec:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N refuses),
+//! are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N refuses),
 //! `remap:refused:N` (MAP of range N is refused).
 
 #[cfg(feature = "test-hooks")]
@@ -94,7 +94,7 @@ mod hooks {
         asked(phase).filter(|(asked, _)| asked == kind).map(|(_, n)| n)
     }
 
-    /// The saved state as it is written (phase save) or read (phase exec).
+    /// The saved state as it is written (phase save) or read (phase claim).
     pub fn truncated(phase: &str, mut state: Vec<u8>) -> Vec<u8> {
         if fault_number(phase, "truncated").is_some() {
             state.truncate(state.len() / 2);

@@ -54,7 +54,7 @@ const SPECIAL: [(&str, &str); 6] = [
     ("save", "truncated"),
     ("invalidate", "ebusy:0"),
     ("invalidate", "ebusy:1"),
-    ("exec", "truncated"),
+    ("claim", "truncated"),
     ("remap", "refused:0"),
     ("remap", "refused:1"),
 ];

@@ -70,7 +70,7 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     timeline.stamp_at(Phase::Exec, started);
 
     let bytes = saved::read(back.state()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
-    let bytes = if way == Way::Forward { crate::test_hooks::truncated("exec", bytes) } else { bytes };
+    let bytes = if way == Way::Forward { crate::test_hooks::truncated("claim", bytes) } else { bytes };
     let reader = StateReader::new(&bytes).map_err(|error| text(&error))?;
     let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
     if let Err(error) = std::mem::take(&mut handover.log).start() {
