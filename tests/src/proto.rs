@@ -165,7 +165,7 @@ pub enum Request {
     CpuidChanges,
     /// `Vec<PciFunction>`
     Pci,
-    /// `u32`: enables MSI-X on the device at `bdf`, which no driver has, with all vectors unmasked; how many they are.
+    /// `u32`: enables MSI-X on the device at `bdf`, whose driver is taken off it, with all vectors unmasked; how many they are.
     VectorsOn { bdf: String },
     /// `Vec<Vector>`: the lines of /proc/interrupts whose name contains `name`.
     Interrupts { name: String },

@@ -1,4 +1,4 @@
-//! MSI-X without a driver: what a benchmark needs to have as many live vectors as it wants.
+//! MSI-X without a driver (it is taken off the device): what a benchmark needs to have as many live vectors as it wants.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -18,6 +18,9 @@ const DATA: u32 = 0x30;
 /// Enables MSI-X on the device at `bdf` with every vector unmasked. How many they are.
 pub fn on(bdf: &str) -> io::Result<u32> {
     let dir = format!("/sys/bus/pci/devices/{bdf}");
+    if fs::exists(format!("{dir}/driver"))? {
+        fs::write(format!("{dir}/driver/unbind"), bdf)?;
+    }
     fs::write(format!("{dir}/enable"), "1")?;
     let config = OpenOptions::new().read(true).write(true).open(format!("{dir}/config"))?;
     let at = capability(&config)?;

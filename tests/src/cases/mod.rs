@@ -64,6 +64,7 @@ const CASES: &[Case] = &[
     plain("idle_guest_wakes", time::idle_guest_wakes),
     plain("timer_over_update", time::timer_over_update),
     plain("affinity_kept", frozen::affinity_kept),
+    shared("traffic_without_update", traffic::without_update),
     shared("update_igb_traffic", traffic::igb),
     shared("clock_20_updates", time::clock_updates),
     shared("resources_flat_20_updates", resources::flat),

@@ -40,6 +40,18 @@ fn updates_under_traffic(rig: &mut Rig, updates: u32) -> Result<Vec<u64>> {
     Ok(pauses)
 }
 
+/// The lab itself: what is lost without an update is not the update's.
+pub fn without_update() -> Result<()> {
+    rig::shared(|rig| {
+        let started = Instant::now();
+        let traffic = rig.traffic()?;
+        traffic.moves_on(rig.agent()?, 5000, Duration::from_secs(60))?;
+        let packets = traffic.finish_clean(rig.agent()?)?;
+        note(format_args!("{packets} packets ({:.0}/s), none lost", packets as f64 / started.elapsed().as_secs_f64()));
+        Ok(())
+    })
+}
+
 pub fn igb() -> Result<()> {
     rig::shared(|rig| {
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 7 })?;

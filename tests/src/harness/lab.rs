@@ -54,7 +54,7 @@ impl Nic {
     }
 }
 
-/// PCI address of the NVMe controller that is bound to vfio-pci; a guest has no driver for it.
+/// PCI address of the NVMe controller that is bound to vfio-pci.
 pub fn nvme() -> Result<String> {
     env::var("LAB_NVME_BDF").context("LAB_NVME_BDF is not set: run this in the lab (./dev lab)")
 }
