@@ -329,6 +329,7 @@ pub fn one_cell_a_phase() -> Result<()> {
         ("park", "kill"),
         ("exec", "segv"),
         ("claim", "panic"),
+        ("claim", "truncated"),
         ("vm", "enomem"),
         ("passthrough", "sigsys"),
         ("vcpus", "stop"),
