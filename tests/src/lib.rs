@@ -3,6 +3,7 @@
 //! Modules used on both sides of the serial line come first; `agent` is the guest's side, the others are L1's.
 
 pub mod clock;
+pub mod counters;
 pub mod net;
 pub mod proto;
 pub mod seq;

@@ -160,30 +160,19 @@ pub fn set_receive_ring(name: &str, descriptors: u32) -> io::Result<()> {
 }
 
 fn ring_ioctl(name: &str, ring: &mut RingParam) -> io::Result<()> {
-    const SIOCETHTOOL: libc::c_ulong = 0x8946;
-    let mut request = ifreq(name)?;
-    // The kernel reads and writes `ring` through this pointer; it outlives the call.
-    request.ifr_ifru.ifru_data = (ring as *mut RingParam).cast();
-    ioctl(&format!("ring size of {name}"), SIOCETHTOOL, &mut request)
+    // SAFETY: `ring` is what these two commands read and write, and outlives the call.
+    unsafe { ethtool("ring size", name, (ring as *mut RingParam).cast()) }
 }
 
-/// Counters of `name` that are not zero and tell of loss, and the machine's UDP errors: where packets went that did not come.
-pub fn losses(name: &str) -> io::Result<Vec<(String, u64)>> {
-    let mut losses = Vec::new();
-    for entry in fs::read_dir(format!("/sys/class/net/{name}/statistics"))?.flatten() {
-        let counter = entry.file_name().to_string_lossy().into_owned();
-        let count = fs::read_to_string(entry.path())?.trim().parse().unwrap_or(0);
-        if count > 0 && (counter.contains("err") || counter.contains("drop")) {
-            losses.push((counter, count));
-        }
-    }
-    let snmp = fs::read_to_string("/proc/net/snmp")?;
-    let mut udp = snmp.lines().filter_map(|line| line.strip_prefix("Udp: "));
-    if let (Some(names), Some(counts)) = (udp.next(), udp.next()) {
-        let counters = names.split(' ').zip(counts.split(' ')).filter(|(name, _)| name.ends_with("Errors"));
-        losses.extend(counters.filter_map(|(n, c)| Some((n.to_string(), c.parse().ok().filter(|c| *c > 0)?))));
-    }
-    Ok(losses)
+/// SIOCETHTOOL.
+///
+/// # Safety
+/// `command` points to the structure that its first word, the command, reads or writes, as long as the kernel takes it to be.
+pub unsafe fn ethtool(what: &str, name: &str, command: *mut libc::c_char) -> io::Result<()> {
+    const SIOCETHTOOL: libc::c_ulong = 0x8946;
+    let mut request = ifreq(name)?;
+    request.ifr_ifru.ifru_data = command;
+    ioctl(&format!("{what} of {name}"), SIOCETHTOOL, &mut request)
 }
 
 #[cfg(test)]

@@ -119,8 +119,8 @@ pub enum Request {
     Ring { name: String, descriptors: u32 },
     /// `()`: a permanent ARP entry.
     Neighbour { name: String, ip: String, mac: String },
-    /// `Vec<(String, u64)>`: counters of loss of interface `name`.
-    Losses { name: String },
+    /// `Vec<(String, u64)>`: what was counted on interface `name`, see [`crate::counters::of`].
+    Counters { name: String },
     /// `()`: starts to send numbered packets, `rate` a second.
     SendStart { flow: u32, from: String, to: String, rate: u32 },
     /// `Sent`: stops it.

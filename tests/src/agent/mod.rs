@@ -16,7 +16,7 @@ use std::{
 use serde::Serialize;
 
 use crate::{
-    clock, net,
+    clock, counters, net,
     proto::{Answer, Line, LineBuffer, Notice, Request, UNASKED},
 };
 
@@ -132,7 +132,7 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::Neighbour { name, ip, mac } => {
             value(net::set_neighbour(&name, ip.parse()?, net::parse_mac(&mac).ok_or("not a MAC address")?)?)
         }
-        Request::Losses { name } => value(net::losses(&name)?),
+        Request::Counters { name } => value(counters::of(&name)?),
         Request::SendStart { flow, from, to, rate } => {
             value(lock(&agent.streams).send_start(flow, from.parse()?, to.parse()?, rate)?)
         }

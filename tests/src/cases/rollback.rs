@@ -183,7 +183,7 @@ impl Subject {
                     "{} {name}: {way}; outage {outage:?}; missing {:?}; counters {}",
                     account.name,
                     account.missing,
-                    account.losses
+                    account.counters
                 );
                 lost += missing;
             }

@@ -5,8 +5,8 @@ use std::{fmt, net::SocketAddr, time::Duration};
 use anyhow::{Result, ensure};
 
 use crate::{
+    counters,
     harness::{agent::Agent, wait_for, wire::Wire},
-    net,
     proto::{Request, Sent},
     seq::SeqStats,
     stream::{Receiver, Sender},
@@ -77,8 +77,8 @@ pub struct WireAccount {
     pub from_guest: Account,
     /// Numbers that never came to L1, the first of them.
     pub missing: Vec<u64>,
-    /// Counters of loss since their start, in the guest and in L1.
-    pub losses: String,
+    /// What was counted since their start, in the guest and in L1.
+    pub counters: String,
 }
 
 impl Traffic {
@@ -122,7 +122,7 @@ impl Traffic {
                 to_guest,
                 from_guest,
                 missing: Vec::new(),
-                losses: String::new(),
+                counters: String::new(),
             });
         }
         Ok(accounts)
@@ -160,10 +160,10 @@ impl Traffic {
                 to_guest: Account { sent: sent_in, got: got_in },
                 from_guest: Account { sent: sent_out, got: got_out },
                 missing,
-                losses: format!(
+                counters: format!(
                     "guest {:?}, L1 {:?}",
-                    agent.call::<Vec<(String, u64)>>(&Request::Losses { name: flows.wire.guest.clone() })?,
-                    net::losses(&flows.wire.peer)?
+                    agent.call::<Vec<(String, u64)>>(&Request::Counters { name: flows.wire.guest.clone() })?,
+                    counters::of(&flows.wire.peer)?
                 ),
             });
         }
@@ -174,11 +174,11 @@ impl Traffic {
     pub fn finish_clean(self, agent: &Agent) -> Result<u64> {
         let mut packets = 0;
         for account in self.finish(agent)? {
-            let WireAccount { name, to_guest, from_guest, missing, losses } = account;
-            ensure!(to_guest.is_clean(), "{name}, L1 to guest: {to_guest}; counters: {losses}");
+            let WireAccount { name, to_guest, from_guest, missing, counters } = account;
+            ensure!(to_guest.is_clean(), "{name}, L1 to guest: {to_guest}; counters: {counters}");
             ensure!(
                 from_guest.is_clean(),
-                "{name}, guest to L1: {from_guest}; missing {missing:?}; counters: {losses}"
+                "{name}, guest to L1: {from_guest}; missing {missing:?}; counters: {counters}"
             );
             packets += to_guest.sent.packets + from_guest.sent.packets;
         }
