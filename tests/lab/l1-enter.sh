@@ -58,6 +58,8 @@ for entry in $LAB_PASSED; do # NAME:PORT:MAC (nvme has no MAC)
     [ -z "$mac" ] || say "LAB_${name}_MAC" "${mac//-/:}"
 done
 
+# fq_codel, the default, drops what waited for more than 100 ms: a stall would look like a loss.
+echo pfifo_fast >/proc/sys/net/core/default_qdisc
 while read -r m; do busybox insmod "/run/lab/modules/$m" || fail "insmod $m"; done </run/lab/modules/nics
 for entry in $LAB_PEERS; do
     IFS=: read -r name port mac <<<"$entry"

@@ -1,6 +1,6 @@
 //! What drivers, devices and the kernel counted: where packets went that did not come.
 
-use std::{fs, io};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use crate::net::ethtool;
 
@@ -10,6 +10,7 @@ pub fn of(name: &str) -> io::Result<Vec<(String, u64)>> {
     let mut counters = statistics(name)?;
     counters.extend(device(name)?);
     counters.extend(protocols()?);
+    counters.extend(drops());
     counters.retain(|(counter, count)| *count > 0 && tells(counter));
     counters.sort();
     counters.dedup();
@@ -82,4 +83,57 @@ fn protocols() -> io::Result<Vec<(String, u64)>> {
         }
     }
     Ok(counters)
+}
+
+const TRACEFS: &str = "/sys/kernel/tracing";
+
+/// From now on the kernel notes every packet that it drops, why and where (skb:kfree_skb). Without tracefs there are no such notes.
+pub fn note_drops() {
+    let tracefs = Path::new(TRACEFS);
+    if !tracefs.join("trace").exists() {
+        // SAFETY: C strings; without data.
+        unsafe {
+            libc::mount(c"tracefs".as_ptr(), c"/sys/kernel/tracing".as_ptr(), c"tracefs".as_ptr(), 0, std::ptr::null())
+        };
+    }
+    for switch in ["options/stacktrace", "events/skb/kfree_skb/enable"] {
+        let _ = fs::write(tracefs.join(switch), "1");
+    }
+}
+
+/// The notes: how often for which reason and called by whom.
+fn drops() -> Vec<(String, u64)> {
+    fs::read_to_string(Path::new(TRACEFS).join("trace")).map(|trace| drops_in(&trace)).unwrap_or_default()
+}
+
+fn drops_in(trace: &str) -> Vec<(String, u64)> {
+    /// Callers that are named.
+    const CALLERS: usize = 10;
+    let mut drops = BTreeMap::new();
+    for event in trace.split("kfree_skb: ").skip(1) {
+        let reason =
+            event.lines().next().and_then(|line| line.split_once("reason: ")).map_or("?", |(_, reason)| reason);
+        let callers: Vec<_> = event.lines().filter_map(|line| line.strip_prefix(" => ")).take(CALLERS).collect();
+        *drops.entry(format!("dropped: {reason}, {}", callers.join(" < "))).or_insert(0) += 1;
+    }
+    drops.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drops_by_reason_and_caller() {
+        let event = "kworker-7 [000] ..s1 1.0: kfree_skb: skbaddr=00000000f00 protocol=2048 location=00000000ba4 reason: QDISC_DROP\n\
+                     kworker-7 [000] ..s1 1.0: <stack trace>\n => kfree_skb_reason\n => fq_codel_dequeue\n";
+        let expected = ("dropped: QDISC_DROP, kfree_skb_reason < fq_codel_dequeue".to_string(), 2);
+        assert_eq!(drops_in(&format!("# tracer: nop\n{event}{event}")), [expected]);
+    }
+
+    #[test]
+    fn what_tells_of_loss() {
+        assert!(["tx_dropped", "device rx_packets", "Udp: RcvbufErrors", "dropped: ?"].iter().all(|name| tells(name)));
+        assert!(!["rx_bytes", "Ip: InReceives", "device tx_queue_0_bytes"].iter().any(|name| tells(name)));
+    }
 }

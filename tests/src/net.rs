@@ -71,6 +71,12 @@ pub fn set_address(name: &str, ip: Ipv4Addr, prefix: u8) -> io::Result<()> {
     ioctl(&format!("netmask {mask} for {name}"), libc::SIOCSIFNETMASK as libc::c_ulong, &mut request)
 }
 
+/// Interfaces that come up from now on queue first in, first out. fq_codel, Debian's default, drops packets that waited for more than
+/// 100 ms (RFC 8289): a stall of the machine would look like a loss on the way.
+pub fn drop_nothing_by_age() {
+    let _ = fs::write("/proc/sys/net/core/default_qdisc", "pfifo_fast");
+}
+
 /// Brings `name` up with `ip`/`prefix`, without IPv6 (whose packets would come unasked), and waits for its carrier.
 pub fn interface_up(name: &str, ip: Ipv4Addr, prefix: u8, deadline: Duration) -> io::Result<()> {
     // No IPv6 in the kernel serves as well.

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Packets that a sender sends at once, at most, to be back at its rate.
-const CATCH_UP: u64 = 8;
+const CATCH_UP: u64 = 50;
 const RECEIVE_BUFFER: i32 = 8 << 20;
 
 fn io_thread(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {

@@ -126,6 +126,8 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::Ping => value(()),
         Request::Nics => value(machine::nics()?),
         Request::IfUp { name, ip, prefix } => {
+            net::drop_nothing_by_age();
+            counters::note_drops();
             value(net::interface_up(&name, ip.parse()?, prefix, std::time::Duration::from_secs(20))?)
         }
         Request::Ring { name, descriptors } => value(net::set_receive_ring(&name, descriptors)?),
