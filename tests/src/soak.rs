@@ -14,6 +14,7 @@ use crate::{
         logs,
         rig::Rig,
         table::Table,
+        traffic::{self, Traffic},
         vm::Vm,
     },
     proto::{MemoryStats, Request},
@@ -92,7 +93,10 @@ fn faults(seed: Option<u64>) -> Result<()> {
 fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), nics)?;
     rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 99 })?;
-    let traffic = rig.traffic()?;
+    // Shared among the wires: with more, L1's one CPU is busy with packets alone, and the helper of an update, at idle priority, with
+    // nothing for most of a minute.
+    let wires: Vec<_> = rig.wires.iter().collect();
+    let traffic = Traffic::start(rig.agent()?, &wires, traffic::RATE / wires.len() as u32)?;
     let clock_before = clock::read(&rig.vm)?;
     rig.vm.update()?;
     rig.vm.update()?;
