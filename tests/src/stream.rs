@@ -22,27 +22,50 @@ use crate::{
 const CATCH_UP: u64 = 50;
 const RECEIVE_BUFFER: i32 = 8 << 20;
 
-fn io_thread(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(name).stack_size(128 << 10).spawn(body)
+/// A thread with a flag that tells it to end; dropped, it has ended.
+struct Worker {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn start(name: String, body: impl FnOnce(&AtomicBool) + Send + 'static) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name(name).stack_size(128 << 10).spawn(move || body(&stopped))?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+
+    fn end(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 /// A thread that sends packets 0, 1, 2, … at a fixed rate until it is stopped or dropped.
 pub struct Sender {
-    stop: Arc<AtomicBool>,
     packets: Arc<AtomicU64>,
     errors: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
+    worker: Worker,
 }
 
 impl Sender {
     pub fn start(flow: u32, from: SocketAddr, to: SocketAddr, rate: u32) -> io::Result<Self> {
         let socket = UdpSocket::bind(from)?;
         socket.connect(to)?;
-        let (stop, packets, errors) = (Arc::new(AtomicBool::new(false)), Arc::default(), Arc::default());
-        let sender = (Arc::clone(&stop), Arc::clone(&packets), Arc::clone(&errors));
+        let (packets, errors) = (Arc::default(), Arc::default());
+        let sender = (Arc::clone(&packets), Arc::clone(&errors));
         let period = 1_000_000_000 / u64::from(rate.max(1));
-        let thread = io_thread(format!("send{flow}"), move || {
-            let (stop, packets, errors): (Arc<AtomicBool>, Arc<AtomicU64>, Arc<AtomicU64>) = sender;
+        let worker = Worker::start(format!("send{flow}"), move |stop| {
+            let (packets, errors): (Arc<AtomicU64>, Arc<AtomicU64>) = sender;
             let mut due = mono_ns();
             let mut seq = 0;
             while !stop.load(Ordering::Relaxed) {
@@ -62,7 +85,7 @@ impl Sender {
                 sleep_until(due);
             }
         })?;
-        Ok(Self { stop, packets, errors, thread: Some(thread) })
+        Ok(Self { packets, errors, worker })
     }
 
     pub fn stats(&self) -> Sent {
@@ -71,29 +94,15 @@ impl Sender {
 
     /// Stops it; the number of packets is final.
     pub fn stop(mut self) -> Sent {
-        self.halt();
+        self.worker.end();
         self.stats()
-    }
-
-    fn halt(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Drop for Sender {
-    fn drop(&mut self) {
-        self.halt();
     }
 }
 
 /// A thread that counts the packets of one flow until it is stopped or dropped.
 pub struct Receiver {
-    stop: Arc<AtomicBool>,
     check: Arc<Mutex<SeqCheck>>,
-    thread: Option<JoinHandle<()>>,
+    worker: Worker,
 }
 
 impl Receiver {
@@ -101,23 +110,22 @@ impl Receiver {
         let socket = UdpSocket::bind(at)?;
         big_receive_buffer(&socket, RECEIVE_BUFFER)?;
         socket.set_read_timeout(Some(Duration::from_millis(100)))?;
-        let (stop, check) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(SeqCheck::default())));
-        let receiver = (Arc::clone(&stop), Arc::clone(&check));
-        let thread = io_thread(format!("recv{flow}"), move || {
-            let (stop, check) = receiver;
+        let check = Arc::new(Mutex::new(SeqCheck::default()));
+        let receiver = Arc::clone(&check);
+        let worker = Worker::start(format!("recv{flow}"), move |stop| {
             // One more than a packet, so that a longer one does not look like ours.
             let mut bytes = [0; PACKET_LEN + 1];
             while !stop.load(Ordering::Relaxed) {
                 let Ok(len) = socket.recv(&mut bytes) else { continue };
                 let now = mono_ns();
-                let mut check = check.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut check = receiver.lock().unwrap_or_else(PoisonError::into_inner);
                 match Packet::decode(&bytes[..len]) {
                     Some(packet) if packet.flow == flow => check.packet(packet.seq, now),
                     _ => check.foreign(),
                 }
             }
         })?;
-        Ok(Self { stop, check, thread: Some(thread) })
+        Ok(Self { check, worker })
     }
 
     pub fn stats(&self) -> SeqStats {
@@ -140,21 +148,8 @@ impl Receiver {
             }
             sleep_until(until);
         }
-        self.halt();
+        self.worker.end();
         self.stats()
-    }
-
-    fn halt(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        self.halt();
     }
 }
 
