@@ -149,3 +149,28 @@ pub fn deadline_race() -> Result<()> {
         Ok(())
     })
 }
+
+/// Deadlines that vCPUs cannot keep: each update is given up at once, and what a late vCPU still does confuses no later one.
+pub fn short_deadlines() -> Result<()> {
+    rig::shared(|rig| {
+        let traffic = rig.traffic()?;
+        let (mut late, mut longest) = (0, 0);
+        for round in 0..60 {
+            let body = serde_json::json!({ "binary": rig.vm.other_build()?, "deadline_ms": 1 + round % 3 });
+            let answer = rig.vm.api.put("vm.update", &body.to_string())?;
+            ensure!(answer.status == 200, "{answer:?}");
+            let report: Report = answer.json()?;
+            ensure!(report.outcome == "rolled_back", "{report:?}");
+            rig.vm.follow(report.pid)?;
+            late += usize::from(report.reasons.join(" ").contains("did not stop"));
+            longest = report.pause_us.max(longest);
+        }
+        note(format_args!("vCPUs were late {late} times of 60; the longest pause {longest} us"));
+        ensure!(longest < 5_000_000, "the guest stood still for {longest} us");
+        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        rig.vm.update()?;
+        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        traffic.finish_clean(rig.agent()?)?;
+        Ok(())
+    })
+}

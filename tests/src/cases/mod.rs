@@ -80,6 +80,7 @@ const CASES: &[Case] = &[
     shared("fails_older_state_version", failures::older_state_version),
     shared("fails_exec", failures::exec_fails),
     shared("meets_its_deadline", meetings::deadline_race),
+    shared("meets_short_deadlines", meetings::short_deadlines),
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),

@@ -10,7 +10,7 @@ mod signal;
 mod thread;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -83,8 +83,9 @@ enum Event {
 struct Handle {
     index: u32,
     tid: libc::pid_t,
-    /// Says that the thread is to come out of KVM_RUN and stay out.
-    pause: Arc<AtomicBool>,
+    /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a flag that is taken back
+    /// before a slow thread has looked would leave its command in the queue.
+    pauses: Arc<AtomicU32>,
     exit_flag: ExitFlag,
     commands: Sender<Command>,
     thread: Option<JoinHandle<()>>,
@@ -96,6 +97,14 @@ impl Handle {
         signal::kick(self.tid);
     }
 
+    /// Takes the thread out of KVM_RUN for `command`.
+    fn interrupt(&self, command: Command) -> Result<(), VcpuError> {
+        self.pauses.fetch_add(1, Ordering::SeqCst);
+        let sent = self.send(command);
+        self.kick();
+        sent
+    }
+
     fn send(&self, command: Command) -> Result<(), VcpuError> {
         self.commands.send(command).map_err(|_| VcpuError::Gone)
     }
@@ -104,7 +113,7 @@ impl Handle {
 /// A thread that has not said yet whether it has a vCPU.
 struct Newcomer {
     index: u32,
-    pause: Arc<AtomicBool>,
+    pauses: Arc<AtomicU32>,
     commands: Sender<Command>,
     thread: JoinHandle<()>,
     introduced: Receiver<(libc::pid_t, ExitFlag)>,
@@ -120,11 +129,11 @@ impl Starting {
     /// All vCPUs exist, and are stopped.
     pub fn wait(self) -> Result<Vcpus, VcpuError> {
         let Self { waiting, events } = self;
-        let mut vcpus = Vcpus { handles: Vec::new(), events, running: false };
-        for Newcomer { index, pause, commands, thread, introduced } in waiting {
+        let mut vcpus = Vcpus { handles: Vec::new(), events, running: false, late: 0 };
+        for Newcomer { index, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok((tid, exit_flag)) = introduced.recv() {
-                vcpus.handles.push(Handle { index, tid, pause, exit_flag, commands, thread: Some(thread) });
+                vcpus.handles.push(Handle { index, tid, pauses, exit_flag, commands, thread: Some(thread) });
             } else {
                 drop(commands);
                 let _ = thread.join();
@@ -139,6 +148,8 @@ pub struct Vcpus {
     handles: Vec<Handle>,
     events: Receiver<Event>,
     running: bool,
+    /// Acknowledgements of abandoned pauses that are still to come.
+    late: usize,
 }
 
 impl Vcpus {
@@ -147,13 +158,13 @@ impl Vcpus {
         let (event_sender, events) = channel();
         let mut starting = Starting { waiting: Vec::new(), events };
         for (index, start) in (0u32..).zip(starts) {
-            let pause = Arc::new(AtomicBool::new(true));
+            let pauses = Arc::new(AtomicU32::new(0));
             let (commands, receiver) = channel();
             let (introduce, introduced) = channel();
             let body = thread::Body {
                 index,
                 shared: shared.clone(),
-                pause: pause.clone(),
+                pauses: pauses.clone(),
                 commands: receiver,
                 events: event_sender.clone(),
             };
@@ -161,7 +172,7 @@ impl Vcpus {
                 .name(format!("vcpu{index}"))
                 .spawn(move || body.main(start, &introduce))
                 .map_err(|source| VcpuError::Spawn { index, source })?;
-            starting.waiting.push(Newcomer { index, pause, commands, thread, introduced });
+            starting.waiting.push(Newcomer { index, pauses, commands, thread, introduced });
         }
         Ok(starting)
     }
@@ -185,7 +196,6 @@ impl Vcpus {
     pub fn resume(&mut self) -> Result<(), VcpuError> {
         self.running = true;
         for handle in &self.handles {
-            handle.pause.store(false, Ordering::SeqCst);
             handle.send(Command::Run)?;
         }
         Ok(())
@@ -198,37 +208,23 @@ impl Vcpus {
         }
         let deadline = Instant::now() + within;
         for handle in &self.handles {
-            handle.pause.store(true, Ordering::SeqCst);
-            handle.send(Command::Pause)?;
-            handle.kick();
+            handle.interrupt(Command::Pause)?;
         }
-        for done in 0..self.handles.len() {
+        let all = self.handles.len();
+        let expected = all + std::mem::take(&mut self.late);
+        for done in 0..expected {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Event::Paused) => {}
                 Ok(_) | Err(RecvTimeoutError::Disconnected) => return Err(VcpuError::Gone),
                 Err(RecvTimeoutError::Timeout) => {
-                    let all = self.handles.len();
-                    self.abandon_pause(all - done)?;
-                    return Err(VcpuError::Stuck { missing: all - done, all, within });
+                    self.late = expected - done;
+                    // Whoever is late takes the pause, and then this, from its queue.
+                    self.handles.iter().try_for_each(|handle| handle.send(Command::Run))?;
+                    return Err(VcpuError::Stuck { missing: self.late.min(all), all, within });
                 }
             }
         }
         self.running = false;
-        Ok(())
-    }
-
-    /// After a pause that took too long: everybody runs again, and late acknowledgements are taken off the channel.
-    fn abandon_pause(&mut self, missing: usize) -> Result<(), VcpuError> {
-        for handle in &self.handles {
-            handle.pause.store(false, Ordering::SeqCst);
-            handle.send(Command::Run)?;
-        }
-        for _ in 0..missing {
-            match self.events.recv_timeout(ANSWER) {
-                Ok(Event::Paused) => {}
-                _ => return Err(VcpuError::Gone),
-            }
-        }
         Ok(())
     }
 
@@ -263,9 +259,7 @@ impl Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         for handle in &self.handles {
-            handle.pause.store(true, Ordering::SeqCst);
-            let _ = handle.commands.send(Command::End);
-            handle.kick();
+            let _ = handle.interrupt(Command::End);
         }
         for handle in &mut self.handles {
             if handle.thread.take().is_some_and(|thread| thread.join().is_err()) {

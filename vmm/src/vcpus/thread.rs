@@ -1,7 +1,7 @@
 //! The body of a vCPU thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 
 use theseus_devices::interrupt::GuestRequest;
@@ -14,7 +14,7 @@ use crate::boot;
 pub(super) struct Body {
     pub index: u32,
     pub shared: Shared,
-    pub pause: Arc<AtomicBool>,
+    pub pauses: Arc<AtomicU32>,
     pub commands: Receiver<Command>,
     pub events: Sender<Event>,
 }
@@ -36,7 +36,10 @@ impl Body {
                     self.tell(Event::Ready(result.map_err(|source| self.error(source))));
                 }
                 Command::Run => self.run(&mut vcpu),
-                Command::Pause => self.tell(Event::Paused),
+                Command::Pause => {
+                    self.pauses.fetch_sub(1, Ordering::SeqCst);
+                    self.tell(Event::Paused);
+                }
                 Command::Save => {
                     let saved = vcpu.save().map(Box::new).map_err(|source| self.error(source));
                     self.tell(Event::Saved(saved));
@@ -48,6 +51,11 @@ impl Body {
 
     fn error(&self, source: theseus_hypervisor::Error) -> VcpuError {
         VcpuError::Hypervisor { index: self.index, source }
+    }
+
+    /// Whether a command waits that this thread must come out of the guest for.
+    fn is_wanted(&self) -> bool {
+        self.pauses.load(Ordering::SeqCst) > 0
     }
 
     fn tell(&self, event: Event) {
@@ -86,7 +94,7 @@ impl Body {
     fn run(&self, vcpu: &mut Vcpu) {
         vcpu.set_immediate_exit(false);
         // A pause that was asked for before the line above has its exit flag cleared by it: look again.
-        if self.pause.load(Ordering::SeqCst) {
+        if self.is_wanted() {
             vcpu.set_immediate_exit(true);
         }
         loop {
@@ -96,10 +104,10 @@ impl Body {
                 Ok(Exit::MmioRead(addr, data)) => self.shared.mmio.read(addr, data),
                 Ok(Exit::MmioWrite(addr, data)) => self.shared.mmio.write(addr, data),
                 // KVM completes what the last exit left pending before it looks at the exit flag, so here nothing is.
-                Ok(Exit::Interrupted) if self.pause.load(Ordering::SeqCst) => return,
+                Ok(Exit::Interrupted) if self.is_wanted() => return,
                 Ok(Exit::Interrupted) => {
                     vcpu.set_immediate_exit(false);
-                    if self.pause.load(Ordering::SeqCst) {
+                    if self.is_wanted() {
                         vcpu.set_immediate_exit(true);
                     }
                 }
