@@ -13,7 +13,6 @@ pub fn of(name: &str) -> io::Result<Vec<(String, u64)>> {
     counters.extend(drops());
     counters.retain(|(counter, count)| *count > 0 && tells(counter));
     counters.sort();
-    counters.dedup();
     Ok(counters)
 }
 

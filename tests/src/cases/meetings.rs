@@ -11,7 +11,7 @@ use crate::{
     cases::note,
     harness::{
         hooks::Switch,
-        rig,
+        rig::{self, Rig},
         vm::{Report, Vm, update_body},
         wait_for,
     },
@@ -110,6 +110,14 @@ pub fn guest_ends() -> Result<()> {
     Ok(())
 }
 
+/// What became of an update with a deadline of its own.
+fn update_within(rig: &Rig, deadline_ms: u64) -> Result<Report> {
+    let body = serde_json::json!({ "binary": rig.vm.other_build()?, "deadline_ms": deadline_ms });
+    let answer = rig.vm.api.put("vm.update", &body.to_string())?;
+    ensure!(answer.status == 200, "{answer:?}");
+    answer.json()
+}
+
 /// The new image is ready at about the moment its deadline is over: whoever gets the arbiter, one process runs the guest, and runs it right.
 pub fn deadline_race() -> Result<()> {
     rig::shared(|rig| {
@@ -120,11 +128,8 @@ pub fn deadline_race() -> Result<()> {
             traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
             // The rest of the pause takes some 30 to 60 ms.
             let fault = Switch::with(&rig.vm.dir, "fault", &format!("commit:sleep:{}", 330 + round * 7))?;
-            let body = serde_json::json!({ "binary": rig.vm.other_build()?, "deadline_ms": 400 });
-            let answer = rig.vm.api.put("vm.update", &body.to_string())?;
+            let report = update_within(rig, 400)?;
             drop(fault);
-            ensure!(answer.status == 200, "{answer:?}");
-            let report: Report = answer.json()?;
             let same = report.pid == rig.vm.pid();
             rig.vm.follow(report.pid)?;
             if report.outcome == "updated" {
@@ -156,10 +161,7 @@ pub fn short_deadlines() -> Result<()> {
         let traffic = rig.traffic()?;
         let (mut late, mut longest) = (0, 0);
         for round in 0..60 {
-            let body = serde_json::json!({ "binary": rig.vm.other_build()?, "deadline_ms": 1 + round % 3 });
-            let answer = rig.vm.api.put("vm.update", &body.to_string())?;
-            ensure!(answer.status == 200, "{answer:?}");
-            let report: Report = answer.json()?;
+            let report = update_within(rig, 1 + round % 3)?;
             ensure!(report.outcome == "rolled_back", "{report:?}");
             rig.vm.follow(report.pid)?;
             late += usize::from(report.reasons.join(" ").contains("did not stop"));

@@ -13,6 +13,7 @@ use crate::{
     harness::{
         lab::Nic,
         rig::{self, Rig},
+        traffic::Traffic,
         vm::Vm,
     },
     proto::{MemoryStats, Request},
@@ -35,9 +36,15 @@ fn updates_under_traffic(rig: &mut Rig, updates: u32) -> Result<Vec<u64>> {
     }
     ensure!(builds.len() == 2, "{builds:?}");
     note(format_args!("pauses, us: {pauses:?}"));
+    finish_clean(rig, traffic, started)?;
+    Ok(pauses)
+}
+
+/// Ends `traffic`, of which nothing may be lost, and says how much it was.
+fn finish_clean(rig: &Rig, traffic: Traffic, started: Instant) -> Result<()> {
     let packets = traffic.finish_clean(rig.agent()?)?;
     note(format_args!("{packets} packets ({:.0}/s), none lost", packets as f64 / started.elapsed().as_secs_f64()));
-    Ok(pauses)
+    Ok(())
 }
 
 /// The lab itself: what is lost without an update is not the update's.
@@ -46,9 +53,7 @@ pub fn without_update() -> Result<()> {
         let started = Instant::now();
         let traffic = rig.traffic()?;
         traffic.moves_on(rig.agent()?, 5000, Duration::from_secs(60))?;
-        let packets = traffic.finish_clean(rig.agent()?)?;
-        note(format_args!("{packets} packets ({:.0}/s), none lost", packets as f64 / started.elapsed().as_secs_f64()));
-        Ok(())
+        finish_clean(rig, traffic, started)
     })
 }
 

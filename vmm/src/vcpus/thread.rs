@@ -58,6 +58,14 @@ impl Body {
         self.pauses.load(Ordering::SeqCst) > 0
     }
 
+    fn clear_exit_flag(&self, vcpu: &mut Vcpu) {
+        vcpu.set_immediate_exit(false);
+        // Who was wanted before the line above has the exit flag cleared by it: look again.
+        if self.is_wanted() {
+            vcpu.set_immediate_exit(true);
+        }
+    }
+
     fn tell(&self, event: Event) {
         // The owner is gone only when the process is ending.
         let _ = self.events.send(event);
@@ -92,11 +100,7 @@ impl Body {
 
     /// In the guest until a pause is asked for, or until it cannot go on.
     fn run(&self, vcpu: &mut Vcpu) {
-        vcpu.set_immediate_exit(false);
-        // A pause that was asked for before the line above has its exit flag cleared by it: look again.
-        if self.is_wanted() {
-            vcpu.set_immediate_exit(true);
-        }
+        self.clear_exit_flag(vcpu);
         loop {
             match vcpu.run() {
                 Ok(Exit::IoIn(port, data)) => self.shared.pio.read(port.into(), data),
@@ -105,12 +109,7 @@ impl Body {
                 Ok(Exit::MmioWrite(addr, data)) => self.shared.mmio.write(addr, data),
                 // KVM completes what the last exit left pending before it looks at the exit flag, so here nothing is.
                 Ok(Exit::Interrupted) if self.is_wanted() => return,
-                Ok(Exit::Interrupted) => {
-                    vcpu.set_immediate_exit(false);
-                    if self.is_wanted() {
-                        vcpu.set_immediate_exit(true);
-                    }
-                }
+                Ok(Exit::Interrupted) => self.clear_exit_flag(vcpu),
                 Ok(Exit::Reset) => {
                     log::info!("vCPU {}: triple fault: the guest resets", self.index);
                     return self.shared.requests.ask(GuestRequest::Reset);
