@@ -30,11 +30,7 @@ fetch_kernel() {
     exec {lock}>"$CACHE/lock"
     flock "$lock"
     if [[ ! -e $dir/release ]]; then
-        # Pins of a suite that also serves QEMU must not be narrower because the kernel came first.
-        case $suite in
-        bookworm-backports) add_suite "$suite" src:qemu src:seabios src:ipxe ;;
-        *) add_suite "$suite" ;;
-        esac
+        add_suite "$suite"
         [[ $(apt-cache show "linux-image-amd64/$suite" 2>/dev/null) ]] || apt_quiet update
         mapfile -t packages < <(kernel_packages "$suite" linux-image-amd64 | sort -u)
         [[ ${#packages[@]} -gt 1 ]] || die "no kernel behind linux-image-amd64 in $suite: look at 'apt-cache policy linux-image-amd64'"

@@ -4,6 +4,8 @@
 # --vectors: how many MSI-X vectors the NVMe controller has.
 # Exit codes of the lab itself: 124 timeout, 125 L1 did not start or died.
 source "$(dirname "$0")/common.sh"
+source "$LAB/apt.sh"
+source "$LAB/qemu.sh"
 
 kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=2400 results='' vectors=65 mode=run
 while [[ $# -gt 0 ]]; do
@@ -123,7 +125,7 @@ rows=24 cols=80
 (set +o pipefail && export -p | grep -E '^declare -x (THESEUS_|LAB_|RUST_|CI=|TERM=)' || true) >"$results/.lab/pass.env"
 if [[ $# -gt 0 ]]; then { printf 'exec' && printf ' %q' "$@" && echo; } >"$results/.lab/cmd"; fi
 
-qemu=(qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot
+qemu=("$(qemu_dir)/qemu-system-x86_64" -L /usr/share/seabios -L /usr/share/qemu -nodefaults -no-user-config -display none -no-reboot
     -accel tcg,thread=multi,tb-size=1024 -machine q35,kernel-irqchip=split -cpu max,la57=off -smp "$cpus" -m "$mem"
     -device intel-iommu,intremap=on,caching-mode=on
     -kernel "$kdir/vmlinuz" -initrd "$initramfs"

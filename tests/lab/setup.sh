@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# setup.sh [VERSION...|all]: installs what the lab lacks and fetches kernels (6.12 when none is named).
+# setup.sh [VERSION...|all]: installs what the lab lacks, builds its QEMU and fetches kernels (6.12 when none is named).
 # setup.sh rust: only looks for the Rust toolchain.
 # Does nothing, in well under a second, when all is there.
 source "$(dirname "$0")/common.sh"
 source "$LAB/apt.sh"
 source "$LAB/kernel.sh"
+source "$LAB/qemu.sh"
 
 # The workspace says which Rust it needs; a distribution's own may be older.
 check_rust() {
@@ -28,5 +29,6 @@ kernels=("$@")
 [[ ${kernels[0]} != all ]] || kernels=("${ALL_KERNELS[@]}")
 
 install_packages
+[[ ${SKIP_QEMU:-} ]] || build_qemu
 for version in "${kernels[@]}"; do fetch_kernel "$version"; done
 [[ ${SKIP_RUST:-} ]] || check_rust

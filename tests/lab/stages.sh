@@ -99,7 +99,11 @@ done
 case $command in
 lint | unit | build) "$LAB/setup.sh" rust ;;
 soak) "$LAB/setup.sh" "${one_kernel:-all}" ;;
-*) "$LAB/setup.sh" "$kernel" ;;
+*)
+    # What runs on this machine itself needs a guest kernel, but no lab.
+    if [[ $hardware || ${args[0]:-} == native ]]; then export SKIP_QEMU=1; fi
+    "$LAB/setup.sh" "$kernel"
+    ;;
 esac
 
 case $command in
