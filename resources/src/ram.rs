@@ -139,28 +139,60 @@ impl GuestRam {
 
     /// Touches every page now rather than at first use.
     pub fn prefault(&self) -> Result<(), RamError> {
-        self.advise(Advice::LinuxPopulateWrite, || true)
+        self.ranges.iter().try_for_each(|range| self.advise(range, 0..range.size, Advice::LinuxPopulateWrite, || true))
     }
 
     /// Fills this image's page tables from pages that exist already, so that the guest does not fault them in one by one.
-    /// Meant for a background thread, which ends when `go_on` says so.
+    /// Meant for a background thread, which ends when `go_on` says so. What was never touched stays without memory: a fault would
+    /// allocate it, for reading too (shmem_fault).
     pub fn populate_page_tables(&self, go_on: impl Fn() -> bool) -> Result<(), RamError> {
-        self.advise(Advice::LinuxPopulateRead, go_on)
+        for range in &self.ranges {
+            let mut at = 0;
+            while go_on()
+                && let Some((start, end)) = self.data(range, at)?
+            {
+                self.advise(range, start..end, Advice::LinuxPopulateRead, &go_on)?;
+                at = end;
+            }
+        }
+        Ok(())
     }
 
-    fn advise(&self, advice: Advice, go_on: impl Fn() -> bool) -> Result<(), RamError> {
-        for range in &self.ranges {
-            // Piece by piece: vCPU faults queue behind a writer that waits for the mmap_lock which a piece holds.
-            let mut done = 0;
-            while done < range.size && go_on() {
-                let len = (range.size - done).min(HUGE);
-                // SAFETY: inside one of our mappings; populating changes no contents.
-                unsafe { rustix::mm::madvise((range.hva + done) as *mut _, len as usize, advice) }.map_err(
-                    |source| RamError::Map { size: len, offset: range.offset + done, source: source.into() },
-                )?;
-                done += len;
-                std::thread::yield_now();
-            }
+    /// The next part of `range` from `at` that has memory, relative to its start.
+    fn data(&self, range: &RamRange, at: u64) -> Result<Option<(u64, u64)>, RamError> {
+        use rustix::fs::{SeekFrom, seek};
+        let fail =
+            |source: rustix::io::Errno| RamError::Map { size: range.size, offset: range.offset, source: source.into() };
+        let (begin, end) = (range.offset + at, range.offset + range.size);
+        if begin >= end {
+            return Ok(None);
+        }
+        // The position of this fd means nothing to anybody else.
+        let start = match seek(&self.memfd, SeekFrom::Data(begin)) {
+            Ok(start) if start < end => start,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(error) => return Err(fail(error)),
+        };
+        let stop = seek(&self.memfd, SeekFrom::Hole(start)).map_err(fail)?.min(end);
+        Ok((start < stop).then(|| (start - range.offset, stop - range.offset)))
+    }
+
+    fn advise(
+        &self,
+        range: &RamRange,
+        part: std::ops::Range<u64>,
+        advice: Advice,
+        go_on: impl Fn() -> bool,
+    ) -> Result<(), RamError> {
+        // Piece by piece: vCPU faults queue behind a writer that waits for the mmap_lock which a piece holds.
+        let mut done = part.start;
+        while done < part.end && go_on() {
+            let len = (part.end - done).min(HUGE);
+            // SAFETY: inside one of our mappings; populating changes no contents.
+            unsafe { rustix::mm::madvise((range.hva + done) as *mut _, len as usize, advice) }
+                .map_err(|source| RamError::Map { size: len, offset: range.offset + done, source: source.into() })?;
+            done += len;
+            std::thread::yield_now();
         }
         Ok(())
     }
@@ -271,5 +303,20 @@ mod tests {
         assert_ne!(new.ranges()[0].hva, old.ranges()[0].hva);
         assert_eq!(new.memory().read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 7);
         new.populate_page_tables(|| true).unwrap();
+    }
+
+    #[test]
+    fn population_allocates_nothing() {
+        let ram = GuestRam::new(&Vault::new(), 128 << 20, Pages::Small).unwrap();
+        let blocks = || rustix::fs::fstat(&ram.memfd).unwrap().st_blocks;
+        ram.populate_page_tables(|| true).unwrap();
+        assert_eq!(blocks(), 0);
+        for mib in [1, 2, 127] {
+            ram.memory().write_obj(1u8, GuestAddress(mib << 20)).unwrap();
+        }
+        let touched = blocks();
+        assert!(touched > 0);
+        ram.populate_page_tables(|| true).unwrap();
+        assert_eq!(blocks(), touched);
     }
 }

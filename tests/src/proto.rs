@@ -177,10 +177,10 @@ pub enum Request {
     Machine,
     /// `()`: answers when the ACPI power button was pressed.
     PowerButtonWait { timeout_ms: u64 },
-    /// `()`; the machine is gone right after it.
-    PowerOff,
-    /// `()`; the machine is gone right after it.
-    Reboot,
+    /// `()`; the machine is gone so long after it.
+    PowerOff { after_ms: u64 },
+    /// `()`; the machine is gone so long after it.
+    Reboot { after_ms: u64 },
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

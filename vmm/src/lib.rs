@@ -142,6 +142,7 @@ impl Parts {
             helper: None,
             asked: None,
             watched: None,
+            backlog: Default::default(),
             exit: None,
         }
     }

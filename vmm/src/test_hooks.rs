@@ -4,7 +4,7 @@
 //!
 //! | file | effect |
 //! |---|---|
-//! | `hold-invalidated`, `held` (FIFOs) | with all DMA vaddrs invalid, writes a line to `held` and waits for one from `hold-invalidated` |
+//! | `hold` | `PHASE`: at the end of that phase, before any fault, writes a line to the FIFO `held` and waits for one from the FIFO `release` |
 //! | `skip-irqfds` | the new image does not attach irqfds, so that a test can be seen to go red |
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
@@ -13,9 +13,9 @@
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
-//! kill, stop, hang (N seconds), sleep (N ms). Some
-//! are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N refuses),
-//! `remap:refused:N` (MAP of range N is refused).
+//! kill, stop, hang (N seconds), sleep (N ms). The phase `word` is the moment between the last look at the deadline and the arbiter's
+//! word. Some are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N
+//! refuses), `remap:refused:N` (MAP of range N is refused).
 
 #[cfg(feature = "test-hooks")]
 mod hooks {
@@ -38,16 +38,19 @@ mod hooks {
         Some((VARIABLE, std::env::var_os(VARIABLE)?))
     }
 
-    pub fn hold_invalidated() {
-        let (Some(hold), Some(held)) = (path("hold-invalidated"), path("held")) else { return };
-        let waited = File::options()
+    fn hold(phase: &str) -> Result<(), String> {
+        let asked = path("hold").and_then(|path| std::fs::read_to_string(path).ok());
+        let (Some(held), Some(release)) = (path("held"), path("release")) else { return Ok(()) };
+        if asked.is_none_or(|asked| asked.trim() != phase) {
+            return Ok(());
+        }
+        File::options()
             .write(true)
             .open(held)
             .and_then(|mut held| held.write_all(b"held\n"))
-            .and_then(|()| BufReader::new(File::open(hold)?).read_line(&mut String::new()));
-        if let Err(error) = waited {
-            log::error!("test hook hold-invalidated: {error}");
-        }
+            .and_then(|()| BufReader::new(File::open(release)?).read_line(&mut String::new()))
+            .map(|_| ())
+            .map_err(|error| format!("test hook hold: {error}"))
     }
 
     /// For `features` of vmm.ping.
@@ -104,6 +107,7 @@ mod hooks {
 
     /// At the end of `phase`.
     pub fn fault(phase: &str) -> Result<(), String> {
+        hold(phase)?;
         let Some((kind, n)) = asked(phase) else { return Ok(()) };
         let signal = match kind.as_str() {
             "error" => return Err("error (test)".into()),
@@ -156,8 +160,6 @@ mod hooks {
     pub fn environment() -> Option<(&'static str, std::ffi::OsString)> {
         None
     }
-
-    pub fn hold_invalidated() {}
 
     pub fn features() -> Vec<String> {
         Vec::new()

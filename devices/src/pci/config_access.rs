@@ -1,6 +1,6 @@
 //! PCI configuration mechanism #1 (PCI Local Bus 3.0, 3.2.2.3.2): ports 0xCF8 (address) to 0xCFF (data).
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -16,14 +16,15 @@ const ENABLE: u32 = 1 << 31;
 const ADDRESS_BITS: u32 = 0x80FF_FFFC;
 
 pub struct PciConfigAccess {
-    bus: Arc<PciBus>,
+    /// As in [`super::ecam::Ecam`].
+    bus: Weak<PciBus>,
     /// What was last written to 0xCF8.
     address: u32,
 }
 
 impl PciConfigAccess {
-    pub fn new(bus: Arc<PciBus>) -> Self {
-        Self { bus, address: 0 }
+    pub fn new(bus: &Arc<PciBus>) -> Self {
+        Self { bus: Arc::downgrade(bus), address: 0 }
     }
 
     /// The guest was reset.
@@ -45,8 +46,8 @@ impl PciConfigAccess {
 
 impl BusDevice for PciConfigAccess {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some(target) = self.target(offset, data.len()) {
-            return self.bus.read(target, data);
+        if let Some((target, bus)) = self.target(offset, data.len()).zip(self.bus.upgrade()) {
+            return bus.read(target, data);
         }
         match (offset, <&mut [u8; 4]>::try_from(&mut *data)) {
             (0, Ok(address)) => *address = self.address.to_le_bytes(),
@@ -55,8 +56,8 @@ impl BusDevice for PciConfigAccess {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some(target) = self.target(offset, data.len()) {
-            return self.bus.write(target, data);
+        if let Some((target, bus)) = self.target(offset, data.len()).zip(self.bus.upgrade()) {
+            return bus.write(target, data);
         }
         // Only a whole dword reaches the address register; the bytes at these ports are other registers (0xCF9, reset).
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
@@ -74,16 +75,16 @@ impl Carried for PciConfigAccess {
     const KIND: &'static str = "pci-config-access";
     const VERSION: u16 = 1;
     type State = PciConfigAccessState;
-    type Parts<'a> = Arc<PciBus>;
+    type Parts<'a> = &'a Arc<PciBus>;
 
     fn save(&self) -> Result<PciConfigAccessState, CarryError> {
         let Self { bus: _, address } = self;
         Ok(PciConfigAccessState { address: *address })
     }
 
-    fn restore(state: PciConfigAccessState, bus: Arc<PciBus>) -> Result<Self, CarryError> {
+    fn restore(state: PciConfigAccessState, bus: &Arc<PciBus>) -> Result<Self, CarryError> {
         let PciConfigAccessState { address } = state;
-        Ok(Self { bus, address: address & ADDRESS_BITS })
+        Ok(Self { bus: Arc::downgrade(bus), address: address & ADDRESS_BITS })
     }
 }
 
@@ -101,7 +102,7 @@ mod tests {
     #[test]
     fn address_then_data_in_every_size() {
         let (bus, probe) = bus_with_probe(3);
-        let mut access = PciConfigAccess::new(bus);
+        let mut access = PciConfigAccess::new(&bus);
         assert_eq!(read::<4>(&mut access, 4), [0xFF; 4], "not enabled");
         access.write(0, &0x8000_1843u32.to_le_bytes());
         assert_eq!(read::<4>(&mut access, 0), 0x8000_1840u32.to_le_bytes());
@@ -124,9 +125,9 @@ mod tests {
     #[test]
     fn the_latch_goes_over() {
         let (bus, _probe) = bus_with_probe(3);
-        let mut access = PciConfigAccess::new(bus.clone());
+        let mut access = PciConfigAccess::new(&bus);
         access.write(0, &0x8000_1840u32.to_le_bytes());
-        let mut access = PciConfigAccess::restore(access.save().unwrap(), bus).unwrap();
+        let mut access = PciConfigAccess::restore(access.save().unwrap(), &bus).unwrap();
         assert_eq!(read::<1>(&mut access, 4), [0x40]);
     }
 }

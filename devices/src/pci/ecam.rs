@@ -1,18 +1,19 @@
 //! The memory-mapped configuration space (PCI Express 5.0, 7.2.2): bus, slot and function are bits of the address.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::bus::{Address, PciBus};
 use crate::bus::BusDevice;
 
 /// Has no state: the address it answers at is the machine's, and the bus is rebuilt by the devices on it.
 pub struct Ecam {
-    bus: Arc<PciBus>,
+    /// Not a share of it: devices on that bus hold the bus that this is on.
+    bus: Weak<PciBus>,
 }
 
 impl Ecam {
-    pub fn new(bus: Arc<PciBus>) -> Self {
-        Self { bus }
+    pub fn new(bus: &Arc<PciBus>) -> Self {
+        Self { bus: Arc::downgrade(bus) }
     }
 }
 
@@ -32,15 +33,15 @@ fn target(offset: u64, len: usize) -> Option<Address> {
 
 impl BusDevice for Ecam {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        match target(offset, data.len()) {
-            Some(target) => self.bus.read(target, data),
+        match target(offset, data.len()).zip(self.bus.upgrade()) {
+            Some((target, bus)) => bus.read(target, data),
             None => data.fill(0xFF),
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some(target) = target(offset, data.len()) {
-            self.bus.write(target, data);
+        if let Some((target, bus)) = target(offset, data.len()).zip(self.bus.upgrade()) {
+            bus.write(target, data);
         }
     }
 }
@@ -53,7 +54,7 @@ mod tests {
     #[test]
     fn addresses_and_sizes() {
         let (bus, probe) = bus_with_probe(5);
-        let mut ecam = Ecam::new(bus);
+        let mut ecam = Ecam::new(&bus);
         let base = 5 << 15;
         let mut data = [0; 8];
         ecam.read(base + 0x104, &mut data);

@@ -142,7 +142,7 @@ impl Msix {
     pub fn set_control(&mut self, control: u16) {
         let was_enabled = self.enabled();
         self.control = control & (ENABLE | FUNCTION_MASK);
-        self.reconcile(0..self.vectors());
+        let _ = self.reconcile(0..self.vectors());
         if was_enabled && !self.enabled() {
             // Nothing is pending in a function that is off.
             for wire in &self.wires {
@@ -169,7 +169,7 @@ impl Msix {
                 _ => *value,
             };
         }
-        self.reconcile(start / ENTRY..end.div_ceil(ENTRY));
+        let _ = self.reconcile(start / ENTRY..end.div_ceil(ENTRY));
     }
 
     /// Reads from the pending bit array; writes to it have no effect.
@@ -199,13 +199,14 @@ impl Msix {
     }
 
     /// Brings irqfds and routes of some vectors in line with the table: detach, then route, then attach, each for all of them.
-    /// What the host refuses is logged: the guest has no way to be told.
-    fn reconcile(&mut self, range: Range<usize>) {
+    /// What the host refuses is logged, as the guest has no way to be told, and the first irqfd that could not be attached or detached returned. A
+    /// message that cannot be routed is the guest's own fault.
+    fn reconcile(&mut self, range: Range<usize>) -> Result<(), MsixError> {
         let on = self.enabled() && !self.quiesced;
         let range = range.start.min(self.wires.len())..range.end.min(self.wires.len());
         let plan: Vec<_> = range.clone().map(|n| (on && !self.masked(n), self.message(n))).collect();
         let mut failed = Vec::new();
-        let Some(wires) = self.wires.get_mut(range) else { return };
+        let Some(wires) = self.wires.get_mut(range) else { return Ok(()) };
         for (wire, (wanted, _)) in wires.iter_mut().zip(&plan) {
             if wire.attached && !wanted {
                 // Taken as detached even if not: it may then inject once too often, but no event is lost.
@@ -217,7 +218,7 @@ impl Msix {
             if *wanted && wire.routed != Some(*message) {
                 match self.msi.route(wire.gsi, *message) {
                     Ok(()) => wire.routed = Some(*message),
-                    Err(e) => failed.push(e),
+                    Err(e) => self.complaints.warn(|| format!("{}: MSI-X: {e}", self.name)),
                 }
             }
         }
@@ -229,22 +230,23 @@ impl Msix {
                 }
             }
         }
-        for error in failed {
+        for error in &failed {
             self.complaints.warn(|| format!("{}: MSI-X: {error}", self.name));
         }
+        failed.into_iter().next().map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`].
-    pub fn quiesce_irqfds(&mut self) {
+    /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`], after an error too.
+    pub fn quiesce_irqfds(&mut self) -> Result<(), MsixError> {
         self.quiesced = true;
-        self.reconcile(0..self.vectors());
+        self.reconcile(0..self.vectors())
     }
 
     /// Attaches the irqfds of all unmasked vectors, which injects what has come meanwhile: in the old image after an update
     /// that did not happen, in the new one once all LAPICs and the GSI routes are in place.
-    pub fn resume_irqfds(&mut self) {
+    pub fn resume_irqfds(&mut self) -> Result<(), MsixError> {
         self.quiesced = false;
-        self.reconcile(0..self.vectors());
+        self.reconcile(0..self.vectors())
     }
 
     /// Signals every vector that can fire, once: after an image died in between, whose end drained the eventfds. A spurious

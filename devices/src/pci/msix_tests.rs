@@ -159,10 +159,10 @@ fn disabling_forgets_what_is_pending() {
 #[test]
 fn a_refused_update_loses_nothing() {
     let (mut msix, msi, _vault) = enabled();
-    msix.quiesce_irqfds();
+    msix.quiesce_irqfds().unwrap();
     assert_eq!(msi.attached(), 0);
     signal(&mut msix, 1);
-    msix.resume_irqfds();
+    msix.resume_irqfds().unwrap();
     assert_eq!((msi.injected(), msi.attached()), (vec![0x41], 2));
 }
 
@@ -170,7 +170,7 @@ fn a_refused_update_loses_nothing() {
 fn an_event_in_the_pause_is_injected_in_the_new_image() {
     let (mut msix, _, vault) = enabled();
     program(&mut msix, 2, 0x42, true);
-    msix.quiesce_irqfds();
+    msix.quiesce_irqfds().unwrap();
     let state = msix.save();
     assert_eq!(state, msix.save(), "save is pure");
     let mut records = vault.manifest();
@@ -186,7 +186,7 @@ fn an_event_in_the_pause_is_injected_in_the_new_image() {
     claims.finish().unwrap();
     assert!(msi.calls().is_empty(), "routes are staged, irqfds wait");
     assert_eq!(pba(&new), 1);
-    new.resume_irqfds();
+    new.resume_irqfds().unwrap();
     assert_eq!((msi.injected(), msi.calls()), (vec![0x40], vec!["attach", "attach"]));
     new.signal_all();
     assert_eq!(pba(&new), 0b100);

@@ -153,7 +153,7 @@ fn lab_two_igb_in_two_containers() {
     drop(passthrough.invalidate().expect("the next one works"));
 
     // The update: irqfds off, save, invalidate, an interrupt meanwhile, and new objects around the same files.
-    nic_a.lock().unwrap().quiesce_irqfds();
+    nic_a.lock().unwrap().quiesce_irqfds().unwrap();
     let saved =
         (passthrough.save().unwrap(), nic_a.lock().unwrap().save().unwrap(), nic_b.lock().unwrap().save().unwrap());
     let before: Vec<u32> = (0..64).map(|n| read32(&nic_a, n * 4)).collect();
@@ -182,7 +182,7 @@ fn lab_two_igb_in_two_containers() {
     };
     // SAFETY: another mapping of the same memfd.
     unsafe { passthrough.remap(&[map(&memfd)], find) }.unwrap();
-    nics[0].lock().unwrap().attach_irqfds();
+    nics[0].lock().unwrap().attach_irqfds().unwrap();
     assert_eq!(msi.injected(), [0x41], "the interrupt that came in between");
     let after: Vec<u32> = (0..64).map(|n| read32(&nics[0], n * 4)).collect();
     assert_eq!(before, after);

@@ -31,7 +31,7 @@ use crate::carried::{Carried, CarryError};
 use crate::interrupt::{Memslots, Msi};
 use crate::pci::PciDevice;
 use crate::pci::complaints::Complaints;
-use crate::pci::msix::{Msix, MsixState};
+use crate::pci::msix::{Msix, MsixError, MsixState};
 
 /// What a device is wired to in this image.
 #[derive(Clone)]
@@ -186,14 +186,14 @@ impl VfioPci {
     }
 
     /// Detaches all irqfds before an update; undone by [`VfioPci::attach_irqfds`]. vCPUs must be stopped.
-    pub fn quiesce_irqfds(&self) {
-        self.msix().quiesce_irqfds();
+    pub fn quiesce_irqfds(&self) -> Result<(), MsixError> {
+        self.msix().quiesce_irqfds()
     }
 
     /// Attaches the irqfds of all unmasked vectors, which injects what came meanwhile. In a new image: after all LAPICs and the
     /// GSI routes.
-    pub fn attach_irqfds(&self) {
-        self.msix().resume_irqfds();
+    pub fn attach_irqfds(&self) -> Result<(), MsixError> {
+        self.msix().resume_irqfds()
     }
 
     /// Signals each vector once, after an image died in between and its end drained the eventfds.

@@ -241,7 +241,7 @@ fn a_moved_and_running_device_goes_over_whole() {
     let mut rig = rig();
     rig.write(0x10, &0xD000_0000u32.to_le_bytes());
     enable_vector0(&mut rig);
-    rig.pci.quiesce_irqfds();
+    rig.pci.quiesce_irqfds().unwrap();
     let (slots, dma) = (rig.slots(), rig.dma());
     let mut writer = StateWriter::new("test");
     writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &rig.passthrough.save().unwrap()).unwrap();
@@ -276,7 +276,7 @@ fn a_moved_and_running_device_goes_over_whole() {
         assert!(new.pci.bar_vaddr(region, offset, map.size).is_some());
     }
     assert_eq!(new.msi.attached(), 0);
-    new.pci.attach_irqfds();
+    new.pci.attach_irqfds().unwrap();
     assert_eq!(new.msi.injected(), [0x41], "what came in the pause");
     assert_eq!(new.windows.mmio32.allocate(0x1_0000), Some(0xC002_0000), "the addresses stay taken");
 }

@@ -16,8 +16,9 @@ use crate::{Error, Hypervisor, Result, Vm};
 
 /// Why a vCPU came back from the guest. Buffers are in the shared run page: fill reads before running again.
 pub enum Exit<'a> {
-    IoIn(u16, &'a mut [u8]),
-    IoOut(u16, &'a [u8]),
+    /// Port, bytes an access, and all the accesses of a string instruction to that one port.
+    IoIn(u16, usize, &'a mut [u8]),
+    IoOut(u16, usize, &'a [u8]),
     MmioRead(u64, &'a mut [u8]),
     MmioWrite(u64, &'a [u8]),
     /// A signal, or `immediate_exit`: nothing is pending.
@@ -125,10 +126,13 @@ impl Vcpu {
 
     /// Runs the guest until something is to be done.
     pub fn run(&mut self) -> Result<Exit<'_>> {
+        let page = NonNull::from(self.fd.get_kvm_run());
+        // SAFETY: the shared run page is mapped as long as self; after an I/O exit its `io` is what KVM has filled in.
+        let io_size = || usize::from(unsafe { (*page.as_ptr()).__bindgen_anon_1.io.size }).max(1);
         match self.fd.run() {
             Ok(exit) => Ok(match exit {
-                VcpuExit::IoIn(port, data) => Exit::IoIn(port, data),
-                VcpuExit::IoOut(port, data) => Exit::IoOut(port, data),
+                VcpuExit::IoIn(port, data) => Exit::IoIn(port, io_size(), data),
+                VcpuExit::IoOut(port, data) => Exit::IoOut(port, io_size(), data),
                 VcpuExit::MmioRead(addr, data) => Exit::MmioRead(addr, data),
                 VcpuExit::MmioWrite(addr, data) => Exit::MmioWrite(addr, data),
                 VcpuExit::Shutdown => Exit::Reset,

@@ -62,6 +62,8 @@ impl Vcpu {
         let fd = &self.fd;
         // First: KVM_GET_MP_STATE takes a pending INIT or SIPI into account, which changes what the others read.
         let mp_state = fd.get_mp_state().map_err(self.err("KVM_GET_MP_STATE"))?;
+        // Puts the payload of a pending exception into CR2 or DR6, before those are read (kvm_vcpu_ioctl_x86_get_vcpu_events).
+        fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
         let regs = fd.get_regs().map_err(self.err("KVM_GET_REGS"))?;
         let sregs = raw::get_sregs2(fd).map_err(self.io_err("KVM_GET_SREGS2"))?;
         let xsave = self.get_xsave()?;

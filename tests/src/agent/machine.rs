@@ -222,10 +222,10 @@ pub fn power_button(timeout_ms: u64) -> io::Result<()> {
     }
 }
 
-/// Ends the machine soon: late enough for the answer to leave the serial port.
-pub fn reboot(command: libc::c_int) -> io::Result<()> {
+/// Ends the machine after `after_ms`: late enough for the answer to leave the serial port.
+pub fn reboot(command: libc::c_int, after_ms: u64) -> io::Result<()> {
     std::thread::Builder::new().spawn(move || {
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(after_ms));
         // SAFETY: there is nothing to keep in this machine.
         unsafe { libc::reboot(command) };
     })?;

@@ -196,7 +196,7 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::Dmesg { bytes } => value(machine::dmesg(bytes)?),
         Request::Machine => value(machine::info()?),
         Request::PowerButtonWait { timeout_ms } => value(machine::power_button(timeout_ms)?),
-        Request::PowerOff => value(machine::reboot(libc::RB_POWER_OFF)?),
-        Request::Reboot => value(machine::reboot(libc::RB_AUTOBOOT)?),
+        Request::PowerOff { after_ms } => value(machine::reboot(libc::RB_POWER_OFF, after_ms)?),
+        Request::Reboot { after_ms } => value(machine::reboot(libc::RB_AUTOBOOT, after_ms)?),
     }
 }

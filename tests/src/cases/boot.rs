@@ -56,11 +56,11 @@ fn end_by(request: &Request, code: i32, reason: &str) -> Result<()> {
 }
 
 pub fn poweroff_from_guest() -> Result<()> {
-    end_by(&Request::PowerOff, 0, "powered off")
+    end_by(&Request::PowerOff { after_ms: 300 }, 0, "powered off")
 }
 
 pub fn reboot_from_guest() -> Result<()> {
-    end_by(&Request::Reboot, 3, "reset")
+    end_by(&Request::Reboot { after_ms: 300 }, 3, "reset")
 }
 
 pub fn power_button() -> Result<()> {

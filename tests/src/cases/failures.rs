@@ -1,9 +1,13 @@
 //! Updates that must not happen: the guest goes on in the old image, the caller is told why, and the next update works.
 
 use std::{
-    fs::{self, OpenOptions},
-    os::unix::fs::PermissionsExt,
+    fs::{self, File, OpenOptions},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::PermissionsExt, process::CommandExt},
+    },
     path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 
@@ -16,9 +20,10 @@ use crate::{
         hooks::{Hold, Switch},
         http::Answer,
         lab::{self, Nic},
+        proc,
         rig::{self, Rig},
         vfio::InvalidRange,
-        vm::{Vm, update_body},
+        vm::{Report, Vm, update_body},
     },
 };
 
@@ -141,7 +146,7 @@ pub fn exec_fails() -> Result<()> {
     rig::shared(|rig| {
         let target = copy_of_next(rig, "busy-file")?;
         unharmed(rig, End::RolledBack, &["exec", "busy"], |rig| {
-            let mut hold = Hold::arm(&rig.vm.dir)?;
+            let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
             let mut caller = rig.vm.api.connect()?;
             caller.send("PUT", "vm.update", &update_body(&target))?;
             hold.wait_held(Duration::from_secs(30))?;
@@ -152,6 +157,111 @@ pub fn exec_fails() -> Result<()> {
             answer
         })
     })
+}
+
+/// A lower version is refused, unless it is asked for by name.
+pub fn downgrade() -> Result<()> {
+    rig::shared(|rig| {
+        let older = |rig: &Rig| -> Result<PathBuf> {
+            let target = copy_of_next(rig, "older")?;
+            let mut bytes = fs::read(&target)?;
+            // The version that its ELF note says.
+            let note = b"Theseus\x000.1.0";
+            let at = bytes.windows(note.len()).position(|window| window == note).context("no note of version 0.1.0")?;
+            bytes[at..at + note.len()].copy_from_slice(b"Theseus\x000.0.9");
+            fs::write(&target, bytes)?;
+            Ok(target)
+        };
+        unharmed(rig, End::Refused, &["version 0.0.9"], |rig| rig.vm.ask_update(&older(rig)?))?;
+        fs::remove_file(rig.vm.dir.join("older"))?;
+        let target = older(rig)?;
+        let body = serde_json::json!({ "binary": target, "allow_downgrade": true });
+        let answer = rig.vm.api.put("vm.update", &body.to_string())?;
+        let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+        ensure!(report.outcome == "updated", "{report:?}");
+        rig.vm.note_update();
+        Ok(())
+    })
+}
+
+/// The way back leads to the file that was running, though its name is gone: an update that fails after the exec.
+pub fn old_binary_deleted() -> Result<()> {
+    rig::shared(|rig| {
+        for fault in ["vm:error", "remap:panic"] {
+            let running = copy_of_next(rig, "deleted")?;
+            rig.vm.update_to(&running)?;
+            rig.vm.note_update();
+            fs::remove_file(&running)?;
+            unharmed(
+                rig,
+                End::RolledBack,
+                &[&format!("phase {}", fault.split(':').next().unwrap_or_default())],
+                |rig| {
+                    let _fault = Switch::with(&rig.vm.dir, "fault", fault)?;
+                    rig.vm.ask_update(&rig.vm.other_build()?)
+                },
+            )
+            .context(fault)?;
+        }
+        Ok(())
+    })
+}
+
+/// A saved state that was used already, and one whose fds are another's: both images give up with a reason, and no guest is touched.
+pub fn state_used_again() -> Result<()> {
+    rig::shared(|rig| {
+        let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
+        let mut caller = rig.vm.api.connect()?;
+        caller.send("PUT", "vm.update", &update_body(&rig.vm.other_build()?))?;
+        hold.wait_held(Duration::from_secs(30))?;
+        let open = |name: &str| -> Result<File> {
+            let fd = *proc::fds_to(rig.vm.pid(), name)?.first().with_context(|| format!("the VMM has no {name}"))?;
+            Ok(File::options().read(true).write(true).open(format!("/proc/{}/fd/{fd}", rig.vm.pid()))?)
+        };
+        let state = {
+            let fd = *proc::fds_to(rig.vm.pid(), "/memfd:saved-state")?.first().context("no saved state")?;
+            File::open(format!("/proc/{}/fd/{fd}", rig.vm.pid()))?
+        };
+        let used = open("/memfd:update-timeline")?;
+        hold.release()?;
+        ensure!(caller.receive()?.status == 200, "not updated");
+        rig.vm.note_update();
+        drop(hold);
+        // As a new page is: nobody has committed.
+        let fresh = rig.vm.dir.join("timeline");
+        fs::write(&fresh, [0; 4096])?;
+        let fresh = File::options().read(true).write(true).open(&fresh)?;
+        for (timeline, why) in [(&used, "used already"), (&fresh, "fd")] {
+            let (new, old) = (lab::bin("theseus-b")?, File::open(lab::bin("theseus-a")?)?);
+            let output = taking_over(&new, &state, &old, timeline)?;
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            note(format_args!("{why}: {}: {}", output.status, text.trim()));
+            ensure!(output.status.code() == Some(70) && text.contains(why), "{why}: {}: {text}", output.status);
+            ensure!(!text.contains("panicked"), "{text}");
+        }
+        rig.agent()?.ping()?;
+        rig.vm.update()?;
+        Ok(())
+    })
+}
+
+/// Starts `new` as an update would, with only these fds.
+fn taking_over(new: &Path, state: &File, old: &File, timeline: &File) -> Result<Output> {
+    let fds = [state.as_raw_fd(), old.as_raw_fd(), timeline.as_raw_fd()];
+    let mut command = Command::new(new);
+    command.env("THESEUS_HANDOVER", format!("state={},old={},timeline={}", fds[0], fds[1], fds[2]));
+    // SAFETY: system calls only, on the child's own copies of open fds.
+    unsafe {
+        command.pre_exec(move || {
+            for fd in fds {
+                if libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    Ok(command.stdin(Stdio::null()).output()?)
 }
 
 /// The kernel refuses to invalidate the second container, because one of its ranges is invalid already; the first is put back.

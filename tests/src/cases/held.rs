@@ -197,7 +197,7 @@ fn attempt(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8, request: &st
     let agent = rig.vm.agent()?;
     agent.call::<()>(&Request::WatchOpen { port: PORT })?;
     let report = agent.start::<Arrival>(&Request::WatchWait { port: PORT, timeout_ms: 8000 })?;
-    let mut hold = Hold::arm(&rig.vm.dir)?;
+    let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
     let mut caller = rig.vm.api.connect()?;
 
     // A driver without ticks forgives nothing.

@@ -1,48 +1,44 @@
 //! Updates that meet something else: another update, a guest that boots, reboots or ends, and their own deadline.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::{
     cases::note,
     harness::{
-        hooks::Switch,
+        hooks::{Hold, Switch},
+        lab::Nic,
+        proc,
         rig::{self, Rig},
         vm::{Report, Vm, update_body},
         wait_for,
+        wire::Wire,
     },
     proto::{MemoryStats, Request},
 };
 
-/// Holds the next update in its prepare phase for that many seconds, with the guest running.
-fn slow_prepare(vm_dir: &Path, seconds: u32) -> Result<Switch> {
-    Switch::with(vm_dir, "fault", &format!("prepare:hang:{seconds}"))
-}
+/// How long an update may take to come to where it is held.
+const HELD: Duration = Duration::from_secs(30);
 
 /// The second of two updates, and whatever else comes meanwhile, is told at once that it has to wait; the first is not disturbed.
 pub fn two_updates_at_once() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).boot()?;
-    let slow = slow_prepare(&vm.dir, 2)?;
+    let mut hold = Hold::arm(&vm.dir, "prepare")?;
     let request = update_body(&vm.other_build()?);
     let mut first = vm.api.connect()?;
     first.send("PUT", "vm.update", &request)?;
-    // The first has been taken up once somebody else is refused.
-    let refused = wait_for("another request to be refused", Duration::from_secs(10), || {
-        let answer = vm.api.put("vm.update", &request)?;
-        Ok((answer.status == 429).then_some(answer))
-    })?;
-    drop(slow);
+    hold.wait_held(HELD)?;
+    let refused = vm.api.put("vm.update", &request)?;
+    ensure!(refused.status == 429, "{refused:?}");
     ensure!(refused.causes()?.join(" ").contains("update is under way"), "{refused:?}");
     ensure!(vm.api.get("vm.info")?.status == 429, "a request in the middle of an update");
-    vm.agent()?.ping()?;
+    hold.release()?;
     let answer = first.receive()?;
     let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
     ensure!(report.outcome == "updated", "{report:?}");
     vm.note_update();
+    drop(hold);
     vm.update()?;
     vm.agent()?.ping()
 }
@@ -63,10 +59,41 @@ pub fn guest_boots() -> Result<()> {
     vm.agent()?.ping()
 }
 
-/// vm.reboot and vm.shutdown on one connection, an update on another, at once: each is done, one after the other.
-pub fn reboot_and_shutdown() -> Result<()> {
+/// The guest's driver turns MSI-X on when an update is about to pause it: the eventfds that are made for that go over too.
+pub fn driver_probes() -> Result<()> {
+    let mut vm = Vm::builder().cpus(2).device(Nic::IgbA, None)?.start()?;
+    let before = vm.ping()?;
+    let mut hold = Hold::arm(&vm.dir, "freeze")?;
+    let mut caller = vm.api.connect()?;
+    let body = serde_json::json!({ "binary": vm.other_build()?, "deadline_ms": 120_000 });
+    caller.send("PUT", "vm.update", &body.to_string())?;
+    hold.wait_held(HELD)?;
+    let eventfds = || proc::fds_to(vm.pid(), "anon_inode:[eventfd]").map(|fds| fds.len());
+    let early = eventfds()?;
+    vm.agent()?.wait_ready(Duration::from_secs(100))?;
+    ensure!(eventfds()? >= early + 2, "the driver has not turned MSI-X on while the update was held: {early} eventfds");
+    hold.release()?;
+    let answer = caller.receive()?;
+    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+    vm.check_updated(&before, &report)?;
+    vm.note_update();
+    drop(hold);
+    let wires = vec![Wire::set_up(Nic::IgbA, vm.agent()?)?];
+    let mut rig = Rig { vm, wires };
+    let traffic = rig.traffic()?;
+    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    rig.vm.update()?;
+    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    traffic.finish_clean(rig.agent()?)?;
+    Ok(())
+}
+
+/// What changes the VM's state on one connection, an update on another, at once: each is done, one after the other.
+pub fn other_requests() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
-    for order in ["vm.reboot", "vm.shutdown"] {
+    let orders =
+        [("vm.pause", "Paused"), ("vm.resume", "Running"), ("vm.reboot", "Running"), ("vm.shutdown", "Shutdown")];
+    for (order, state) in orders {
         let before = vm.ping()?;
         let (mut one, mut other) = (vm.api.connect()?, vm.api.connect()?);
         one.send("PUT", order, "")?;
@@ -80,7 +107,7 @@ pub fn reboot_and_shutdown() -> Result<()> {
         if ordered.status == 429 {
             vm.api.order(order)?;
         }
-        ensure!(vm.state()? == if order == "vm.reboot" { "Running" } else { "Shutdown" }, "{order}: {}", vm.info()?);
+        ensure!(vm.state()? == state, "{order}: {}", vm.info()?);
     }
     let answer = vm.ask_update(&vm.other_build()?)?;
     ensure!(answer.status == 200, "an update of a VM that is shut down: {answer:?}");
@@ -93,12 +120,20 @@ pub fn reboot_and_shutdown() -> Result<()> {
 
 /// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends as without it.
 pub fn guest_ends() -> Result<()> {
-    for (request, code) in [(Request::PowerOff, 0), (Request::Reboot, 3)] {
-        let mut vm = Vm::builder().boot()?;
-        let _slow = slow_prepare(&vm.dir, 4)?;
+    // Late enough for the update to be held before that: meanwhile the control thread, which reads the console too, does nothing else.
+    const AFTER_MS: u64 = 5000;
+    for (request, code) in [(Request::PowerOff { after_ms: AFTER_MS }, 0), (Request::Reboot { after_ms: AFTER_MS }, 3)]
+    {
+        let mut vm = Vm::builder().verbose().boot()?;
+        let mut hold = Hold::arm(&vm.dir, "prepare")?;
         let mut caller = vm.api.connect()?;
-        caller.send("PUT", "vm.update", &update_body(&vm.other_build()?))?;
         vm.agent()?.call::<()>(&request)?;
+        caller.send("PUT", "vm.update", &update_body(&vm.other_build()?))?;
+        hold.wait_held(HELD)?;
+        wait_for("the guest to ask", Duration::from_secs(60), || {
+            Ok(vm.log_text().contains("the guest asks").then_some(()))
+        })?;
+        hold.release()?;
         let answer = caller.receive()?;
         ensure!(answer.status == 200, "{answer:?}");
         let report: Report = answer.json()?;
@@ -150,6 +185,72 @@ pub fn deadline_race() -> Result<()> {
             count("rolled_back", "new PID")
         ));
         ensure!(count("updated", "new PID") == 0, "{outcomes:?}");
+        rig.vm.update()?;
+        Ok(())
+    })
+}
+
+/// Who goes on first once the deadline is over, with the image stopped right before it takes the arbiter's word.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum First {
+    /// The helper, which was never stopped.
+    Helper,
+    /// The image, and a stopped helper only after it.
+    Image,
+    /// Both at once.
+    Open,
+}
+
+/// SIGSTOP between the last look at the deadline and the arbiter's word, until the deadline has passed: exactly one of the two runs the guest.
+pub fn stopped_at_the_word() -> Result<()> {
+    const DEADLINE_MS: u64 = 400;
+    rig::shared(|rig| {
+        rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 6 })?;
+        let mut outcomes = Vec::new();
+        let rounds = [First::Helper, First::Image].into_iter().chain([First::Open; 6]);
+        for (round, first) in rounds.enumerate() {
+            let traffic = rig.traffic()?;
+            traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+            let fault = Switch::with(&rig.vm.dir, "fault", "word:stop")?;
+            let body = serde_json::json!({ "binary": rig.vm.other_build()?, "deadline_ms": DEADLINE_MS });
+            let (image, mut caller) = (rig.vm.pid(), rig.vm.api.connect()?);
+            caller.send("PUT", "vm.update", &body.to_string())?;
+            wait_for("the new image to stop", HELD, || Ok(proc::is_stopped(image)?.then_some(())))?;
+            let helper = *proc::children(image)?.first().context("no helper")?;
+            if first != First::Helper {
+                proc::signal(helper, libc::SIGSTOP)?;
+            }
+            std::thread::sleep(Duration::from_millis(DEADLINE_MS + 50));
+            // What has ended meanwhile is not reaped yet, and takes a signal as if nothing were.
+            let mut order = [image, helper];
+            if first == First::Open && round % 2 == 1 {
+                order.reverse();
+            }
+            for (place, pid) in order.into_iter().enumerate() {
+                proc::signal(pid, libc::SIGCONT)?;
+                if first == First::Image && place == 0 {
+                    wait_for("the image to run the guest", HELD, || Ok(rig.agent()?.ping().ok()))?;
+                }
+            }
+            let answer = caller.receive()?;
+            drop(fault);
+            let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+            rig.vm.follow(report.pid)?;
+            let ran = if report.pid == image { "image" } else { "helper" };
+            match (report.outcome.as_str(), ran) {
+                ("updated", "image") => rig.vm.note_update(),
+                ("rolled_back", "helper") => {}
+                other => anyhow::bail!("{first:?}: {other:?}: {report:?}"),
+            }
+            outcomes.push((first, ran));
+            traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+            traffic.finish_clean(rig.agent()?)?;
+            rig.vm.settled_facts()?;
+        }
+        let memory: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+        ensure!(memory.pages_wrong == 0, "{memory:?}");
+        note(format_args!("who ran the guest: {outcomes:?}"));
+        ensure!(outcomes[..2] == [(First::Helper, "helper"), (First::Image, "image")], "{outcomes:?}");
         rig.vm.update()?;
         Ok(())
     })

@@ -7,6 +7,7 @@ mod failures;
 mod frozen;
 mod held;
 mod meetings;
+mod operator;
 mod resources;
 pub mod rollback;
 mod time;
@@ -56,9 +57,10 @@ const CASES: &[Case] = &[
     plain("update_plain", update::plain),
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
+    plain("ch_remote", operator::ch_remote),
     plain("meets_another_update", meetings::two_updates_at_once),
     plain("meets_boot", meetings::guest_boots),
-    plain("meets_reboot_and_shutdown", meetings::reboot_and_shutdown),
+    plain("meets_other_requests", meetings::other_requests),
     plain("meets_end_of_guest", meetings::guest_ends),
     plain("four_busy_vcpus", time::four_busy_vcpus),
     plain("idle_guest_wakes", time::idle_guest_wakes),
@@ -78,10 +80,17 @@ const CASES: &[Case] = &[
     shared("fails_not_theseus", failures::not_theseus),
     shared("fails_wrong_sha256", failures::wrong_sha256),
     shared("fails_older_state_version", failures::older_state_version),
+    shared("fails_downgrade", failures::downgrade),
     shared("fails_exec", failures::exec_fails),
+    shared("fails_old_binary_deleted", failures::old_binary_deleted),
+    shared("state_used_again", failures::state_used_again),
     shared("meets_its_deadline", meetings::deadline_race),
+    shared("meets_stopped_at_the_word", meetings::stopped_at_the_word),
     shared("meets_short_deadlines", meetings::short_deadlines),
     shared("one_packet_while_invalidated_igb", held::igb),
+    with(&[Nic::IgbA], "meets_driver_probe", meetings::driver_probes),
+    with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
+    with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),
     with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
     with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),

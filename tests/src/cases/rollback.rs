@@ -356,7 +356,7 @@ pub fn golden() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None), (Nic::E1000e, Some("second"))])?;
     rig.vm.update()?;
     let version = rig.vm.ping()?.version;
-    let mut hold = Hold::arm(&rig.vm.dir)?;
+    let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
     let mut caller = rig.vm.api.connect()?;
     caller.send("PUT", "vm.update", &update_body(&rig.vm.other_build()?))?;
     hold.wait_held(Duration::from_secs(30))?;

@@ -1,7 +1,6 @@
 //! Switches of a test build of the VMM, as files in the folder that [`ENV`] names.
 //!
-//! `hold-invalidated` (fifo): right before exec, with the vaddrs invalidated, the VMM writes a line to the fifo `held` and waits for a line
-//! from `hold-invalidated`.
+//! `fault` (file): see `vmm/src/test_hooks.rs`. `hold` (file), `held` and `release` (fifos): [`Hold`].
 //! `skip-irqfds` (file): the new image attaches no irqfd, which must turn the test of held interrupts red.
 //! `state-version` (file): a target asked by `--check-update` answers as if it knew no state format but the one before.
 
@@ -43,21 +42,21 @@ impl Drop for Switch {
     }
 }
 
-/// Makes the next update stop with the vaddrs invalidated.
+/// Makes the next update stop at the end of a phase: the VMM writes a line to the fifo `held` and waits for one from `release`.
 pub struct Hold {
-    paths: [PathBuf; 2],
+    fifos: [PathBuf; 2],
+    _phase: Switch,
     held: File,
     release: File,
     released: bool,
 }
 
 impl Hold {
-    pub fn arm(vm_dir: &Path) -> Result<Self> {
+    pub fn arm(vm_dir: &Path, phase: &str) -> Result<Self> {
         let dir = vm_dir.join("hooks");
-        // `held` first: the VMM looks for the other.
-        let paths = [dir.join("held"), dir.join("hold-invalidated")];
+        let fifos = [dir.join("held"), dir.join("release")];
         let mut ends = Vec::new();
-        for path in &paths {
+        for path in &fifos {
             let name = CString::new(path.as_os_str().as_bytes())?;
             // SAFETY: a valid C string.
             let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
@@ -66,7 +65,14 @@ impl Hold {
             ends.push(OpenOptions::new().read(true).write(true).open(path)?);
         }
         let (release, held) = (ends.pop(), ends.pop());
-        Ok(Self { paths, held: held.context("fifo")?, release: release.context("fifo")?, released: false })
+        let phase = Switch::with(vm_dir, "hold", phase)?;
+        Ok(Self {
+            fifos,
+            _phase: phase,
+            held: held.context("fifo")?,
+            release: release.context("fifo")?,
+            released: false,
+        })
     }
 
     /// Waits until the update is held.
@@ -95,7 +101,7 @@ impl Drop for Hold {
     fn drop(&mut self) {
         // Opened by a VMM that waits, it reads this; our own end keeps the bytes until then.
         let _ = self.release();
-        for path in &self.paths {
+        for path in &self.fifos {
             let _ = fs::remove_file(path);
         }
     }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::harness::wait_for;
 
@@ -173,6 +173,14 @@ pub fn children(pid: u32) -> Result<Vec<u32>> {
         }
     }
     Ok(children)
+}
+
+/// Sends a signal to a process that need not be the VMM.
+pub fn signal(pid: u32, signal: i32) -> Result<()> {
+    // SAFETY: no memory is involved.
+    let sent = unsafe { libc::kill(pid as libc::pid_t, signal) };
+    ensure!(sent == 0, "signal {signal} to {pid}: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// Whether a signal has stopped `pid`.

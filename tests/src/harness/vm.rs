@@ -32,11 +32,20 @@ pub struct Builder {
     memory: String,
     devices: Vec<(String, Option<String>)>,
     binary: String,
+    verbose: bool,
+    notify_socket: Option<PathBuf>,
 }
 
 impl Default for Builder {
     fn default() -> Self {
-        Self { cpus: 1, memory: "size=512M".into(), devices: Vec::new(), binary: "theseus-a".into() }
+        Self {
+            cpus: 1,
+            memory: "size=512M".into(),
+            devices: Vec::new(),
+            binary: "theseus-a".into(),
+            verbose: false,
+            notify_socket: None,
+        }
     }
 }
 
@@ -55,6 +64,18 @@ impl Builder {
     /// As behind `--memory`.
     pub fn memory(mut self, memory: &str) -> Self {
         self.memory = memory.into();
+        self
+    }
+
+    /// As systemd does for a service of type notify.
+    pub fn notify_socket(mut self, path: &Path) -> Self {
+        self.notify_socket = Some(path.into());
+        self
+    }
+
+    /// Lets the VMM log what it does, not only what went wrong.
+    pub fn verbose(mut self) -> Self {
+        self.verbose = true;
         self
     }
 
@@ -105,10 +126,14 @@ impl Builder {
             let container = container.as_ref().map(|name| format!(",container={name}")).unwrap_or_default();
             args.extend(["--device".into(), format!("path=/sys/bus/pci/devices/{bdf}{container}")]);
         }
-        let mut vm = Vm::spawn(&self.binary, &args, true)?;
+        if self.verbose {
+            args.push("-v".into());
+        }
+        let env = self.notify_socket.iter().map(|path| ("NOTIFY_SOCKET", path.as_os_str()));
+        let mut vm = Vm::spawn(&self.binary, &args, true, env)?;
         vm.cpus = self.cpus;
         let console = logs::create("console")?;
-        let agent = Agent::connect(&vm.dir.join("serial"), &console, Duration::from_secs(20));
+        let agent = Agent::connect(&vm.serial(), &console, Duration::from_secs(20));
         vm.console = Some(console);
         if agent.is_err()
             && let Ok(Some(status)) = vm.process.try_wait()
@@ -179,16 +204,27 @@ impl Vm {
 
     /// The VMM without a guest: API only.
     pub fn api_only() -> Result<Self> {
-        Self::spawn("theseus-a", &[], false)
+        Self::spawn("theseus-a", &[], false, [])
+    }
+
+    /// The same of the file at `path`.
+    pub fn api_only_from(path: &Path) -> Result<Self> {
+        Self::spawn(&path.display().to_string(), &[], false, [])
     }
 
     /// A guest without console and agent: `kernel` is all there is.
     pub fn bare(kernel: &Path, memory: &str) -> Result<Self> {
         let args = ["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory];
-        Self::spawn("theseus-a", &args.map(Into::into), false)
+        Self::spawn("theseus-a", &args.map(Into::into), false, [])
     }
 
-    fn spawn(binary: &str, args: &[String], serial: bool) -> Result<Self> {
+    /// `binary`: a name among the builds, or a path.
+    fn spawn<'a>(
+        binary: &str,
+        args: &[String],
+        serial: bool,
+        env: impl IntoIterator<Item = (&'a str, &'a std::ffi::OsStr)>,
+    ) -> Result<Self> {
         let dir =
             std::env::temp_dir().join(format!("vm-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(dir.join("hooks")).with_context(|| format!("{}", dir.display()))?;
@@ -202,6 +238,7 @@ impl Vm {
         }
         command
             .env(hooks::ENV, dir.join("hooks"))
+            .envs(env)
             .stdin(Stdio::null())
             .stdout(File::options().append(true).open(&log)?)
             .stderr(File::options().append(true).open(&log)?);
@@ -227,6 +264,20 @@ impl Vm {
 
     pub fn agent(&self) -> Result<&Agent> {
         self.agent.as_ref().context("this VM has no agent")
+    }
+
+    /// Where a guest's serial port is, if it has one.
+    pub fn serial(&self) -> PathBuf {
+        self.dir.join("serial")
+    }
+
+    /// The guest was booted anew in this VMM: waits for its agent, on its new serial port.
+    pub fn reconnect(&mut self) -> Result<()> {
+        let console = logs::create("console")?;
+        let agent = Agent::connect(&self.serial(), &console, Duration::from_secs(20))?;
+        agent.wait_ready(BOOT_DEADLINE)?;
+        (self.console, self.agent) = (Some(console), Some(agent));
+        Ok(())
     }
 
     pub fn ping(&self) -> Result<Ping> {

@@ -4,16 +4,18 @@ mod admit;
 mod requests;
 mod vm;
 
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use theseus_api::server::{Backend, ReplyTo, Server};
 use theseus_api::{ApiError, Request};
 use theseus_devices::interrupt::{GuestRequest, GuestRequests};
+use theseus_devices::legacy::serial::SerialDevice;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::events::EventStream;
@@ -76,6 +78,7 @@ impl Backend for Queue {
 
 impl GuestRequests for Queue {
     fn ask(&self, request: GuestRequest) {
+        log::info!("the guest asks: {request:?}");
         self.push(Message::Guest(request));
     }
 }
@@ -94,8 +97,10 @@ pub struct Control {
     pub helper: Option<Helper>,
     /// What the guest has asked for and nobody has acted on: put aside while an update looks into the queue.
     pub asked: Option<GuestRequest>,
-    /// The serial console's fd in the event loop; changes with the machine.
-    pub watched: Option<i32>,
+    /// The serial console in the event loop; changes with the machine.
+    pub watched: Option<WatchedConsole>,
+    /// API requests that were in the queue when a guest's were taken out of it.
+    pub backlog: VecDeque<(Request, ReplyTo)>,
     pub exit: Option<i32>,
 }
 
@@ -138,6 +143,10 @@ impl Control {
                 self.guest_asked(request);
                 continue;
             }
+            if let Some((request, reply)) = self.backlog.pop_front() {
+                self.serve_request(request, reply);
+                continue;
+            }
             match self.inbox.receiver.try_recv() {
                 Ok(Message::Guest(request)) => self.guest_asked(request),
                 Ok(Message::Api(request, reply)) => self.serve_request(request, reply),
@@ -157,33 +166,49 @@ impl Control {
         self.exit = Some(code);
     }
 
+    /// What a guest asked for that is gone is not meant for the next one.
+    fn forget_guest(&mut self) {
+        self.asked = None;
+        for message in self.inbox.receiver.try_iter() {
+            if let Message::Api(request, reply) = message {
+                self.backlog.push_back((request, reply));
+            }
+        }
+    }
+
     /// The fd of the console that the present machine has.
     fn watch_console(&mut self, ops: &mut EventOps) {
-        let wanted = self.vm.machine().and_then(|machine| {
-            let serial = machine.devices.serial.as_ref()?;
-            Some(lock(serial).poll_fd().as_raw_fd())
-        });
-        if wanted == self.watched {
+        let serial = self.vm.machine().and_then(|machine| machine.devices.serial.as_ref());
+        let is_same =
+            |watched: &WatchedConsole| serial.is_some_and(|serial| watched.device.ptr_eq(&Arc::downgrade(serial)));
+        if self.watched.as_ref().is_some_and(is_same) {
             return;
         }
         if let Some(old) = self.watched.take() {
-            // Its epoll instance may be closed already, which took it out.
-            let _ = ops.remove(Events::empty(&Raw(old)));
+            report(ops.remove(Events::empty(&old.poll)));
         }
-        if let Some(fd) = wanted {
-            match ops.add(Events::with_data(&Raw(fd), CONSOLE, EventSet::IN)) {
-                Ok(()) => self.watched = Some(fd),
-                Err(error) => log::error!("the serial console cannot be watched: {error:?}"),
+        let Some(serial) = serial else { return };
+        match lock(serial).poll_fd().try_clone_to_owned() {
+            Ok(poll) => {
+                report(ops.add(Events::with_data(&poll, CONSOLE, EventSet::IN)));
+                self.watched = Some(WatchedConsole { device: Arc::downgrade(serial), poll });
             }
+            Err(error) => log::error!("the serial console cannot be watched: {error}"),
         }
     }
 }
 
-struct Raw(i32);
+/// A serial console in the event loop: by an fd of its own, since the device's may be closed, and its number used again, before this is
+/// taken out.
+pub struct WatchedConsole {
+    /// Tells the devices apart: an allocation that this refers to is not used again.
+    device: Weak<Mutex<SerialDevice>>,
+    poll: OwnedFd,
+}
 
-impl AsRawFd for Raw {
-    fn as_raw_fd(&self) -> i32 {
-        self.0
+fn report(result: Result<(), event_manager::Error>) {
+    if let Err(error) = result {
+        log::error!("the serial console's input or output may stall: {error:?}");
     }
 }
 

@@ -88,6 +88,7 @@ impl Control {
             Vm::Booted(machine) => Vm::ShutDown(machine.shut_down()),
             other => other,
         };
+        self.forget_guest();
     }
 
     fn boot(&mut self) -> Reply {
@@ -97,6 +98,8 @@ impl Control {
 
     /// Boots `config`; on failure the VM stays as it was.
     pub fn boot_config(&mut self, config: VmConfig) -> Result<(), MachineError> {
+        // The helper of an update has the devices' fds open until it has run once more.
+        self.reap_helper(HELPER_PATIENCE);
         let mut machine = Machine::build(config, &self.host)?;
         machine.vcpus.resume()?;
         self.vm = Vm::Booted(Box::new(machine));
@@ -144,6 +147,7 @@ impl Control {
             seen.get().is_some()
         };
         // What came together with this request.
+        self.backlog.drain(..).for_each(|(_, reply)| reply.send(Err(update_under_way())));
         guest_asked();
         let (devices, containers) = self.vm.machine().map_or_else(Default::default, |machine| {
             (machine.passthrough.ids(), machine.passthrough.container_names())

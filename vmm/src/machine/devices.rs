@@ -89,7 +89,7 @@ impl Devices {
             cmos: shared(Cmos::new(ram_size)),
             i8042: shared(I8042::new(requests.clone())),
             pm: shared(Pm::new(requests.clone(), pin(vm, layout::GED_GSI))),
-            config_access: shared(PciConfigAccess::new(pci.clone())),
+            config_access: shared(PciConfigAccess::new(&pci)),
             host_bridge: shared(HostBridge::new(revision)),
             pci,
         })
@@ -124,9 +124,7 @@ impl Devices {
             cmos: shared(Cmos::restore(cmos, ()).map_err(device("cmos"))?),
             i8042: shared(I8042::restore(i8042, requests.clone()).map_err(device("i8042"))?),
             pm: shared(Pm::restore(pm, PmParts { requests: requests.clone(), ged }).map_err(device("acpi-pm"))?),
-            config_access: shared(
-                PciConfigAccess::restore(config_access, pci.clone()).map_err(device("pci-config-access"))?,
-            ),
+            config_access: shared(PciConfigAccess::restore(config_access, &pci).map_err(device("pci-config-access"))?),
             host_bridge: shared(HostBridge::restore(host_bridge, ()).map_err(device("pci-host-bridge"))?),
             pci,
         })
@@ -142,7 +140,7 @@ impl Devices {
         plug(&buses.pio, layout::I8042_PORT.into(), I8042_PORTS, i8042)?;
         plug(&buses.pio, layout::PM_BASE.into(), layout::PM_SIZE.into(), pm)?;
         plug(&buses.pio, layout::PCI_CONFIG_ADDRESS.into(), 8, config_access)?;
-        plug(&buses.mmio, layout::ECAM_BASE, layout::ECAM_SIZE, &shared(Ecam::new(pci.clone())))?;
+        plug(&buses.mmio, layout::ECAM_BASE, layout::ECAM_SIZE, &shared(Ecam::new(pci)))?;
         pci.add(Some(0), host_bridge.clone()).map_err(|e| MachineError::Config(e.to_string()))?;
         Ok(())
     }

@@ -77,6 +77,10 @@ impl Machine {
 
     /// Fills this image's page tables, in the background.
     pub fn populate(&mut self) {
+        // hugetlbfs does not tell which pages there are (its SEEK_DATA finds no holes): all of them only where they are pinned.
+        if matches!(self.ram.pages(), theseus_resources::Pages::Huge(_)) && self.passthrough.ids().is_empty() {
+            return;
+        }
         self.populating = Populating::start(self.ram.clone());
     }
 

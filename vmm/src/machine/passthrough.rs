@@ -83,12 +83,8 @@ impl PassthroughDevices {
         unsafe { registry.map_ram(&ranges(ram)) }.map_err(failed)?;
         let mut windows = Windows::with_window64(window64.clone());
         let mut plugged: Vec<Plugged> = Vec::new();
-        for (index, config) in configs.iter().enumerate() {
-            let config = vfio::DeviceConfig {
-                path: config.path.clone(),
-                id: config.id.clone().unwrap_or_else(|| format!("vfio{index}")),
-                container: config.container.clone(),
-            };
+        for (config, id) in configs.iter().zip(ids(configs)) {
+            let config = vfio::DeviceConfig { path: config.path.clone(), id, container: config.container.clone() };
             let device = registry.attach(&config, wiring(vm, buses, vault), &mut windows).map_err(failed)?;
             let slot = pci.add(None, device.clone()).map_err(failed)?;
             plugged.push(Plugged { slot, device });
@@ -131,7 +127,8 @@ impl PassthroughDevices {
     /// does not clear their VM pointer under the new one. Undone by [`Self::resume`].
     pub fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
         for plugged in &self.plugged {
-            lock(&plugged.device).quiesce_irqfds();
+            let device = lock(&plugged.device);
+            device.quiesce_irqfds().map_err(|error| failed(format!("{}: {error}", device.id())))?;
         }
         self.registry.group_fds().iter().try_for_each(|group| Ok(vm.vfio_del(group.as_fd())?))
     }
@@ -141,7 +138,9 @@ impl PassthroughDevices {
             log::error!("after an update that did not happen: {error}");
         }
         for plugged in &self.plugged {
-            lock(&plugged.device).attach_irqfds();
+            if let Err(error) = lock(&plugged.device).attach_irqfds() {
+                log::error!("after an update that did not happen: {error}");
+            }
         }
     }
 
@@ -189,7 +188,12 @@ impl PassthroughDevices {
         self.tell_kvm(vm)?;
         if !crate::test_hooks::skip_irqfds() {
             for plugged in &self.plugged {
-                lock(&plugged.device).attach_irqfds();
+                // A vector that cannot fire would be lost silently: as long as there is a way back, that is better.
+                let device = lock(&plugged.device);
+                match device.attach_irqfds().map_err(|error| failed(format!("{}: {error}", device.id()))) {
+                    Err(error) if way != Way::Forward => log::error!("{error}"),
+                    attached => attached?,
+                }
             }
         }
         if way != Way::Forward && !crate::test_hooks::skip_reinjection() {
@@ -264,6 +268,17 @@ impl PassthroughDevices {
     }
 }
 
+/// The id of each device: its own, or the first `vfioN` from its place on that no other has.
+fn ids(configs: &[DeviceConfig]) -> Vec<String> {
+    let mut taken: Vec<String> = configs.iter().filter_map(|config| config.id.clone()).collect();
+    let mut free = |index: usize| {
+        let id = (index..).map(|n| format!("vfio{n}")).find(|id| !taken.contains(id)).unwrap_or_default();
+        taken.push(id.clone());
+        id
+    };
+    configs.iter().enumerate().map(|(index, config)| config.id.clone().unwrap_or_else(|| free(index))).collect()
+}
+
 fn section(id: &str) -> String {
     format!("vfio-pci/{id}")
 }
@@ -278,5 +293,18 @@ impl PassthroughState {
             .map(|(_, id)| Ok(reader.take(&section(id), VfioPci::KIND, VfioPci::VERSION)?))
             .collect::<Result<_, MachineError>>()?;
         Ok(Self { layout, registry, devices })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_devices_have_one_id() {
+        let config = |id: Option<&str>| DeviceConfig { path: "/sys".into(), id: id.map(Into::into), container: None };
+        assert_eq!(ids(&[config(None), config(None)]), ["vfio0", "vfio1"]);
+        assert_eq!(ids(&[config(Some("vfio1")), config(None), config(None)]), ["vfio1", "vfio2", "vfio3"]);
+        assert_eq!(ids(&[config(None), config(Some("vfio0"))]), ["vfio1", "vfio0"]);
     }
 }

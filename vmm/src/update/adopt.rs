@@ -65,6 +65,10 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     let text = |error: &dyn std::error::Error| error.to_string();
     let timeline = back.timeline.clone();
     let way = timeline.arbiter().way().ok_or("this state has been used already")?;
+    // The helper may take the guest while this image starts: then it is not this one that was started for it.
+    if way == Way::BackByHelper && timeline.helper() != Some(std::process::id()) {
+        superseded();
+    }
     let failed = (way != Way::Forward).then(|| Failed::of(&timeline));
     timeline.check(Phase::Exec)?;
     timeline.stamp_at(Phase::Exec, started);
@@ -107,6 +111,9 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     }
 
     timeline.check(Phase::Commit)?;
+    if way == Way::Forward {
+        crate::test_hooks::fault("word")?;
+    }
     if !timeline.arbiter().commit(way) {
         superseded();
     }

@@ -120,6 +120,8 @@ fn watch(release: RawFd, image: RawFd, page: &Page) -> Option<u32> {
             until = raw::now_ns().saturating_add(page.patience.load(Ordering::Relaxed));
             continue;
         }
+        // First: whoever reads TAKEN must be able to tell whether it is the one that was started for it.
+        page.helper.store(raw::pid(), Ordering::SeqCst);
         if page.arbiter.take() {
             return Some(if dead { TAKEN_DEAD } else { TAKEN_LATE });
         }
@@ -175,6 +177,11 @@ mod raw {
             // SAFETY: ends this process.
             unsafe { call(libc::SYS_exit_group, [code, 0, 0, 0, 0]) };
         }
+    }
+
+    pub fn pid() -> u32 {
+        // SAFETY: has no arguments and cannot fail.
+        unsafe { call(libc::SYS_getpid, [0; 5]) as u32 }
     }
 
     /// CLOCK_MONOTONIC, ns.

@@ -95,8 +95,7 @@ impl<'a> Paused<'a> {
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.vault, &mut kept_connections)).transpose();
         let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
-        // Before the pause: it lists all kept fds, which takes a system call for each.
-        let handover = handover(subject, &prepared.kept, &prepared.target, api);
+        let mut handover = handover(subject, &prepared.kept, &prepared.target, api);
         prepared.timeline.start_deadline(deadline);
         prepared.timeline.pass(Phase::Freeze)?;
 
@@ -114,6 +113,8 @@ impl<'a> Paused<'a> {
             }
             None => None,
         };
+        // Only now: a guest that turns MSI-X on has eventfds made for it until its last vCPU stands.
+        handover.vault = subject.host.vault.manifest();
         prepared.timeline.pass(Phase::Pause)?;
         Ok(Self {
             guest,
@@ -188,7 +189,6 @@ impl<'a> Saved<'a> {
             Some(guest) => guest.machine.passthrough.invalidate()?,
             None => None,
         };
-        crate::test_hooks::hold_invalidated();
         let invalidated = Invalidated { _containers: containers, saved: self };
         invalidated.saved.paused.prepared.timeline.pass(Phase::Invalidate)?;
         Ok(invalidated)

@@ -74,7 +74,7 @@ const CAUSE: usize = 2048;
 pub struct Page {
     pub arbiter: Arbiter,
     /// PID of the parked helper, 0 if there is none.
-    helper: AtomicU32,
+    pub helper: AtomicU32,
     /// 1: the helper found the image dead; 2: it found the deadline over.
     pub taken_because: AtomicU32,
     cause_len: AtomicU32,

@@ -207,10 +207,14 @@ impl Vcpus {
             return Ok(());
         }
         let deadline = Instant::now() + within;
-        for handle in &self.handles {
-            handle.interrupt(Command::Pause)?;
-        }
         let all = self.handles.len();
+        let asked = self.handles.iter().filter(|handle| handle.interrupt(Command::Pause).is_ok()).count();
+        if asked < all {
+            // One has ended, which it should not. The others go on, and their answers count as late.
+            self.late += asked;
+            self.handles.iter().for_each(|handle| drop(handle.send(Command::Run)));
+            return Err(VcpuError::Gone);
+        }
         let expected = all + std::mem::take(&mut self.late);
         for done in 0..expected {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

@@ -44,7 +44,7 @@ impl Placement {
         Self { affinity, policy, priority: param.sched_priority, nice, cgroup: own_cgroup(tid) }
     }
 
-    /// Puts the calling thread there. What cannot be done is logged: a guest that runs on other CPUs is better than none.
+    /// Puts the calling thread there, if it is known. What cannot be done is logged: a guest that runs on other CPUs is better than none.
     pub fn apply(&self, index: u32) {
         let report = |what: &str| {
             log::warn!("vCPU {index}: cannot restore its {what}: {}", std::io::Error::last_os_error());
@@ -55,21 +55,23 @@ impl Placement {
                 log::warn!("vCPU {index}: cannot go back to its cgroup: {}: {error}", file.display());
             }
         }
-        if !self.affinity.is_empty() {
-            // SAFETY: the kernel reads as many bytes as we say, for the calling thread.
-            let done =
-                unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, self.affinity.len(), self.affinity.as_ptr()) };
-            if done < 0 {
-                report("CPU affinity");
-            }
+        if self.affinity.is_empty() {
+            return;
         }
+        // SAFETY: the kernel reads as many bytes as we say, for the calling thread.
+        let done =
+            unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, self.affinity.len(), self.affinity.as_ptr()) };
+        if done < 0 {
+            report("CPU affinity");
+        }
+        // The defaults too: main, of which this thread has inherited, may have been given something else.
         let param = libc::sched_param { sched_priority: self.priority };
         // SAFETY: the kernel reads one sched_param, for the calling thread.
-        if self.policy != libc::SCHED_OTHER && unsafe { libc::sched_setscheduler(0, self.policy, &param) } < 0 {
+        if unsafe { libc::sched_setscheduler(0, self.policy, &param) } < 0 {
             report("scheduling policy");
         }
         // SAFETY: a plain call for the calling thread (PRIO_PROCESS with 0 is the thread on Linux).
-        if self.nice != 0 && unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.nice) } < 0 {
+        if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.nice) } < 0 {
             report("nice value");
         }
     }
@@ -100,6 +102,13 @@ mod tests {
             one.affinity.fill(0);
             one.affinity[first] = 1 << now.affinity[first].trailing_zeros();
             one.nice = 3;
+            one.policy = libc::SCHED_BATCH;
+            one.apply(0);
+            assert_eq!(Placement::of(tid), one);
+            Placement::default().apply(0);
+            assert_eq!(Placement::of(tid), one, "what is unknown is left alone");
+            // Back to the defaults, which a thread does not have if main has been given something else.
+            one.policy = libc::SCHED_OTHER;
             one.apply(0);
             assert_eq!(Placement::of(tid), one);
         })

@@ -103,8 +103,12 @@ impl Body {
         self.clear_exit_flag(vcpu);
         loop {
             match vcpu.run() {
-                Ok(Exit::IoIn(port, data)) => self.shared.pio.read(port.into(), data),
-                Ok(Exit::IoOut(port, data)) => self.shared.pio.write(port.into(), data),
+                Ok(Exit::IoIn(port, size, data)) => {
+                    data.chunks_mut(size).for_each(|one| self.shared.pio.read(port.into(), one));
+                }
+                Ok(Exit::IoOut(port, size, data)) => {
+                    data.chunks(size).for_each(|one| self.shared.pio.write(port.into(), one));
+                }
                 Ok(Exit::MmioRead(addr, data)) => self.shared.mmio.read(addr, data),
                 Ok(Exit::MmioWrite(addr, data)) => self.shared.mmio.write(addr, data),
                 // KVM completes what the last exit left pending before it looks at the exit flag, so here nothing is.

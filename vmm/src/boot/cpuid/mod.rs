@@ -41,7 +41,8 @@ const KVM_FEATURES: u32 = bits(&[
 /// Needs SGX memory from the VMM, or is host state that is not carried.
 const UNSUPPORTED: &[Hidden] = &[
     Hidden { function: 7, index: 0, register: Register::Ebx, bits: bits(&[2, 25]) }, // SGX, Intel PT
-    Hidden { function: 7, index: 0, register: Register::Ecx, bits: bits(&[30]) },    // SGX_LC
+    Hidden { function: 7, index: 0, register: Register::Ecx, bits: bits(&[7, 30]) }, // SHSTK (its SSP is no MSR), SGX_LC
+    Hidden { function: 7, index: 1, register: Register::Edx, bits: bits(&[18]) },    // CET_SSS
 ];
 const UNSUPPORTED_LEAVES: &[u32] = &[0x12, 0x14];
 

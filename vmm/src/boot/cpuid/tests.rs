@@ -96,7 +96,7 @@ fn features() {
     assert_eq!(get(&entries, 0x4000_0001, 0).eax, KVM_FEATURES);
     let leaf7 = get(&entries, 7, 0);
     assert_eq!(!leaf7.ebx, bits(&[2, 25]));
-    assert_eq!(!leaf7.ecx, bits(&[30]));
+    assert_eq!(!leaf7.ecx, bits(&[7, 30]));
     assert_eq!(!leaf7.edx, bits(&[22, 24, 25]), "no AMX without tile state");
     assert!(find(&entries, 0x12, 0).is_none() && find(&entries, 0x1D, 0).is_none());
     assert_eq!(phys_bits(&entries), 0x34);

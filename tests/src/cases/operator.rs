@@ -1,0 +1,172 @@
+//! What an operator does beside an update: ch-remote, reboots, a supervisor.
+
+use std::{
+    fs,
+    os::unix::net::UnixDatagram,
+    path::Path,
+    process::{Command, Output},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::{
+    harness::{
+        hooks::Switch,
+        lab::{self, Nic},
+        proc,
+        rig::Rig,
+        vm::{CMDLINE, Report, Vm, update_body},
+        wire::Wire,
+    },
+    proto::Request,
+};
+
+/// A VM's life by `ch-remote`, from an empty VMM on; the update is to the file it was started from, as a package upgrade left it.
+pub fn ch_remote() -> Result<()> {
+    let installed = std::env::temp_dir().join(format!("theseus-installed-{}", std::process::id()));
+    fs::copy(lab::bin("theseus-a")?, &installed)?;
+    let mut vm = Vm::api_only_from(&installed)?;
+    let config = json!({
+        "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
+        "memory": { "size": 512u64 << 20 },
+        "payload": { "kernel": lab::kernel()?, "initramfs": lab::initramfs()?, "cmdline": CMDLINE },
+        "serial": { "mode": "Socket", "socket": vm.serial() },
+    });
+    let file = vm.dir.join("config.json");
+    fs::write(&file, config.to_string())?;
+    let remote = |vm: &Vm, words: &[&str]| -> Result<Output> {
+        let mut command = Command::new(lab::bin("ch-remote")?);
+        Ok(command.arg("--api-socket").arg(&vm.api.path).args(words).output()?)
+    };
+    let done = |vm: &Vm, words: &[&str]| -> Result<String> {
+        let output = remote(vm, words)?;
+        ensure!(output.status.success(), "ch-remote {words:?}: {output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let refused = remote(&vm, &["boot"])?;
+    ensure!(!refused.status.success() && !refused.stderr.is_empty(), "booted without a VM: {refused:?}");
+    done(&vm, &["create", &file.display().to_string()])?;
+    done(&vm, &["boot"])?;
+    vm.reconnect()?;
+    done(&vm, &["pause"])?;
+    ensure!(done(&vm, &["info"])?.contains("Paused"), "not paused");
+    done(&vm, &["resume"])?;
+    vm.agent()?.ping()?;
+    // Debian's kernel takes an NMI that it does not know for a line in its log.
+    done(&vm, &["nmi"])?;
+    vm.agent()?.ping()?;
+
+    let before = vm.ping()?;
+    let new = installed.with_extension("new");
+    fs::copy(lab::bin("theseus-b")?, &new)?;
+    fs::rename(&new, &installed)?;
+    ensure!(done(&vm, &["update", "--dry-run"])?.to_lowercase().contains("ready"), "a dry run");
+    let table = done(&vm, &["update"])?;
+    let after = vm.ping()?;
+    ensure!(after.build_id != before.build_id && after.pid == before.pid, "{before:?} -> {after:?}");
+    ensure!(
+        table.contains("exec") && table.contains(&after.build_id[..8]),
+        "the report names no phases and build: {table}"
+    );
+    vm.note_update();
+    vm.agent()?.ping()?;
+    let refused = remote(&vm, &["update", "--binary", "/nowhere/theseus"])?;
+    ensure!(
+        !refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("/nowhere/theseus"),
+        "{refused:?}"
+    );
+
+    done(&vm, &["reboot"])?;
+    vm.reconnect()?;
+    done(&vm, &["shutdown"])?;
+    ensure!(done(&vm, &["info"])?.contains("Shutdown"), "not shut down");
+    done(&vm, &["delete"])?;
+    ensure!(!remote(&vm, &["info"])?.status.success(), "a VM that was deleted");
+    done(&vm, &["shutdown-vmm"])?;
+    let status = vm.wait_exit(Duration::from_secs(20))?;
+    ensure!(status.success(), "{status}");
+    fs::remove_file(&installed)?;
+    Ok(())
+}
+
+fn holds_no_device(vm: &Vm) -> Result<()> {
+    for name in ["/dev/vfio", "anon_inode:[vfio-device]", "anon_inode:kvm-v"] {
+        let left = proc::fds_to(vm.pid(), name)?;
+        ensure!(left.is_empty(), "{} fds of {name} are left", left.len());
+    }
+    Ok(())
+}
+
+/// A device is given back when the VM ends or cannot be booted, and used again by the next boot in the same VMM; updates go on as before.
+pub fn reboot_with_nic() -> Result<()> {
+    let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
+    rig.vm.update()?;
+    for orders in [&["vm.reboot"][..], &["vm.shutdown", "vm.boot"]] {
+        for order in orders {
+            rig.vm.api.order(order)?;
+            if *order == "vm.shutdown" {
+                holds_no_device(&rig.vm)?;
+            }
+        }
+        works(&mut rig).with_context(|| format!("{orders:?}"))?;
+    }
+    let mut config = rig.vm.info()?["config"].clone();
+    let kernel = std::mem::replace(&mut config["payload"]["kernel"], json!("/nowhere/vmlinuz"));
+    rig.vm.api.order("vm.delete")?;
+    create(&rig.vm, &config)?;
+    let answer = rig.vm.api.put("vm.boot", "")?;
+    ensure!(answer.status == 500 && answer.causes()?.join(" ").contains("/nowhere/vmlinuz"), "{answer:?}");
+    holds_no_device(&rig.vm)?;
+    rig.vm.api.order("vm.delete")?;
+    config["payload"]["kernel"] = kernel;
+    create(&rig.vm, &config)?;
+    rig.vm.api.order("vm.boot")?;
+    works(&mut rig)
+}
+
+fn create(vm: &Vm, config: &serde_json::Value) -> Result<()> {
+    let answer = vm.api.put("vm.create", &config.to_string())?;
+    ensure!(answer.status == 204, "{answer:?}");
+    Ok(())
+}
+
+/// The guest comes up, its NIC carries traffic, and an update loses none of it.
+fn works(rig: &mut Rig) -> Result<()> {
+    rig.vm.reconnect()?;
+    rig.wires = vec![Wire::set_up(Nic::IgbA, rig.agent()?)?];
+    let traffic = rig.traffic()?;
+    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    rig.vm.update()?;
+    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    traffic.finish_clean(rig.agent()?)?;
+    Ok(())
+}
+
+/// systemd's notify socket hears when the VMM serves, and when a roll back by the helper has changed the PID.
+pub fn supervisor_is_told() -> Result<()> {
+    let path = std::env::temp_dir().join(format!("notify-{}", std::process::id()));
+    let socket = UnixDatagram::bind(&path).with_context(|| format!("{}", path.display()))?;
+    socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+    let heard = || -> Result<String> {
+        let mut text = [0; 256];
+        let len = socket.recv(&mut text).context("nothing on the notify socket")?;
+        Ok(String::from_utf8_lossy(&text[..len]).into_owned())
+    };
+    let mut vm = Vm::builder().notify_socket(&path).boot()?;
+    ensure!(heard()? == "READY=1", "not ready");
+    vm.update()?;
+    let fault = Switch::with(&vm.dir, "fault", "commit:kill")?;
+    let answer = vm.api.put("vm.update", &update_body(&vm.other_build()?))?;
+    drop(fault);
+    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+    ensure!(report.pid != vm.pid() && report.outcome == "rolled_back", "{report:?}");
+    let told = heard()?;
+    ensure!(told.lines().any(|line| line == format!("MAINPID={}", report.pid)), "{told} of {report:?}");
+    vm.follow(report.pid)?;
+    vm.agent()?.call::<()>(&Request::Ping)?;
+    vm.update()?;
+    fs::remove_file(Path::new(&path))?;
+    Ok(())
+}
