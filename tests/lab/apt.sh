@@ -30,24 +30,23 @@ apt_quiet() {
         -o APT::Sandbox::User=root "$@" >"$log" 2>&1 </dev/null; then
         tail -20 "$log" >&2
         rm -f "$log"
-        die "apt-get $1 failed (its last lines are above)"
+        die "apt-get $* failed (its last lines are above)"
     fi
     rm -f "$log"
 }
 
 apt_targets() { apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages'; }
 
-write_source() { # TYPE SUITE URI NAME
-    local keyring signed=()
+debian_keyring() {
+    local keyring
     for keyring in /usr/share/keyrings/debian-archive-keyring.{pgp,gpg}; do
-        [[ -e $keyring ]] && signed=("Signed-By: $keyring") && break
+        if [[ -e $keyring ]]; then echo "$keyring" && break; fi
     done
-    printf '%s\n' "Types: $1" "URIs: $3" "Suites: $2" 'Components: main' ${signed[@]+"${signed[@]}"} >"/etc/apt/sources.list.d/$4.sources"
 }
 
 # Adds SUITE of the mirror this machine already uses, pinned to -1: nothing is picked from it that is not asked for by PACKAGE/SUITE.
 add_suite() {
-    local suite=$1 uri
+    local suite=$1 uri keyring
     if apt_targets | awk -v s="$suite" '$2 == s && $3 == "main" { found = 1 } END { exit !found }'; then
         return
     fi
@@ -55,18 +54,25 @@ add_suite() {
     [[ $uri ]] || die "no apt source for '$(codename) main' on this machine to derive '$suite' from: add one and run './dev setup' again"
     note "adding an apt source for $suite, pinned"
     printf 'Package: *\nPin: release n=%s\nPin-Priority: -1\n' "$suite" >"/etc/apt/preferences.d/theseus-$suite"
-    write_source deb "$suite" "$uri" "theseus-$suite"
+    keyring=$(debian_keyring)
+    printf '%s\n' 'Types: deb' "URIs: $uri" "Suites: $suite" 'Components: main' ${keyring:+"Signed-By: $keyring"} \
+        >"/etc/apt/sources.list.d/theseus-$suite.sources"
     apt_quiet update
 }
 
-# The source packages of SUITE, from where its binary packages come.
-add_sources() {
-    local suite=$1 uri
-    if apt-get indextargets --format '$(RELEASE) $(COMPONENT)' 'Created-By: Sources' | grep -qx "$suite main"; then return; fi
-    uri=$(apt_targets | awk -v s="$suite" '$2 == s && $3 == "main" { print $1; exit }')
-    [[ $uri ]] || die "no apt source for '$suite main' on this machine: add one and run './dev setup' again"
-    write_source deb-src "$suite" "$uri" "theseus-$suite-src"
-    apt_quiet update
+# The original source of PACKAGE as SUITE has it, into DIR. With apt sources of its own: a second entry for one that this machine has could
+# contradict it, and then apt reads none.
+fetch_source() { # PACKAGE SUITE DIR
+    local uri keyring
+    uri=$(apt_targets | awk -v s="$2" '$2 == s && $3 == "main" { print $1; exit }')
+    [[ $uri ]] || die "no apt source for '$2 main' on this machine: add one and run './dev setup' again"
+    keyring=$(debian_keyring)
+    mkdir -p "$3/apt/lists/partial"
+    printf 'deb-src %s%s %s main\n' "${keyring:+[signed-by=$keyring] }" "$uri" "$2" >"$3/apt/list"
+    local options=(-o Dir::Etc::SourceList="$3/apt/list" -o Dir::Etc::SourceParts=/dev/null -o Dir::State::Lists="$3/apt/lists"
+        -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
+    apt_quiet "${options[@]}" update
+    (cd "$3" && apt_quiet "${options[@]}" source --tar-only "$1/$2")
 }
 
 install_packages() {

@@ -24,12 +24,12 @@ fetch_kernel() {
     local packages=()
     suite=$(kernel_suite "$version")
     dir=$(kernel_dir "$version")
-    [[ -e $dir/release ]] && return
+    [[ -e $dir/vmlinux ]] && return
     need_root_debian "kernel $version is not in $CACHE"
     mkdir -p "$CACHE"
     exec {lock}>"$CACHE/lock"
     flock "$lock"
-    if [[ ! -e $dir/release ]]; then
+    if [[ ! -e $dir/vmlinux ]]; then
         add_suite "$suite"
         [[ $(apt-cache show "linux-image-amd64/$suite" 2>/dev/null) ]] || apt_quiet update
         mapfile -t packages < <(kernel_packages "$suite" linux-image-amd64 | sort -u)
@@ -47,12 +47,30 @@ fetch_kernel() {
         find "$work/root" -name "vmlinuz*" -type f -exec cp {} "$work/vmlinuz" \;
         find "$work/lib/modules" -maxdepth 2 -name 'vmlinuz*' -type f -exec cp {} "$work/vmlinuz" \;
         [[ -s $work/vmlinuz ]] || die "no vmlinuz in ${packages[*]}"
+        unpack_vmlinux "$work/vmlinuz" "$work/vmlinux"
         depmod -b "$work" "$release"
         rm -rf "$work/root" "$work/deb"
         printf '%s\n' "$release" >"$work/release"
         mv "$work" "$dir"
     fi
     exec {lock}>&-
+}
+
+# The ELF image inside a bzImage, by its payload_offset and payload_length (Documentation/arch/x86/boot.rst).
+unpack_vmlinux() { # VMLINUZ OUT
+    local sectors offset length unpack
+    number() { od -An -t "u$3" -j $(($2)) -N "$3" "$1" | tr -d ' '; }
+    sectors=$(number "$1" 0x1f1 1) offset=$(number "$1" 0x248 4) length=$(number "$1" 0x24c 4)
+    offset=$(((sectors + 1) * 512 + offset))
+    case $(od -An -t x1 -j "$offset" -N 4 "$1" | tr -d ' ') in
+    fd377a58) unpack='xz -dc --single-stream' ;;
+    28b52ffd) unpack='zstd -qdc' ;;
+    1f8b*) unpack='gzip -dc' ;;
+    *) die "$1: its payload is compressed in a way that is not known here" ;;
+    esac
+    # The uncompressed size behind the payload ends the stream with an error, or a warning.
+    tail -c "+$((offset + 1))" "$1" | head -c "$length" | $unpack 2>/dev/null >"$2" || true
+    [[ $(stat -c %s "$2") == "$(number "$1" $((offset + length - 4)) 4)" ]] || die "$1: its ELF image cannot be unpacked"
 }
 
 # Puts modules and all that they depend on, decompressed, into DIR, and their load order into DIR/order.

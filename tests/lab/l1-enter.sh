@@ -38,9 +38,10 @@ for p in /sys/class/virtio-ports/*; do
     [ "$(cat "$p/name" 2>/dev/null)" = lab.out ] && out=/dev/${p##*/}
 done
 
-behind() { # PORT: the PCI address of the device behind the root port in slot PORT of bus 0
-    local d
-    for d in /sys/bus/pci/devices/0000:00:"$1".0/0000:*; do
+behind() { # PORT[.FUNCTION]: the PCI address of the device behind the root port in slot PORT of bus 0
+    local d function=0
+    case $1 in *.*) function=${1#*.} ;; esac
+    for d in /sys/bus/pci/devices/0000:00:"${1%.*}".0/0000:*."$function"; do
         [ -e "$d/vendor" ] && basename "$d" && return
     done
     fail "no device behind root port $1"

@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 
 # In the cache, by what it is built from; about three minutes on two cores.
-qemu_dir() { printf '%s/qemu-%s\n' "$CACHE" "$(cat "$LAB/qemu.patch" "$LAB/qemu.sh" | sha256sum | cut -c1-16)"; }
+qemu_dir() { printf '%s/qemu-%s-%s\n' "$CACHE" "$(codename)" "$(cat "$LAB/qemu.patch" "$LAB/qemu.sh" | sha256sum | cut -c1-16)"; }
 qemu_suite() { if [[ $(codename) == bookworm ]]; then echo bookworm-backports; else codename; fi; }
 
 QEMU_DEVICES=(Q35 VTD PCIE_PORT IGB_PCI_EXPRESS E1000E_PCI_EXPRESS NVME_PCI SPDM_SOCKET VIRTIO_PCI VIRTIO_SERIAL VIRTIO_9P)
@@ -19,10 +19,11 @@ build_qemu() {
     if [[ ! -x $dir/qemu-system-x86_64 ]]; then
         note "building QEMU for the lab (about three minutes, once)"
         add_suite "$suite"
+        apt_quiet update
         apt_quiet install --no-install-recommends "meson/$suite" ninja-build libglib2.0-dev pkg-config python3-venv patch
-        add_sources "$suite"
         work=$(mktemp -d)
-        (cd "$work" && apt_quiet source --tar-only "qemu/$suite" && tar xf qemu_*.tar.* --strip-components=1)
+        fetch_source qemu "$suite" "$work"
+        tar xf "$work"/qemu_*.tar.* -C "$work" --strip-components=1
         if ! (cd "$work" && compile_qemu) >"$work/log" 2>&1 </dev/null; then
             tail -20 "$work/log" >&2
             die "QEMU does not build (its last lines are above; the rest: $work/log)"

@@ -102,11 +102,13 @@ pair() { # NAME MODEL: one NIC to pass through, one for L1, and the wire between
 }
 pair IGB_A igb
 pair IGB_B igb
-pair E1000E e1000e
+# Two functions of one slot without ACS are one IOMMU group.
+shared=$slot
+pair E1000E e1000e,multifunction=on
 truncate -s 64M "$work/nvme.img"
-port
-args+=(-drive "file=$work/nvme.img,if=none,id=nvme,format=raw" -device "nvme,serial=lab,drive=nvme,bus=rp$slot,msix_qsize=$vectors")
-passed+=" NVME:$slot_name:"
+args+=(-drive "file=$work/nvme.img,if=none,id=nvme,format=raw"
+    -device "nvme,serial=lab,drive=nvme,bus=rp$shared,addr=0.1,msix_qsize=$vectors")
+printf -v passed '%s NVME:%02x.1:' "$passed" "$shared"
 
 copy=''
 for f in theseus-a theseus-b ch-remote agent l1-tests; do [[ ! -e $OUT/$f ]] || copy+=" $OUT/$f"; done

@@ -120,7 +120,7 @@ test)
         if [[ $hardware ]]; then
             count "tests with device $hardware" on_hardware "$hardware" ${args[@]+"${args[@]}"} || true
         else
-            count "lab tests, kernel $kernel" in_lab 1800 test ${args[@]+"${args[@]}"} || true
+            count "lab tests, kernel $kernel" in_lab 2700 test ${args[@]+"${args[@]}"} || true
         fi
     fi
     verdict

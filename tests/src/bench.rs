@@ -53,7 +53,7 @@ fn pause(cpus: u32) -> Result<()> {
 /// Pause with as many live interrupt vectors as the lab's NVMe controller has (`./dev bench vectors` runs a lab for each number).
 pub fn vectors() -> Result<()> {
     logs::begin("bench-vectors");
-    let mut vm = Vm::builder().device_at(lab::nvme()?).boot()?;
+    let mut vm = Vm::builder().device_at(lab::nvme()?, None).boot()?;
     let storage = vm.agent()?.pci()?.into_iter().find(|function| function.config.get(20..24) == Some("0801"));
     let bdf = storage.context("the guest has no NVMe controller")?.bdf;
     let count: u32 = vm.agent()?.call(&Request::VectorsOn { bdf })?;

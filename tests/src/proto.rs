@@ -145,6 +145,12 @@ pub enum Request {
     MemoryStats,
     /// `MemoryStats`, after a last check of every page.
     MemoryStop,
+    /// `()`: rewrites and verifies the first `mib` MiB of a block device, past the guest's caches.
+    DiskStart { path: String, mib: u64, seed: u64 },
+    /// `MemoryStats`: an I/O error makes a page wrong.
+    DiskStats,
+    /// `MemoryStats`, after a last check of every page.
+    DiskStop,
     /// `()`: one spinning thread for each of `cpus`, pinned to it.
     BusyStart { cpus: Vec<usize> },
     /// `Vec<u64>`: loops done so far by each thread.

@@ -54,23 +54,22 @@ fn drift(vm: &Vm) -> Result<f64> {
     Ok(error / seconds)
 }
 
-/// `words`: which parts, all if there are none: updates, thousand, matrix, faults. A number is the seed of the last.
+type Part = fn(&[String]) -> Result<()>;
+const PARTS: [(&str, Part); 4] = [("updates", updates), ("thousand", thousand), ("matrix", matrix), ("faults", faults)];
+
+/// `words`: which parts, all if there are none: updates, thousand, matrix, faults. The names of phases are those of a matrix, a number is the
+/// seed of the faults.
 pub fn run(words: &[String]) -> Result<()> {
-    let (seeds, parts): (Vec<_>, Vec<_>) = words.iter().partition(|word| word.parse::<u64>().is_ok());
-    let seed = seeds.first().and_then(|word| word.parse().ok());
+    let (parts, rest): (Vec<_>, Vec<_>) =
+        words.iter().cloned().partition(|word| PARTS.iter().any(|(name, _)| name == word));
     let (mut ran, mut failures) = (0, Vec::new());
-    for (name, body) in [
-        ("updates", updates as fn(Option<u64>) -> Result<()>),
-        ("thousand", thousand),
-        ("matrix", matrix),
-        ("faults", faults),
-    ] {
+    for (name, body) in PARTS {
         if !parts.is_empty() && !parts.iter().any(|part| *part == name) {
             continue;
         }
         ran += 1;
         logs::begin(&format!("soak-{name}"));
-        let outcome = body(seed);
+        let outcome = body(&rest);
         println!("test soak_{name} ... {}", if outcome.is_ok() { "ok" } else { "FAILED" });
         if let Err(e) = outcome {
             println!("{e:#}\n{}", logs::tails());
@@ -83,7 +82,7 @@ pub fn run(words: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn updates(_seed: Option<u64>) -> Result<()> {
+fn updates(_: &[String]) -> Result<()> {
     soak(UPDATES, "one igb", &[(Nic::IgbA, None)])?;
     soak(
         UPDATES,
@@ -92,17 +91,27 @@ fn updates(_seed: Option<u64>) -> Result<()> {
     )
 }
 
-fn thousand(_seed: Option<u64>) -> Result<()> {
+fn thousand(_: &[String]) -> Result<()> {
     soak(MANY, "one igb", &[(Nic::IgbA, None)])
 }
 
-fn matrix(_seed: Option<u64>) -> Result<()> {
+fn matrix(phases: &[String]) -> Result<()> {
+    let mut cells = Cell::all();
+    let phases: Vec<_> = phases.iter().filter(|word| word.parse::<u64>().is_err()).collect();
+    for phase in &phases {
+        ensure!(
+            cells.iter().any(|cell| cell.phase == phase.as_str()),
+            "'{phase}' is neither a part of the soak nor a phase"
+        );
+    }
+    cells.retain(|cell| phases.is_empty() || phases.iter().any(|phase| *phase == cell.phase));
     println!("### Every fault in every phase, kernel {}\n", lab::kernel_version());
-    rollback::matrix(&Cell::all())
+    rollback::matrix(&cells)
 }
 
 /// Updates with a random fault each, all on one guest.
-fn faults(seed: Option<u64>) -> Result<()> {
+fn faults(words: &[String]) -> Result<()> {
+    let seed = words.iter().find_map(|word| word.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) ^ mono_ns());
     println!("### {RANDOM_FAULTS} updates with a random fault each, kernel {}, seed {seed}\n", lab::kernel_version());
     let cells: Vec<Cell> = Cell::all().into_iter().filter(|cell| cell.end != End::Crash).collect();

@@ -17,11 +17,9 @@ const TAG: &str = match option_env!("THESEUS_BUILD_TAG") {
     None => "",
 };
 
-const IS_B: bool = matches!(TAG.as_bytes(), b"b");
-
-/// Build B writes the section `machine` as a later release would, one version on and with a field that A does not know: every update between
-/// the two goes over a step of the saved state, there and back.
-pub const SKEW: Option<u16> = if IS_B { Some(1) } else { None };
+/// Build B writes the section `machine` as a later release would, one version on and with a field that A has never heard of: every update
+/// between the two goes over a step of the saved state, there and back.
+pub const IS_B: bool = cfg!(later_build);
 
 /// Revision register of the host bridge at a guest's boot.
 pub const HOST_BRIDGE_REVISION: u8 = IS_B as u8;

@@ -140,6 +140,7 @@ impl Parts {
             events,
             vm: Vm::None,
             helper: None,
+            hurry: None,
             asked: None,
             watched: None,
             backlog: Default::default(),

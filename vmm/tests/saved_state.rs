@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use rmpv::Value;
+use theseus_resources::{StateReader, StateWriter};
+
 fn golden() -> Vec<(PathBuf, Vec<u8>)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -66,4 +69,69 @@ fn no_body_makes_a_decoder_panic() {
         }
     }
     assert!(refused > tried / 20, "only {refused} of {tried} were refused: do the changes reach the decoders?");
+}
+
+/// A state as a build one version on would write it: `change` gets each section's name and its fields, which it may change.
+fn of_a_later_build(bytes: &[u8], mut change: impl FnMut(&str, &mut Vec<(Value, Value)>)) -> StateWriter {
+    let reader = StateReader::new(bytes).unwrap();
+    let mut writer = StateWriter::new("a later build");
+    for section in reader.sections() {
+        let mut fields: Value = rmp_serde::from_slice(&section.data).unwrap();
+        let Value::Map(map) = &mut fields else { panic!("section '{}' is no map", section.name) };
+        change(&section.name, map);
+        writer.add(&section.name, &section.kind, section.version + 1, &fields).unwrap();
+    }
+    writer
+}
+
+fn check(writer: &StateWriter) -> Result<(), String> {
+    theseus_vmm::check_state(&writer.finish().unwrap())
+}
+
+#[test]
+fn a_new_field_in_every_section_is_skipped() {
+    for (path, bytes) in golden() {
+        let later = of_a_later_build(&bytes, |_, fields| {
+            fields.insert(0, ("of_a_later_version".into(), Value::Array(vec![Value::from(7)])));
+        });
+        check(&later).unwrap_or_else(|reason| panic!("{}: {reason}", path.display()));
+    }
+}
+
+/// A field that a later build has dropped is its default where it has one, or else a refusal that names section and field.
+#[test]
+fn a_removed_field_is_its_default_or_is_named() {
+    for (_, bytes) in golden() {
+        let without = |section: &str, field: &str| {
+            check(&of_a_later_build(&bytes, |name, fields| {
+                let before = fields.len();
+                fields.retain(|(key, _)| name != section || key.as_str() != Some(field));
+                assert!(name != section || fields.len() + 1 == before, "section '{name}' has no field '{field}'");
+            }))
+        };
+        without("handover", "supervisor").unwrap();
+        let reason = without("machine", "vm_fd").unwrap_err();
+        assert!(reason.contains("'machine'") && reason.contains("vm_fd"), "{reason}");
+    }
+}
+
+/// What it says cannot be left out unread: the guest would lose it.
+#[test]
+fn a_new_section_is_refused_by_name() {
+    for (_, bytes) in golden() {
+        let mut later = of_a_later_build(&bytes, |_, _| {});
+        check(&later).unwrap();
+        later.add("virtio-net0", "virtio-net", 1, &Value::Map(vec![("queues".into(), Value::from(2))])).unwrap();
+        let reason = check(&later).unwrap_err();
+        assert!(reason.contains("virtio-net0"), "{reason}");
+    }
+}
+
+#[test]
+fn two_versions_on_is_refused_by_name() {
+    for (_, bytes) in golden() {
+        let later = of_a_later_build(&bytes, |_, _| {}).finish().unwrap();
+        let reason = check(&of_a_later_build(&later, |_, _| {})).unwrap_err();
+        assert!(reason.contains("version 3"), "{reason}");
+    }
 }

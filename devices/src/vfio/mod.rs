@@ -21,8 +21,6 @@ pub mod device;
 pub mod group;
 pub mod invalidate;
 mod ioctl;
-#[cfg(test)]
-mod lab_tests;
 pub mod pci;
 mod pci_regs;
 mod placement;

@@ -16,7 +16,7 @@ use std::{
 use crate::{
     agent::machine::pin_to,
     clock::{mono_ns, rdtsc},
-    proto::{Arrival, MemoryStats, Sent, TimerFired},
+    proto::{Arrival, Sent, TimerFired},
     seq::SeqStats,
     stream::{Receiver, Sender},
 };
@@ -90,95 +90,6 @@ pub fn wait_packet(socket: &UdpSocket, timeout_ms: u64) -> io::Result<Arrival> {
     let len = socket.recv(&mut bytes)?;
     let (mono_ns, tsc) = (mono_ns(), rdtsc());
     Ok(Arrival { mono_ns, tsc, len, head: bytes[..len.min(32)].to_vec() })
-}
-
-const PAGE_WORDS: usize = 512;
-
-/// Rewrites and verifies memory, page after page, each time with other contents.
-pub struct Memory {
-    stop: Arc<AtomicBool>,
-    checked: Arc<AtomicU64>,
-    wrong: Arc<AtomicU64>,
-    passes: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Memory {
-    pub fn start(mib: u64, seed: u64) -> io::Result<Self> {
-        let pages = (mib * 256) as usize;
-        let (stop, checked, wrong, passes) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::<AtomicU64>::default(),
-            Arc::<AtomicU64>::default(),
-            Arc::<AtomicU64>::default(),
-        );
-        let shared = (Arc::clone(&stop), Arc::clone(&checked), Arc::clone(&wrong), Arc::clone(&passes));
-        let thread = std::thread::Builder::new().name("memory".into()).spawn(move || {
-            let (stop, checked, wrong, passes) = shared;
-            // SAFETY: plain system call; a lower priority leaves the CPU to the streams.
-            unsafe { libc::nice(19) };
-            let mut words = vec![0_u64; pages * PAGE_WORDS];
-            for (page, words) in words.chunks_exact_mut(PAGE_WORDS).enumerate() {
-                fill(words, seed, page, 0);
-            }
-            let mut generation = 0;
-            loop {
-                // Read before the pass: a stop that comes in the middle is followed by one whole pass more.
-                let last = stop.load(Ordering::Relaxed);
-                for (page, words) in words.chunks_exact_mut(PAGE_WORDS).enumerate() {
-                    let good = holds(words, seed, page, generation);
-                    wrong.fetch_add(u64::from(!good), Ordering::Relaxed);
-                    checked.fetch_add(1, Ordering::Relaxed);
-                    fill(words, seed, page, generation + 1);
-                    // Most of the CPU belongs to the streams.
-                    if page % 16 == 15 && !last {
-                        std::thread::sleep(Duration::from_millis(4));
-                    }
-                }
-                generation += 1;
-                passes.fetch_add(1, Ordering::Relaxed);
-                if last {
-                    return;
-                }
-            }
-        })?;
-        Ok(Self { stop, checked, wrong, passes, thread: Some(thread) })
-    }
-
-    pub fn stats(&self) -> MemoryStats {
-        MemoryStats {
-            pages_checked: self.checked.load(Ordering::Relaxed),
-            pages_wrong: self.wrong.load(Ordering::Relaxed),
-            passes: self.passes.load(Ordering::Relaxed),
-        }
-    }
-
-    /// Goes through every page once more, then gives the memory back.
-    pub fn stop(mut self) -> MemoryStats {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-        self.stats()
-    }
-}
-
-/// A cheap mixer (splitmix64's finaliser): every word of every page of every generation differs.
-fn word(seed: u64, page: usize, generation: u64, i: usize) -> u64 {
-    let mut x = seed ^ (page as u64) << 32 ^ generation << 12 ^ i as u64;
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-fn fill(words: &mut [u64], seed: u64, page: usize, generation: u64) {
-    for (i, to) in words.iter_mut().enumerate() {
-        *to = word(seed, page, generation, i);
-    }
-}
-
-fn holds(words: &[u64], seed: u64, page: usize, generation: u64) -> bool {
-    words.iter().enumerate().all(|(i, &w)| w == word(seed, page, generation, i))
 }
 
 /// Threads that spin, each pinned to a CPU.
@@ -287,25 +198,6 @@ fn timer_at(due_ns: u64) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_checked_whole() {
-        let job = Memory::start(2, 7).unwrap();
-        let stats = job.stop();
-        assert!(stats.pages_checked >= 512 && stats.passes >= 1, "{stats:?}");
-        assert_eq!(stats.pages_wrong, 0);
-    }
-
-    #[test]
-    fn a_changed_word_is_found() {
-        let mut page = [0; PAGE_WORDS];
-        fill(&mut page, 1, 2, 3);
-        assert!(holds(&page, 1, 2, 3));
-        page[300] ^= 1 << 40;
-        assert!(!holds(&page, 1, 2, 3));
-        fill(&mut page, 1, 2, 4);
-        assert!(!holds(&page, 1, 2, 3));
-    }
 
     #[test]
     fn timers_fire_when_due() {

@@ -5,6 +5,7 @@
 
 mod jobs;
 mod machine;
+mod rewriter;
 mod tty;
 mod vectors;
 
@@ -13,6 +14,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use rewriter::Rewriter;
 use serde::Serialize;
 
 use crate::{
@@ -28,7 +30,8 @@ const KEPT_ANSWERS: usize = 64;
 struct Agent {
     streams: Mutex<jobs::Streams>,
     watches: Mutex<jobs::Watches>,
-    memory: Mutex<Option<jobs::Memory>>,
+    memory: Mutex<Option<Rewriter>>,
+    disk: Mutex<Option<Rewriter>>,
     busy: Mutex<Option<jobs::Busy>>,
     timers: Mutex<Option<jobs::Timers>>,
     cpuid: Mutex<Vec<Vec<String>>>,
@@ -103,6 +106,7 @@ fn waits(request: &Request) -> bool {
             | Request::PowerButtonWait { .. }
             | Request::RecvStop { .. }
             | Request::MemoryStop
+            | Request::DiskStop
             | Request::IfUp { .. }
     )
 }
@@ -157,9 +161,19 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
             if memory.is_some() {
                 return Err("a memory job is running".into());
             }
-            *memory = Some(jobs::Memory::start(mib, seed)?);
+            *memory = Some(Rewriter::of_memory(mib, seed)?);
             value(())
         }
+        Request::DiskStart { path, mib, seed } => {
+            let mut disk = lock(&agent.disk);
+            if disk.is_some() {
+                return Err("a disk job is running".into());
+            }
+            *disk = Some(Rewriter::of_disk(&path, mib, seed)?);
+            value(())
+        }
+        Request::DiskStats => value(lock(&agent.disk).as_ref().ok_or("no disk job")?.stats()),
+        Request::DiskStop => value(lock(&agent.disk).take().ok_or("no disk job")?.stop()),
         Request::MemoryStats => value(lock(&agent.memory).as_ref().ok_or("no memory job")?.stats()),
         Request::MemoryStop => value(lock(&agent.memory).take().ok_or("no memory job")?.stop()),
         Request::BusyStart { cpus } => {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::{
-    harness::{proc, vm::Vm},
+    harness::{lab, proc, vm::Vm},
     proto::Request,
 };
 
@@ -16,12 +16,15 @@ const DOWN: Duration = Duration::from_secs(60);
 const TAKEN_MIB: u64 = 130;
 
 fn boot(cpus: u32, mib: u64) -> Result<()> {
-    let vm = Vm::builder().cpus(cpus).memory(&format!("size={mib}M")).boot()?;
+    check(&Vm::builder().cpus(cpus).memory(&format!("size={mib}M")).boot()?, cpus, mib)
+}
+
+fn check(vm: &Vm, cpus: u32, mib: u64) -> Result<()> {
     let machine = vm.agent()?.machine()?;
     ensure!(machine.cpus_online == cpus as usize, "{machine:?}");
     let seen = machine.memory_kib / 1024;
     // 1/40 of large memory are page structures.
-    ensure!(seen < mib && seen + TAKEN_MIB + mib / 40 > mib, "{machine:?} of {mib} MiB");
+    ensure!(seen < mib && seen + TAKEN_MIB.min(mib / 2) + mib / 40 > mib, "{machine:?} of {mib} MiB");
     ensure!(vm.state()? == "Running", "{}", vm.info()?);
     ensure!(vm.info()?["memory_actual_size"] == mib << 20, "{}", vm.info()?);
     for cpu in 0..cpus {
@@ -43,6 +46,24 @@ pub fn one_cpu_512m() -> Result<()> {
 
 pub fn four_cpus_6g() -> Result<()> {
     boot(4, 6 << 10)
+}
+
+/// The smallest memory, and the kernel as an ELF file with a PVH note.
+pub fn pvh_128m() -> Result<()> {
+    let mut vm = Vm::builder().kernel(lab::pvh_kernel()?).memory("size=128M").boot()?;
+    check(&vm, 1, 128)?;
+    vm.update()?;
+    vm.agent()?.ping()
+}
+
+/// As many vCPUs as there can be: all come up, and all are carried over an update.
+pub fn sixty_four_cpus() -> Result<()> {
+    let mut vm = Vm::builder().cpus(64).memory("size=1G").boot()?;
+    check(&vm, 64, 1 << 10)?;
+    vm.update()?;
+    let machine = vm.agent()?.machine()?;
+    ensure!(machine.cpus_online == 64, "{machine:?}");
+    Ok(())
 }
 
 /// Ends the guest with `request`; the VMM must end by itself with `code` and say `reason`.

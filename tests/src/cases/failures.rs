@@ -165,14 +165,15 @@ pub fn downgrade() -> Result<()> {
         let older = |rig: &Rig| -> Result<PathBuf> {
             let target = copy_of_next(rig, "older")?;
             let mut bytes = fs::read(&target)?;
-            // The version that its ELF note says.
-            let note = b"Theseus\x000.1.0";
-            let at = bytes.windows(note.len()).position(|window| window == note).context("no note of version 0.1.0")?;
-            bytes[at..at + note.len()].copy_from_slice(b"Theseus\x000.0.9");
+            // The version that its ELF note says, and one as long that is lower.
+            let note = [b"Theseus\0", env!("CARGO_PKG_VERSION").as_bytes()].concat();
+            let at = bytes.windows(note.len()).position(|window| window == note).context("no note of our version")?;
+            let version = &mut bytes[at + 8..at + note.len()];
+            version.iter_mut().filter(|digit| digit.is_ascii_digit()).for_each(|digit| *digit = b'0');
             fs::write(&target, bytes)?;
             Ok(target)
         };
-        unharmed(rig, End::Refused, &["version 0.0.9"], |rig| rig.vm.ask_update(&older(rig)?))?;
+        unharmed(rig, End::Refused, &["is older than the running"], |rig| rig.vm.ask_update(&older(rig)?))?;
         fs::remove_file(rig.vm.dir.join("older"))?;
         let target = older(rig)?;
         let body = serde_json::json!({ "binary": target, "allow_downgrade": true });
@@ -231,7 +232,7 @@ pub fn state_used_again() -> Result<()> {
         let fresh = rig.vm.dir.join("timeline");
         fs::write(&fresh, [0; 4096])?;
         let fresh = File::options().read(true).write(true).open(&fresh)?;
-        for (timeline, why) in [(&used, "used already"), (&fresh, "fd")] {
+        for (timeline, why) in [(&used, "used already"), (&fresh, "is not open in this image")] {
             let (new, old) = (lab::bin("theseus-b")?, File::open(lab::bin("theseus-a")?)?);
             let output = taking_over(&new, &state, &old, timeline)?;
             let text = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,6 +1,8 @@
 //! What the guest sees of its machine, and where its vCPUs run, stay as they are.
 
-use anyhow::{Result, ensure};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     harness::{agent::Agent, proc, rig, vm::Vm},
@@ -81,16 +83,44 @@ fn decode(hex: &str) -> Option<Vec<u8>> {
     (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(hex.get(i..i + 2)?, 16).ok()).collect()
 }
 
-/// Affinity, policy and nice value of a vCPU thread as an operator sets them from outside.
+/// A threaded cgroup below the root of L1's, removed when dropped.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new() -> Result<Self> {
+        let path = PathBuf::from("/sys/fs/cgroup/vcpus");
+        let cgroup = Self(path.clone());
+        std::fs::create_dir(&path).with_context(|| format!("{}: is cgroup2 mounted?", path.display()))?;
+        std::fs::write(path.join("cgroup.type"), "threaded")?;
+        Ok(cgroup)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// Affinity, policy, nice value and cgroup of a vCPU thread as an operator sets them from outside. What main is given is not theirs.
 pub fn affinity_kept() -> Result<()> {
+    // Before the VM, so that it is empty when it is removed. Only the root may have threads of a process below it just so.
+    let is_root = std::fs::read_to_string("/proc/self/cgroup")?.lines().any(|line| line == "0::/");
+    let cgroup = is_root.then(Cgroup::new).transpose()?;
     let mut vm = Vm::builder().cpus(2).boot()?;
     let tid = proc::thread_named(vm.pid(), "vcpu0")?;
+    if let Some(cgroup) = &cgroup {
+        std::fs::write(cgroup.0.join("cgroup.threads"), tid.to_string()).context("a thread into a cgroup")?;
+    }
     let other = Placement::of(proc::thread_named(vm.pid(), "vcpu1")?)?;
     // The last CPU of those there are: where L1 has one, only policy and nice value can differ.
     let cpus: Vec<_> = other.cpus.last().copied().into_iter().collect();
-    Placement { cpus: cpus.clone(), policy: libc::SCHED_BATCH, nice: 5 }.put(tid)?;
+    Placement { cpus: cpus.clone(), policy: libc::SCHED_BATCH, nice: 5, cgroup: String::new() }.put(tid)?;
+    Placement { cpus: other.cpus.clone(), policy: libc::SCHED_BATCH, nice: 7, cgroup: String::new() }
+        .put(vm.pid() as i32)?;
     let wanted = Placement::of(tid)?;
     ensure!(wanted.cpus == cpus && wanted.policy == libc::SCHED_BATCH && wanted.nice == 5, "{wanted:?}");
+    ensure!(cgroup.is_none() || (wanted.cgroup == "/vcpus" && other.cgroup == "/"), "{wanted:?}, {other:?}");
     for _ in 0..2 {
         vm.update()?;
         let now = Placement::of(proc::thread_named(vm.pid(), "vcpu0")?)?;
@@ -106,6 +136,8 @@ struct Placement {
     cpus: Vec<usize>,
     policy: i32,
     nice: i32,
+    /// Path of its cgroup (v2), which `put` leaves alone.
+    cgroup: String,
 }
 
 impl Placement {
@@ -117,7 +149,9 @@ impl Placement {
             let cpus = (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &set)).collect();
             (cpus, libc::sched_getscheduler(tid), libc::getpriority(libc::PRIO_PROCESS, tid as u32))
         };
-        Ok(Self { cpus, policy, nice })
+        let cgroups = std::fs::read_to_string(format!("/proc/{tid}/cgroup"))?;
+        let cgroup = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default().to_string();
+        Ok(Self { cpus, policy, nice, cgroup })
     }
 
     fn put(&self, tid: i32) -> Result<()> {

@@ -201,6 +201,17 @@ enum First {
     Open,
 }
 
+/// A helper that, if the test ends early, must neither stay stopped nor take the guest of a VMM that is killed.
+struct Stray(Option<u32>);
+
+impl Drop for Stray {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            let _ = proc::signal(pid, libc::SIGKILL);
+        }
+    }
+}
+
 /// SIGSTOP between the last look at the deadline and the arbiter's word, until the deadline has passed: exactly one of the two runs the guest.
 pub fn stopped_at_the_word() -> Result<()> {
     const DEADLINE_MS: u64 = 400;
@@ -217,6 +228,7 @@ pub fn stopped_at_the_word() -> Result<()> {
             caller.send("PUT", "vm.update", &body.to_string())?;
             wait_for("the new image to stop", HELD, || Ok(proc::is_stopped(image)?.then_some(())))?;
             let helper = *proc::children(image)?.first().context("no helper")?;
+            let mut stray = Stray(Some(helper));
             if first != First::Helper {
                 proc::signal(helper, libc::SIGSTOP)?;
             }
@@ -235,6 +247,7 @@ pub fn stopped_at_the_word() -> Result<()> {
             let answer = caller.receive()?;
             drop(fault);
             let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+            stray.0 = None;
             rig.vm.follow(report.pid)?;
             let ran = if report.pid == image { "image" } else { "helper" };
             match (report.outcome.as_str(), ran) {

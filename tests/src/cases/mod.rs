@@ -49,6 +49,8 @@ const fn with(nics: &'static [Nic], name: &'static str, body: fn() -> Result<()>
 const CASES: &[Case] = &[
     plain("boot_1cpu_512m", boot::one_cpu_512m),
     plain("boot_4cpu_6g", boot::four_cpus_6g),
+    plain("boot_pvh_128m", boot::pvh_128m),
+    plain("boot_64cpu", boot::sixty_four_cpus),
     plain("poweroff_from_guest", boot::poweroff_from_guest),
     plain("reboot_from_guest", boot::reboot_from_guest),
     plain("power_button", boot::power_button),
@@ -96,6 +98,8 @@ const CASES: &[Case] = &[
     with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),
     with(&[Nic::IgbA, Nic::E1000e], "rollback_one_cell_a_phase", rollback::one_cell_a_phase),
     with(&[Nic::IgbA, Nic::E1000e], "rollback_red_without_reinjection", rollback::red_without_reinjection),
+    with(&[Nic::IgbA], "huge_pages_with_nic", traffic::huge_pages),
+    with(&[Nic::E1000e], "disk_and_nic_of_one_group", traffic::disk_and_nic),
     with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
 ];
 

@@ -6,15 +6,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     cases::{MANY, note},
     harness::{
-        lab::Nic,
+        lab::{self, Nic},
+        proc,
         rig::{self, Rig},
         traffic::Traffic,
         vm::Vm,
+        wait_for,
     },
     proto::{MemoryStats, Request},
 };
@@ -79,4 +81,87 @@ pub fn three_nics() -> Result<()> {
     sleep(Duration::from_millis(100));
     updates_under_traffic(&mut rig, 10)?;
     Ok(())
+}
+
+/// An NVMe disk and a NIC of one IOMMU group: both go on, and no block is lost or wrong. Two containers cannot share a group.
+pub fn disk_and_nic() -> Result<()> {
+    let disk = lab::nvme()?;
+    let group = |bdf: &str| std::fs::read_link(format!("/sys/bus/pci/devices/{bdf}/iommu_group"));
+    ensure!(group(&disk)? == group(&Nic::E1000e.bdf()?)?, "the lab's NVMe controller and e1000e are not of one group");
+    // The VMM may be gone before anybody can connect to it, or not.
+    let apart = Vm::builder().device(Nic::E1000e, None)?.device_at(disk.clone(), Some("second")).start();
+    let why = match apart {
+        Err(error) => format!("{error:#}"),
+        Ok(mut vm) => {
+            let status = vm.wait_exit(Duration::from_secs(30))?;
+            ensure!(!status.success(), "one group in two containers: {status}");
+            vm.log_text()
+        }
+    };
+    ensure!(why.contains("a group cannot be in"), "{why}");
+
+    let builder = Vm::builder().cpus(2).device_at(disk, None);
+    let mut rig = Rig::boot(builder, &[(Nic::E1000e, None)])?;
+    rig.agent()?.call::<()>(&Request::DiskStart { path: "/dev/nvme0n1".into(), mib: 4, seed: 11 })?;
+    let traffic = rig.traffic()?;
+    let mut checked = 0;
+    for _ in 0..10 {
+        // In every image, not only in the last.
+        traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+        wait_for("the disk to go on", Duration::from_secs(20), || {
+            let stats: MemoryStats = rig.agent()?.call(&Request::DiskStats)?;
+            Ok((stats.pages_checked > checked + 32).then(|| checked = stats.pages_checked))
+        })?;
+        let report = rig.vm.update()?;
+        ensure!(report.devices.len() == 2 && report.containers.len() == 1, "{report:?}");
+    }
+    traffic.finish_clean(rig.agent()?)?;
+    let stats: MemoryStats = rig.agent()?.call_within(&Request::DiskStop, Duration::from_secs(120))?;
+    note(format_args!("{} blocks of the disk checked, {} passes", stats.pages_checked, stats.passes));
+    ensure!(stats.pages_wrong == 0 && stats.passes > 0, "{stats:?}");
+    Ok(())
+}
+
+/// RAM in huge pages, reserved and transparent, pinned for a device and carried over updates.
+pub fn huge_pages() -> Result<()> {
+    let _reserved = HugePages::reserve(300)?;
+    ["size=512M,hugepages=on", "size=512M,thp=on"].iter().try_for_each(|memory| {
+        let mut rig = Rig::boot(Vm::builder().memory(memory), &[(Nic::IgbA, None)])?;
+        rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 8 })?;
+        updates_under_traffic(&mut rig, 3).with_context(|| memory.to_string())?;
+        let stats: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+        ensure!(stats.pages_wrong == 0, "{memory}: {stats:?}");
+        let mapped = proc::huge_kib(rig.vm.pid())?;
+        note(format_args!("{memory}: {mapped} KiB of huge pages"));
+        ensure!(!memory.contains("hugepages") || mapped >= 512 << 10, "{memory}: {mapped} KiB of huge pages");
+        Ok(())
+    })
+}
+
+/// More pages of 2 MiB in the pool, until this is dropped.
+struct HugePages {
+    before: u64,
+}
+
+impl HugePages {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn pool() -> Result<u64> {
+        Ok(std::fs::read_to_string(Self::POOL)?.trim().parse()?)
+    }
+
+    fn reserve(pages: u64) -> Result<Self> {
+        let reserved = Self { before: Self::pool()? };
+        let wanted = reserved.before + pages;
+        std::fs::write(Self::POOL, wanted.to_string()).context(Self::POOL)?;
+        let granted = Self::pool()?;
+        ensure!(granted >= wanted, "{granted} huge pages of {wanted}: is memory short, or too fragmented?");
+        Ok(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::POOL, self.before.to_string());
+    }
 }

@@ -74,6 +74,11 @@ pub fn kernel() -> Result<PathBuf> {
     required("LAB_KERNEL")
 }
 
+/// The same kernel as the ELF file with a PVH note that it was packed from.
+pub fn pvh_kernel() -> Result<PathBuf> {
+    Ok(kernel()?.with_file_name("vmlinux"))
+}
+
 pub fn initramfs() -> Result<PathBuf> {
     required("LAB_INITRAMFS")
 }

@@ -175,6 +175,14 @@ pub fn children(pid: u32) -> Result<Vec<u32>> {
     Ok(children)
 }
 
+/// What of a process's memory is in huge pages, reserved (hugetlbfs) or transparent (shmem), KiB.
+pub fn huge_kib(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let kib = |line: &str| line.split_whitespace().nth(1)?.parse::<u64>().ok();
+    let huge = ["Shared_Hugetlb:", "Private_Hugetlb:", "ShmemPmdMapped:"];
+    Ok(text.lines().filter(|line| huge.iter().any(|key| line.starts_with(key))).filter_map(kib).sum())
+}
+
 /// Sends a signal to a process that need not be the VMM.
 pub fn signal(pid: u32, signal: i32) -> Result<()> {
     // SAFETY: no memory is involved.

@@ -34,6 +34,7 @@ pub struct Builder {
     binary: String,
     verbose: bool,
     notify_socket: Option<PathBuf>,
+    kernel: Option<PathBuf>,
 }
 
 impl Default for Builder {
@@ -45,6 +46,7 @@ impl Default for Builder {
             binary: "theseus-a".into(),
             verbose: false,
             notify_socket: None,
+            kernel: None,
         }
     }
 }
@@ -52,6 +54,12 @@ impl Default for Builder {
 impl Builder {
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Another kernel than the lab's bzImage.
+    pub fn kernel(mut self, path: PathBuf) -> Self {
+        self.kernel = Some(path);
         self
     }
 
@@ -85,9 +93,9 @@ impl Builder {
         Ok(self)
     }
 
-    /// Passes the device at `bdf` through.
-    pub fn device_at(mut self, bdf: String) -> Self {
-        self.devices.push((bdf, None));
+    /// Passes the device at `bdf` through, in the container of that name if one is given.
+    pub fn device_at(mut self, bdf: String, container: Option<&str>) -> Self {
+        self.devices.push((bdf, container.map(Into::into)));
         self
     }
 
@@ -112,7 +120,7 @@ impl Builder {
         }
         let mut args = vec![
             "--kernel".to_string(),
-            lab::kernel()?.display().to_string(),
+            self.kernel.clone().map_or_else(lab::kernel, Ok)?.display().to_string(),
             "--initramfs".into(),
             lab::initramfs()?.display().to_string(),
             "--cmdline".into(),

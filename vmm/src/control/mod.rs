@@ -17,6 +17,7 @@ use theseus_api::{ApiError, Request};
 use theseus_devices::interrupt::{GuestRequest, GuestRequests};
 use theseus_devices::legacy::serial::SerialDevice;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::events::EventStream;
 use crate::machine::Host;
@@ -95,6 +96,8 @@ pub struct Control {
     pub vm: Vm,
     /// Of the last update, until it is reaped.
     pub helper: Option<Helper>,
+    /// When that helper has been at idle priority for long enough; None before the loop stands.
+    pub hurry: Option<TimerFd>,
     /// What the guest has asked for and nobody has acted on: put aside while an update looks into the queue.
     pub asked: Option<GuestRequest>,
     /// The serial console in the event loop; changes with the machine.
@@ -215,6 +218,10 @@ fn report(result: Result<(), event_manager::Error>) {
 const QUEUE: u32 = 0;
 const SIGNAL: u32 = 1;
 const CONSOLE: u32 = 2;
+const HURRY: u32 = 3;
+
+/// How long the tear-down of an old address space may take at idle priority. On a host whose CPUs are all busy it would never end.
+const IDLE: Duration = Duration::from_secs(2);
 
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
@@ -225,6 +232,7 @@ impl MutEventSubscriber for Control {
             log::error!("the control loop cannot start: {error:?}");
             self.exit = Some(crate::EXIT_FAILURE);
         }
+        self.watch_helper(ops);
         self.watch_console(ops);
         // What came before this loop stood.
         let _ = self.inbox.wake.write(1);
@@ -238,6 +246,12 @@ impl MutEventSubscriber for Control {
                 if let Some(serial) = self.vm.machine().and_then(|machine| machine.devices.serial.as_ref()) {
                     lock(serial).handle_ready();
                 }
+            }
+            HURRY => {
+                if let Some(timer) = &mut self.hurry {
+                    let _ = timer.wait();
+                }
+                self.helper.iter().for_each(Helper::hurry);
             }
             other => log::error!("event from an unknown source {other}"),
         }
@@ -255,6 +269,25 @@ impl Control {
                     self.exit = Some(crate::EXIT_OK);
                 }
             }
+        }
+    }
+
+    /// Only once in the life of an image is there a helper of an update that succeeded, and that is at its start.
+    fn watch_helper(&mut self, ops: &mut EventOps) {
+        let timer = TimerFd::new().and_then(|mut timer| {
+            if self.helper.is_some() {
+                timer.reset(IDLE, None)?;
+            }
+            Ok(timer)
+        });
+        match timer {
+            Ok(timer) => {
+                if let Err(error) = ops.add(Events::with_data(&timer, HURRY, EventSet::IN)) {
+                    log::warn!("the helper of the update stays at idle priority: {error:?}");
+                }
+                self.hurry = Some(timer);
+            }
+            Err(error) => log::warn!("the helper of the update stays at idle priority: {error}"),
         }
     }
 

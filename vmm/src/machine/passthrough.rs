@@ -138,8 +138,9 @@ impl PassthroughDevices {
             log::error!("after an update that did not happen: {error}");
         }
         for plugged in &self.plugged {
-            if let Err(error) = lock(&plugged.device).attach_irqfds() {
-                log::error!("after an update that did not happen: {error}");
+            let device = lock(&plugged.device);
+            if let Err(error) = device.attach_irqfds() {
+                log::error!("after an update that did not happen: {}: {error}", device.id());
             }
         }
     }

@@ -12,7 +12,7 @@ use super::{Machine, MachineError};
 use crate::build_info;
 use crate::vcpus::placement::Placement;
 
-const MACHINE: (&str, u16) = ("machine", 1 + build_info::SKEW.is_some() as u16);
+const MACHINE: (&str, u16) = ("machine", 1 + build_info::IS_B as u16);
 const RAM: (&str, u16) = ("guest-ram", 1);
 const IRQCHIP: (&str, u16) = ("kvm-irqchip", 1);
 const CLOCK: (&str, u16) = ("kvm-clock", 1);
@@ -33,8 +33,9 @@ struct MachineSection {
     placements: Vec<Placement>,
     /// Number of the VM's fd, which the next image's VM must not get.
     vm_fd: i32,
-    /// See [`build_info::SKEW`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// See [`build_info::IS_B`].
+    #[cfg(later_build)]
+    #[serde(default)]
     of_a_later_version: Option<u16>,
 }
 
@@ -77,7 +78,8 @@ impl Machine {
             vcpus: (depth == Depth::Full).then_some(states.len() as u32),
             placements,
             vm_fd: vm.raw_fd(),
-            of_a_later_version: build_info::SKEW,
+            #[cfg(later_build)]
+            of_a_later_version: Some(1),
         };
         writer.add("machine", MACHINE.0, MACHINE.1, &section)?;
         writer.add("ram", RAM.0, RAM.1, &ram.save())?;
@@ -94,7 +96,7 @@ impl Machine {
 impl MachineState {
     pub fn decode(reader: &mut StateReader) -> Result<Self, MachineError> {
         let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
-        let MachineSection { config, running, has_serial, vcpus, placements, vm_fd, of_a_later_version: _ } = section;
+        let MachineSection { config, running, has_serial, vcpus, placements, vm_fd, .. } = section;
         let mut states = Vec::new();
         for index in 0..vcpus.unwrap_or(0) {
             let state: VcpuState = reader.take(&format!("vcpu{index}"), VCPU.0, VCPU.1)?;

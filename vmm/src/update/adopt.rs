@@ -53,6 +53,11 @@ impl Helper {
         self.release.let_go();
     }
 
+    /// It has had its time at idle priority.
+    pub fn hurry(&self) {
+        super::park::hurry(self.pid);
+    }
+
     /// Whether it is gone; waits for that as long as `patience`.
     pub fn reap(&self, patience: Duration) -> bool {
         super::park::reap(self.pid, patience)

@@ -210,13 +210,17 @@ pub fn ends_within(pid: libc::pid_t, patience: Duration) -> std::io::Result<bool
     }
 }
 
+/// No longer at idle priority: where all CPUs are busy, that is next to nothing.
+pub fn hurry(pid: libc::pid_t) {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: our own child, not reaped yet; the kernel reads one sched_param.
+    unsafe { libc::sched_setscheduler(pid, libc::SCHED_OTHER, &param) };
+}
+
 /// Reaps a helper that was let go, so that it leaves no zombie; waits for its end as long as `patience`. Whether it is gone.
 pub fn reap(pid: libc::pid_t, patience: Duration) -> bool {
     if !patience.is_zero() {
-        // Somebody waits for it now: on a host whose CPUs are all busy it would get next to nothing at idle priority.
-        let param = libc::sched_param { sched_priority: 0 };
-        // SAFETY: our own child, not reaped yet; the kernel reads one sched_param.
-        unsafe { libc::sched_setscheduler(pid, libc::SCHED_OTHER, &param) };
+        hurry(pid);
         // An error only shortens the wait.
         let _ = ends_within(pid, patience);
     }

@@ -95,7 +95,7 @@ impl<'a> Paused<'a> {
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.vault, &mut kept_connections)).transpose();
         let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
-        let mut handover = handover(subject, &prepared.kept, &prepared.target, api);
+        let mut handover = handover(subject, &prepared.kept, &prepared.target, Vec::new(), api);
         prepared.timeline.start_deadline(deadline);
         prepared.timeline.pass(Phase::Freeze)?;
 

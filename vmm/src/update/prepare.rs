@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use theseus_api::types::{UpdateOutcome, UpdateRequest};
+use theseus_resources::vault::Record;
 use theseus_resources::{KeptFd, Pages, Purpose, StateWriter, Vault};
 
 use super::pause::Release;
@@ -101,7 +102,7 @@ impl Prepared {
 fn dry_run(subject: &Subject<'_>, kept: &Kept, target: &Target) -> Result<Vec<u8>, String> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
     let mut encode = || -> Result<Vec<u8>, crate::machine::MachineError> {
-        handover(subject, kept, target, None).encode(&mut writer)?;
+        handover(subject, kept, target, subject.host.vault.manifest(), None).encode(&mut writer)?;
         if let Some(machine) = &subject.machine {
             machine.save(&mut writer, Depth::DryRun, machine.vcpus.is_running(), Vec::new())?;
         }
@@ -111,10 +112,15 @@ fn dry_run(subject: &Subject<'_>, kept: &Kept, target: &Target) -> Result<Vec<u8
 }
 
 /// The section that says what else the new image gets.
-pub fn handover(subject: &Subject<'_>, kept: &Kept, target: &Target, api: Option<super::saved::ApiSlots>) -> Handover {
-    let vault = &subject.host.vault;
+pub fn handover(
+    subject: &Subject<'_>,
+    kept: &Kept,
+    target: &Target,
+    vault: Vec<Record>,
+    api: Option<super::saved::ApiSlots>,
+) -> Handover {
     Handover {
-        vault: vault.manifest(),
+        vault,
         from: build_info::this().clone(),
         to: target.build.clone(),
         old_binary: kept.old_binary.slot(),
