@@ -50,7 +50,7 @@ const CASES: &[Case] = &[
     plain("boot_1cpu_512m", boot::one_cpu_512m),
     plain("boot_4cpu_6g", boot::four_cpus_6g),
     plain("boot_pvh_128m", boot::pvh_128m),
-    plain("boot_64cpu", boot::sixty_four_cpus),
+    plain("boot_16cpu", boot::sixteen_cpus),
     plain("poweroff_from_guest", boot::poweroff_from_guest),
     plain("reboot_from_guest", boot::reboot_from_guest),
     plain("power_button", boot::power_button),

@@ -102,15 +102,15 @@ pub fn disk_and_nic() -> Result<()> {
 
     let builder = Vm::builder().cpus(2).device_at(disk, None);
     let mut rig = Rig::boot(builder, &[(Nic::E1000e, None)])?;
-    rig.agent()?.call::<()>(&Request::DiskStart { path: "/dev/nvme0n1".into(), mib: 4, seed: 11 })?;
+    rig.agent()?.call::<()>(&Request::DiskStart { path: "/dev/nvme0n1".into(), mib: 1, seed: 11 })?;
     let traffic = rig.traffic()?;
     let mut checked = 0;
     for _ in 0..10 {
         // In every image, not only in the last.
         traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
-        wait_for("the disk to go on", Duration::from_secs(20), || {
+        wait_for("the disk to go on", Duration::from_secs(60), || {
             let stats: MemoryStats = rig.agent()?.call(&Request::DiskStats)?;
-            Ok((stats.pages_checked > checked + 32).then(|| checked = stats.pages_checked))
+            Ok((stats.pages_checked > checked + 8).then(|| checked = stats.pages_checked))
         })?;
         let report = rig.vm.update()?;
         ensure!(report.devices.len() == 2 && report.containers.len() == 1, "{report:?}");

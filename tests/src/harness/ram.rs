@@ -1,10 +1,35 @@
 //! The guest's memory as seen from outside: the VMM's memfd, mapped a second time.
 
-use std::{fs::OpenOptions, os::fd::AsRawFd};
+use std::{
+    fs::{File, OpenOptions},
+    os::fd::AsRawFd,
+};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::harness::proc;
+
+fn memfd(pid: u32) -> Result<File> {
+    let fds = proc::fds_to(pid, "/memfd:guest-ram")?;
+    let fd = fds.first().context("the VMM has no memfd called guest-ram")?;
+    Ok(OpenOptions::new().read(true).open(format!("/proc/{pid}/fd/{fd}"))?)
+}
+
+/// How many bytes from `offset` of the guest's memfd have been touched.
+pub fn touched_from(pid: u32, offset: u64) -> Result<u64> {
+    let file = memfd(pid)?;
+    let seek = |from: u64, whence| -> Option<u64> {
+        // SAFETY: no memory is involved. ENXIO: nothing more.
+        u64::try_from(unsafe { libc::lseek(file.as_raw_fd(), from as i64, whence) }).ok()
+    };
+    let (mut at, mut touched) = (offset, 0);
+    while let Some(data) = seek(at, libc::SEEK_DATA) {
+        let hole = seek(data, libc::SEEK_HOLE).context("data without an end")?;
+        touched += hole - data;
+        at = hole;
+    }
+    Ok(touched)
+}
 
 /// A shared, read-only mapping of the guest's memfd. It stays right over updates: the file is the same.
 pub struct GuestRam {
@@ -15,9 +40,7 @@ pub struct GuestRam {
 impl GuestRam {
     /// Maps the memory of the VMM `pid` and fills the page tables, so that a search does not fault.
     pub fn of(pid: u32) -> Result<Self> {
-        let fds = proc::fds_to(pid, "/memfd:guest-ram")?;
-        let fd = fds.first().context("the VMM has no memfd called guest-ram")?;
-        let file = OpenOptions::new().read(true).open(format!("/proc/{pid}/fd/{fd}"))?;
+        let file = memfd(pid)?;
         let len = usize::try_from(file.metadata()?.len())?;
         // SAFETY: a new mapping at an address of the kernel's choice; the file is sealed against shrinking.
         let address = unsafe {
