@@ -43,15 +43,17 @@ pub fn two_updates_at_once() -> Result<()> {
     vm.agent()?.ping()
 }
 
-/// Updates all the time while the guest's kernel boots.
+/// Updates one after the other while the guest's kernel boots; so many at most, as they take most of its time.
 pub fn guest_boots() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).start()?;
     let started = Instant::now();
     let mut updates = 0;
     while vm.agent()?.wait_ready(Duration::from_millis(50)).is_err() {
         ensure!(started.elapsed() < Duration::from_secs(180), "the guest does not come up; {updates} updates so far");
-        vm.update().with_context(|| format!("update {updates}"))?;
-        updates += 1;
+        if updates < 60 {
+            vm.update().with_context(|| format!("update {updates}"))?;
+            updates += 1;
+        }
     }
     ensure!(updates >= 3, "only {updates} updates while the guest booted");
     note(format_args!("{updates} updates in {:?} of booting", started.elapsed()));
