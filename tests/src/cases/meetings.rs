@@ -81,13 +81,7 @@ pub fn driver_probes() -> Result<()> {
     vm.note_update();
     drop(hold);
     let wires = vec![Wire::set_up(Nic::IgbA, vm.agent()?)?];
-    let mut rig = Rig { vm, wires };
-    let traffic = rig.traffic()?;
-    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
-    rig.vm.update()?;
-    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
-    traffic.finish_clean(rig.agent()?)?;
-    Ok(())
+    Rig { vm, wires }.update_under_traffic()
 }
 
 /// What changes the VM's state on one connection, an update on another, at once: each is done, one after the other.

@@ -136,12 +136,7 @@ fn create(vm: &Vm, config: &serde_json::Value) -> Result<()> {
 fn works(rig: &mut Rig) -> Result<()> {
     rig.vm.reconnect()?;
     rig.wires = vec![Wire::set_up(Nic::IgbA, rig.agent()?)?];
-    let traffic = rig.traffic()?;
-    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
-    rig.vm.update()?;
-    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
-    traffic.finish_clean(rig.agent()?)?;
-    Ok(())
+    rig.update_under_traffic()
 }
 
 /// systemd's notify socket hears when the VMM serves, and when a roll back by the helper has changed the PID.

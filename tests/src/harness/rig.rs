@@ -1,6 +1,9 @@
 //! A guest with passed-through NICs whose wires are up. The common one is kept from test to test: a boot takes long.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Result;
 
@@ -11,6 +14,9 @@ use crate::harness::{
     vm::{Builder, Vm},
     wire::Wire,
 };
+
+/// How long traffic may take to get going.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Rig {
     pub vm: Vm,
@@ -30,6 +36,16 @@ impl Rig {
 
     pub fn agent(&self) -> Result<&Agent> {
         self.vm.agent()
+    }
+
+    /// One update, before and after which all NICs carry traffic, and which loses none of it.
+    pub fn update_under_traffic(&mut self) -> Result<()> {
+        let traffic = self.traffic()?;
+        traffic.moves_on(self.agent()?, 50, PATIENCE)?;
+        self.vm.update()?;
+        traffic.moves_on(self.agent()?, 50, PATIENCE)?;
+        traffic.finish_clean(self.agent()?)?;
+        Ok(())
     }
 
     /// Numbered packets both ways over every wire.
