@@ -215,15 +215,8 @@ pub fn state_used_again() -> Result<()> {
         let mut caller = rig.vm.api.connect()?;
         caller.send("PUT", "vm.update", &update_body(&rig.vm.other_build()?))?;
         hold.wait_held(Duration::from_secs(30))?;
-        let open = |name: &str| -> Result<File> {
-            let fd = *proc::fds_to(rig.vm.pid(), name)?.first().with_context(|| format!("the VMM has no {name}"))?;
-            Ok(File::options().read(true).write(true).open(format!("/proc/{}/fd/{fd}", rig.vm.pid()))?)
-        };
-        let state = {
-            let fd = *proc::fds_to(rig.vm.pid(), "/memfd:saved-state")?.first().context("no saved state")?;
-            File::open(format!("/proc/{}/fd/{fd}", rig.vm.pid()))?
-        };
-        let used = open("/memfd:update-timeline")?;
+        let state = proc::open_fd_to(rig.vm.pid(), "/memfd:saved-state", File::options().read(true))?;
+        let used = proc::open_fd_to(rig.vm.pid(), "/memfd:update-timeline", File::options().read(true).write(true))?;
         hold.release()?;
         ensure!(caller.receive()?.status == 200, "not updated");
         rig.vm.note_update();

@@ -175,6 +175,13 @@ pub fn children(pid: u32) -> Result<Vec<u32>> {
     Ok(children)
 }
 
+/// Opens what the first of [`fds_to`] is open on: another open file, of the same memfd or device.
+pub fn open_fd_to(pid: u32, prefix: &str, options: &std::fs::OpenOptions) -> Result<std::fs::File> {
+    let fds = fds_to(pid, prefix)?;
+    let fd = fds.first().with_context(|| format!("process {pid} has no fd to {prefix}"))?;
+    Ok(options.open(format!("/proc/{pid}/fd/{fd}"))?)
+}
+
 /// What of a process's memory is in huge pages, reserved (hugetlbfs) or transparent (shmem), KiB.
 pub fn huge_kib(pid: u32) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;

@@ -10,9 +10,7 @@ use anyhow::{Context, Result, ensure};
 use crate::harness::proc;
 
 fn memfd(pid: u32) -> Result<File> {
-    let fds = proc::fds_to(pid, "/memfd:guest-ram")?;
-    let fd = fds.first().context("the VMM has no memfd called guest-ram")?;
-    Ok(OpenOptions::new().read(true).open(format!("/proc/{pid}/fd/{fd}"))?)
+    proc::open_fd_to(pid, "/memfd:guest-ram", OpenOptions::new().read(true))
 }
 
 /// How many bytes from `offset` of the guest's memfd have been touched.
