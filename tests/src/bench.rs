@@ -11,9 +11,10 @@ use crate::harness::{
     clock::kvm_dir,
     lab::{self, Nic},
     logs,
+    report::Report,
     rig::Rig,
     table::{Table, ms, percentile},
-    vm::{Report, Vm},
+    vm::Vm,
 };
 use crate::proto::Request;
 

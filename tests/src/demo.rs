@@ -8,9 +8,10 @@ use crate::harness::{
     clock,
     lab::{self, Nic},
     logs, proc,
+    report::Report,
     rig::Rig,
     table::{Table, ms},
-    vm::{Report, Vm},
+    vm::Vm,
 };
 
 const UPDATES: usize = 5;

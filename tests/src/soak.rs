@@ -6,14 +6,17 @@ use anyhow::{Result, ensure};
 
 use crate::{
     bench::phase_table,
-    cases::rollback::{self, Cell, End},
+    cases::{
+        cell::{Cell, End},
+        rollback,
+    },
     clock::{mono_ns, slope},
     harness::{
         clock,
         lab::{self, Nic},
         logs,
         rig::Rig,
-        table::Table,
+        table::{Table, percentile},
         traffic::{self, Traffic},
         vm::Vm,
     },
@@ -26,6 +29,9 @@ const RANDOM_FAULTS: usize = 200;
 /// Growth of the VMM's own resident memory that counts as flat, KiB: every update starts a process anew, and one huge page more or less in its
 /// heap is the kernel's choice.
 const FLAT_KIB: u64 = 1024 + 2048;
+
+/// The median pause of the last quarter of the updates against that of the first: what counts as flat.
+const FLAT_PAUSE: f64 = 1.25;
 
 /// What an update may add to the error of the guest's clock, us.
 const CLOCK_US: f64 = 0.2;
@@ -171,8 +177,11 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
         println!("{} out: {}", account.name, account.from_guest);
     }
     println!("guest memory: {memory:?}");
-    let pauses: Vec<f64> = reports.iter().map(|report| report.pause_us as f64).collect();
-    println!("slope of the pause: {:+.3} us an update", slope(&pauses));
+    let pauses: Vec<u64> = reports.iter().map(|report| report.pause_us).collect();
+    let quarter = pauses.len() / 4;
+    let longer = percentile(&pauses[pauses.len() - quarter..], 50) as f64 / percentile(&pauses[..quarter], 50) as f64;
+    let slope = slope(&pauses.iter().map(|us| *us as f64).collect::<Vec<_>>());
+    println!("slope of the pause: {slope:+.3} us an update; p50 of the last quarter against the first: {longer:.2}");
     let clock_error = errors.last().copied().unwrap_or(0.0);
     println!(
         "clock error at the end {clock_error:+.1} us beyond the drift of {drift:+.3} us a second that it has without updates\n"
@@ -183,6 +192,7 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
         "packets were lost: {accounts:?}"
     );
     ensure!(memory.pages_wrong == 0, "guest memory is damaged: {memory:?}");
+    ensure!(longer < FLAT_PAUSE, "the pause grows: {longer:.2} times as long at the end");
     let may_err = (f64::from(updates) * CLOCK_US).max(20.0);
     ensure!(errors.iter().all(|e| e.abs() < may_err), "clock errors, us: {errors:?}");
     let growth = last.growth_since(&first, FLAT_KIB);

@@ -13,8 +13,8 @@
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
-//! kill, stop, hang (N seconds), sleep (N ms). The phase `word` is the moment between the last look at the deadline and the arbiter's
-//! word. Some are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N
+//! kill, stop, hang (N seconds), sleep (N ms), oom (takes memory until it is killed). The phase `word` is the moment between the last look
+//! at the deadline and the arbiter's word, `committed` the one right after that word. Some are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N
 //! refuses), `remap:refused:N` (MAP of range N is refused).
 
 #[cfg(feature = "test-hooks")]
@@ -124,6 +124,10 @@ mod hooks {
                 std::thread::sleep(std::time::Duration::from_secs(n.into()));
                 return Ok(());
             }
+            // With pages that are touched.
+            "oom" => loop {
+                std::mem::forget(std::hint::black_box(vec![1u8; 16 << 20]));
+            },
             "sleep" => {
                 std::thread::sleep(std::time::Duration::from_millis(n.into()));
                 return Ok(());

@@ -137,7 +137,11 @@ impl Vcpu {
                 VcpuExit::MmioWrite(addr, data) => Exit::MmioWrite(addr, data),
                 VcpuExit::Shutdown => Exit::Reset,
                 VcpuExit::Intr => Exit::Interrupted,
-                VcpuExit::InternalError => Exit::Failed("KVM_EXIT_INTERNAL_ERROR".into()),
+                VcpuExit::InternalError => {
+                    // SAFETY: the run page, see above; after this exit its `internal` is what KVM has filled in.
+                    let suberror = unsafe { (*page.as_ptr()).__bindgen_anon_1.internal.suberror };
+                    Exit::Failed(format!("KVM_EXIT_INTERNAL_ERROR, {}", internal_error(suberror)))
+                }
                 VcpuExit::FailEntry(reason, cpu) => {
                     Exit::Failed(format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x} on host CPU {cpu}"))
                 }
@@ -147,4 +151,16 @@ impl Vcpu {
             Err(error) => Err(Error::call(format!("vCPU {}: KVM_RUN", self.index))(error)),
         }
     }
+}
+
+/// Documentation/virt/kvm/api.rst, KVM_EXIT_INTERNAL_ERROR.
+fn internal_error(suberror: u32) -> String {
+    let what = match suberror {
+        1 => "an instruction that KVM cannot emulate",
+        2 => "an exception while another was being emulated",
+        3 => "an exit while an event was being delivered",
+        4 => "an exit reason that KVM does not know",
+        _ => "of a kind that this build does not know",
+    };
+    format!("suberror {suberror} ({what}): the host's kernel log may say more")
 }

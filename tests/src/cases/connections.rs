@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 
 use crate::harness::{
     http::Connection,
+    report::{Report, update_body},
     rig::{self, Rig},
-    vm::{Report, update_body},
     wait_for,
 };
 

@@ -4,7 +4,10 @@ use std::{
     fs::{self, File, OpenOptions},
     os::{
         fd::AsRawFd,
-        unix::{fs::PermissionsExt, process::CommandExt},
+        unix::{
+            fs::{FileExt, PermissionsExt},
+            process::CommandExt,
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -21,9 +24,10 @@ use crate::{
         http::Answer,
         lab::{self, Nic},
         proc,
+        report::{Report, update_body},
         rig::{self, Rig},
         vfio::InvalidRange,
-        vm::{Report, Vm, update_body},
+        vm::Vm,
     },
 };
 
@@ -208,7 +212,8 @@ pub fn old_binary_deleted() -> Result<()> {
     })
 }
 
-/// A saved state that was used already, and one whose fds are another's: both images give up with a reason, and no guest is touched.
+/// A saved state that was used already, one whose fds are not there, and one whose numbers are other files, as in another VMM: each time
+/// both images give up with a reason, and no guest is touched.
 pub fn state_used_again() -> Result<()> {
     rig::shared(|rig| {
         let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
@@ -225,9 +230,18 @@ pub fn state_used_again() -> Result<()> {
         let fresh = rig.vm.dir.join("timeline");
         fs::write(&fresh, [0; 4096])?;
         let fresh = File::options().read(true).write(true).open(&fresh)?;
-        for (timeline, why) in [(&used, "used already"), (&fresh, "is not open in this image")] {
+        let cases = [
+            (&used, None, "used already"),
+            (&fresh, None, "is not open in this image"),
+            (&fresh, Some(File::open("/dev/null")?), "is another file"),
+        ];
+        for (timeline, others, why) in cases {
+            // What the case before left in there is how it failed.
+            if why != "used already" {
+                timeline.write_all_at(&[0; 4096], 0)?;
+            }
             let (new, old) = (lab::bin("theseus-b")?, File::open(lab::bin("theseus-a")?)?);
-            let output = taking_over(&new, &state, &old, timeline)?;
+            let output = taking_over(&new, &state, &old, timeline, others.as_ref())?;
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
             note(format_args!("{why}: {}: {}", output.status, text.trim()));
             ensure!(output.status.code() == Some(70) && text.contains(why), "{why}: {}: {text}", output.status);
@@ -239,8 +253,12 @@ pub fn state_used_again() -> Result<()> {
     })
 }
 
-/// Starts `new` as an update would, with only these fds.
-fn taking_over(new: &Path, state: &File, old: &File, timeline: &File) -> Result<Output> {
+/// More numbers than a VMM with one device uses.
+const FDS: i32 = 128;
+
+/// Starts `new` as an update would, with only these fds; `others` is what all further numbers are open on.
+fn taking_over(new: &Path, state: &File, old: &File, timeline: &File, others: Option<&File>) -> Result<Output> {
+    let others = others.map(AsRawFd::as_raw_fd);
     let fds = [state.as_raw_fd(), old.as_raw_fd(), timeline.as_raw_fd()];
     let mut command = Command::new(new);
     command.env("THESEUS_HANDOVER", format!("state={},old={},timeline={}", fds[0], fds[1], fds[2]));
@@ -249,6 +267,14 @@ fn taking_over(new: &Path, state: &File, old: &File, timeline: &File) -> Result<
         command.pre_exec(move || {
             for fd in fds {
                 if libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            let Some(others) = others else { return Ok(()) };
+            // Its own number is one of those that are replaced.
+            let other = libc::fcntl(others, libc::F_DUPFD, FDS);
+            for number in (3..FDS).filter(|number| !fds.contains(number)) {
+                if libc::dup2(other, number) < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
             }

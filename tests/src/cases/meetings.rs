@@ -10,8 +10,9 @@ use crate::{
         hooks::{Hold, Switch},
         lab::Nic,
         proc,
+        report::{Report, update_body},
         rig::{self, Rig},
-        vm::{Report, Vm, update_body},
+        vm::Vm,
         wait_for,
         wire::Wire,
     },
@@ -114,17 +115,19 @@ pub fn other_requests() -> Result<()> {
     Ok(())
 }
 
-/// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends as without it.
+/// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends as without it. So it is while the update
+/// is prepared, and once the API stands still and the vCPUs are about to be stopped.
 pub fn guest_ends() -> Result<()> {
     // Late enough for the update to be held before that: meanwhile the control thread, which reads the console too, does nothing else.
     const AFTER_MS: u64 = 5000;
-    for (request, code) in [(Request::PowerOff { after_ms: AFTER_MS }, 0), (Request::Reboot { after_ms: AFTER_MS }, 3)]
-    {
+    let (off, reset) = (Request::PowerOff { after_ms: AFTER_MS }, Request::Reboot { after_ms: AFTER_MS });
+    for (phase, request, code) in [("prepare", &off, 0), ("freeze", &off, 0), ("freeze", &reset, 3)] {
         let mut vm = Vm::builder().verbose().boot()?;
-        let mut hold = Hold::arm(&vm.dir, "prepare")?;
+        let mut hold = Hold::arm(&vm.dir, phase)?;
         let mut caller = vm.api.connect()?;
-        vm.agent()?.call::<()>(&request)?;
-        caller.send("PUT", "vm.update", &update_body(&vm.other_build()?))?;
+        vm.agent()?.call::<()>(request)?;
+        let body = serde_json::json!({ "binary": vm.other_build()?, "deadline_ms": 120_000 });
+        caller.send("PUT", "vm.update", &body.to_string())?;
         hold.wait_held(HELD)?;
         wait_for("the guest to ask", Duration::from_secs(60), || {
             Ok(vm.log_text().contains("the guest asks").then_some(()))
@@ -136,7 +139,7 @@ pub fn guest_ends() -> Result<()> {
         let reasons = report.reasons.join(" ");
         ensure!(report.outcome == "rolled_back" && reasons.contains("power-off or reset"), "{report:?}");
         let status = vm.wait_exit(Duration::from_secs(30))?;
-        ensure!(status.code() == Some(code), "{request:?}: {status}");
+        ensure!(status.code() == Some(code), "{phase}: {request:?}: {status}");
     }
     Ok(())
 }
@@ -222,7 +225,7 @@ pub fn stopped_at_the_word() -> Result<()> {
             let body = serde_json::json!({ "binary": rig.vm.other_build()?, "deadline_ms": DEADLINE_MS });
             let (image, mut caller) = (rig.vm.pid(), rig.vm.api.connect()?);
             caller.send("PUT", "vm.update", &body.to_string())?;
-            wait_for("the new image to stop", HELD, || Ok(proc::is_stopped(image)?.then_some(())))?;
+            wait_for("the new image to stop", HELD, || Ok((proc::state(image)? == 'T').then_some(())))?;
             let helper = *proc::children(image)?.first().context("no helper")?;
             let mut stray = Stray(Some(helper));
             if first != First::Helper {

@@ -2,7 +2,9 @@
 
 mod api;
 mod boot;
+pub mod cell;
 mod connections;
+mod deaths;
 mod failures;
 mod frozen;
 mod held;
@@ -10,6 +12,7 @@ mod meetings;
 mod operator;
 mod resources;
 pub mod rollback;
+mod serial;
 mod time;
 mod traffic;
 mod update;
@@ -59,6 +62,8 @@ const CASES: &[Case] = &[
     plain("update_plain", update::plain),
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
+    plain("serial_modes", serial::modes),
+    plain("fault_by_option", deaths::fault_by_option),
     plain("ch_remote", operator::ch_remote),
     plain("meets_another_update", meetings::two_updates_at_once),
     plain("meets_boot", meetings::guest_boots),
@@ -93,6 +98,9 @@ const CASES: &[Case] = &[
     with(&[Nic::IgbA], "meets_driver_probe", meetings::driver_probes),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
     with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),
+    with(&[Nic::IgbA], "dies_out_of_memory", deaths::out_of_memory),
+    with(&[Nic::IgbA], "dies_committed", deaths::committed),
+    with(&[Nic::IgbB], "one_packet_while_invalidated_igb_b", held::igb_b),
     with(&[Nic::E1000e], "one_packet_while_invalidated_e1000e", held::e1000e),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
     with(&[Nic::IgbA, Nic::IgbB], "fails_second_container", failures::second_container),

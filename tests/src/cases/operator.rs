@@ -13,11 +13,13 @@ use serde_json::json;
 
 use crate::{
     harness::{
+        builder::CMDLINE,
         hooks::Switch,
         lab::{self, Nic},
         proc,
+        report::{Report, update_body},
         rig::Rig,
-        vm::{CMDLINE, Report, Vm, update_body},
+        vm::Vm,
         wire::Wire,
     },
     proto::Request,

@@ -1,6 +1,7 @@
 //! What the tests in L1 stand on: the VMM as a process and as an API, the agent in its guest, the far end of each wire.
 
 pub mod agent;
+pub mod builder;
 pub mod clock;
 pub mod hooks;
 pub mod http;
@@ -9,6 +10,7 @@ pub mod logs;
 pub mod proc;
 pub mod process;
 pub mod ram;
+pub mod report;
 pub mod rig;
 pub mod table;
 pub mod traffic;

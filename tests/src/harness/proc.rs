@@ -198,10 +198,11 @@ pub fn signal(pid: u32, signal: i32) -> Result<()> {
     Ok(())
 }
 
-/// Whether a signal has stopped `pid`.
-pub fn is_stopped(pid: u32) -> Result<bool> {
+/// The letter of the state that `pid` is in: R, S, D, T, Z (proc_pid_stat(5)).
+pub fn state(pid: u32) -> Result<char> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    Ok(status.lines().any(|line| line.starts_with("State:") && line.contains('T')))
+    let state = status.lines().find_map(|line| line.strip_prefix("State:")?.trim_start().chars().next());
+    state.with_context(|| format!("process {pid} has no state"))
 }
 
 /// CPU time that threads called `name` of `pid` have used, in clock ticks.

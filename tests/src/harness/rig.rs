@@ -9,9 +9,10 @@ use anyhow::Result;
 
 use crate::harness::{
     agent::Agent,
+    builder::Builder,
     lab::Nic,
     traffic::{self, Traffic},
-    vm::{Builder, Vm},
+    vm::Vm,
     wire::Wire,
 };
 

@@ -9,187 +9,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde::Deserialize;
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::harness::{
     agent::Agent,
+    builder::Builder,
     hooks,
     http::{Answer, Api},
     lab, logs, proc,
     process::Process,
+    report::{Ping, Report, update_body},
     wait_for,
 };
 
 /// From the start of the VMM to a guest agent that answers; nested software emulation is slow.
-const BOOT_DEADLINE: Duration = Duration::from_secs(120);
-pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
-
-/// How a VM is to be started.
-#[derive(Debug, Clone)]
-pub struct Builder {
-    cpus: u32,
-    memory: String,
-    devices: Vec<(String, Option<String>)>,
-    binary: String,
-    verbose: bool,
-    notify_socket: Option<PathBuf>,
-    kernel: Option<PathBuf>,
-}
-
-impl Default for Builder {
-    fn default() -> Self {
-        Self {
-            cpus: 1,
-            memory: "size=512M".into(),
-            devices: Vec::new(),
-            binary: "theseus-a".into(),
-            verbose: false,
-            notify_socket: None,
-            kernel: None,
-        }
-    }
-}
-
-impl Builder {
-    pub fn cpus(mut self, cpus: u32) -> Self {
-        self.cpus = cpus;
-        self
-    }
-
-    /// Another kernel than the lab's bzImage.
-    pub fn kernel(mut self, path: PathBuf) -> Self {
-        self.kernel = Some(path);
-        self
-    }
-
-    /// Which build to start with.
-    pub fn binary(mut self, name: &str) -> Self {
-        self.binary = name.into();
-        self
-    }
-
-    /// As behind `--memory`.
-    pub fn memory(mut self, memory: &str) -> Self {
-        self.memory = memory.into();
-        self
-    }
-
-    /// As systemd does for a service of type notify.
-    pub fn notify_socket(mut self, path: &Path) -> Self {
-        self.notify_socket = Some(path.into());
-        self
-    }
-
-    /// Lets the VMM log what it does, not only what went wrong.
-    pub fn verbose(mut self) -> Self {
-        self.verbose = true;
-        self
-    }
-
-    /// Passes `nic` through, in the container of that name if one is given.
-    pub fn device(mut self, nic: lab::Nic, container: Option<&str>) -> Result<Self> {
-        self.devices.push((nic.bdf()?, container.map(Into::into)));
-        Ok(self)
-    }
-
-    /// Passes the device at `bdf` through, in the container of that name if one is given.
-    pub fn device_at(mut self, bdf: String, container: Option<&str>) -> Self {
-        self.devices.push((bdf, container.map(Into::into)));
-        self
-    }
-
-    /// Starts the VMM and waits until the guest's agent is ready.
-    pub fn boot(self) -> Result<Vm> {
-        let mut vm = self.start()?;
-        if let Err(e) = vm.agent()?.wait_ready(BOOT_DEADLINE) {
-            // The VMM's end, if that is what it was, is the better explanation.
-            return match vm.wait_exit(Duration::from_secs(2)) {
-                Ok(status) => Err(anyhow!("the VMM ended before the guest was up: {status}")),
-                Err(_) => Err(e),
-            };
-        }
-        Ok(vm)
-    }
-
-    /// Starts the VMM with a guest, and connects to its serial port.
-    pub fn start(self) -> Result<Vm> {
-        let memory = self.memory.clone();
-        for (bdf, _) in &self.devices {
-            proc::wait_group_free(bdf, Duration::from_secs(30))?;
-        }
-        let mut args = vec![
-            "--kernel".to_string(),
-            self.kernel.clone().map_or_else(lab::kernel, Ok)?.display().to_string(),
-            "--initramfs".into(),
-            lab::initramfs()?.display().to_string(),
-            "--cmdline".into(),
-            CMDLINE.into(),
-            "--cpus".into(),
-            format!("boot={}", self.cpus),
-            "--memory".into(),
-            memory,
-        ];
-        for (bdf, container) in &self.devices {
-            let container = container.as_ref().map(|name| format!(",container={name}")).unwrap_or_default();
-            args.extend(["--device".into(), format!("path=/sys/bus/pci/devices/{bdf}{container}")]);
-        }
-        if self.verbose {
-            args.push("-v".into());
-        }
-        let env = self.notify_socket.iter().map(|path| ("NOTIFY_SOCKET", path.as_os_str()));
-        let mut vm = Vm::spawn(&self.binary, &args, true, env)?;
-        vm.cpus = self.cpus;
-        let console = logs::create("console")?;
-        let agent = Agent::connect(&vm.serial(), &console, Duration::from_secs(20));
-        vm.console = Some(console);
-        if agent.is_err()
-            && let Ok(Some(status)) = vm.process.try_wait()
-        {
-            bail!("the VMM ended at once ({status}):\n{}", logs::tail(&vm.log));
-        }
-        vm.agent = Some(agent?);
-        Ok(vm)
-    }
-}
-
-/// A build, as the VMM names itself.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Build {
-    pub version: String,
-    pub build_id: String,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-pub struct Phase {
-    pub name: String,
-    pub us: u64,
-}
-
-/// Answer of `vm.update` where it took place.
-#[derive(Debug, Clone, Deserialize)]
-pub struct Report {
-    pub outcome: String,
-    pub from: Build,
-    pub to: Build,
-    pub pid: u32,
-    /// 0 where the guest was not stopped.
-    #[serde(default)]
-    pub pause_us: u64,
-    pub phases: Vec<Phase>,
-    pub devices: Vec<String>,
-    pub containers: Vec<String>,
-    #[serde(default)]
-    pub reasons: Vec<String>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-pub struct Ping {
-    pub build_id: String,
-    pub version: String,
-    pub pid: u32,
-    pub features: Vec<String>,
-}
+pub const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 
 pub struct Vm {
     process: Process,
@@ -220,14 +54,18 @@ impl Vm {
         Self::spawn(&path.display().to_string(), &[], false, [])
     }
 
+    /// The VMM with these arguments beside those that every VMM gets: there is no agent to talk to.
+    pub fn with_args(args: &[&str]) -> Result<Self> {
+        Self::spawn("theseus-a", &args.iter().map(|arg| (*arg).to_string()).collect::<Vec<_>>(), false, [])
+    }
+
     /// A guest without console and agent: `kernel` is all there is.
     pub fn bare(kernel: &Path, memory: &str) -> Result<Self> {
-        let args = ["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory];
-        Self::spawn("theseus-a", &args.map(Into::into), false, [])
+        Self::with_args(&["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory])
     }
 
     /// `binary`: a name among the builds, or a path.
-    fn spawn<'a>(
+    pub(super) fn spawn<'a>(
         binary: &str,
         args: &[String],
         serial: bool,
@@ -279,13 +117,24 @@ impl Vm {
         self.dir.join("serial")
     }
 
+    /// Connects to the serial port of a guest that is about to boot.
+    pub(super) fn attach(&mut self) -> Result<()> {
+        let console = logs::create("console")?;
+        let agent = Agent::connect(&self.serial(), &console, Duration::from_secs(20));
+        self.console = Some(console);
+        if agent.is_err()
+            && let Ok(Some(status)) = self.process.try_wait()
+        {
+            bail!("the VMM ended at once ({status}):\n{}", logs::tail(&self.log));
+        }
+        self.agent = Some(agent?);
+        Ok(())
+    }
+
     /// The guest was booted anew in this VMM: waits for its agent, on its new serial port.
     pub fn reconnect(&mut self) -> Result<()> {
-        let console = logs::create("console")?;
-        let agent = Agent::connect(&self.serial(), &console, Duration::from_secs(20))?;
-        agent.wait_ready(BOOT_DEADLINE)?;
-        (self.console, self.agent) = (Some(console), Some(agent));
-        Ok(())
+        self.attach()?;
+        self.agent()?.wait_ready(BOOT_DEADLINE)
     }
 
     pub fn ping(&self) -> Result<Ping> {
@@ -412,17 +261,17 @@ impl Vm {
     }
 }
 
-/// Body of `vm.update`.
-pub fn update_body(binary: &Path) -> String {
-    serde_json::json!({ "binary": binary }).to_string()
-}
-
 impl Drop for Vm {
     fn drop(&mut self) {
         if let Ok(Some(status)) = self.process.try_wait()
             && let Ok(mut log) = File::options().append(true).open(&self.log)
         {
             let _ = writeln!(log, "[the VMM had ended: {status}]");
+        }
+        // A test that failed may not have followed a roll back that changed the PID.
+        let written = fs::read_to_string(self.dir.join("pid")).ok().and_then(|text| text.trim().parse().ok());
+        if let Some(pid) = written {
+            let _ = self.process.follow(pid);
         }
         let _ = self.process.signal(libc::SIGKILL);
         let _ = self.process.wait();

@@ -82,7 +82,14 @@ fn pages(memory: &MemoryConfig) -> Pages {
         MemoryConfig { hugepages: true, hugepage_size, .. } => {
             Pages::Huge(hugepage_size.unwrap_or(theseus_api::types::HUGEPAGE_SIZE))
         }
-        MemoryConfig { thp: true, .. } => Pages::Transparent,
+        MemoryConfig { thp: true, .. } => {
+            // Documentation/admin-guide/mm/transhuge.rst
+            const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+            if std::fs::read_to_string(SWITCH).is_ok_and(|text| text.contains("[never]") || text.contains("[deny]")) {
+                log::warn!("thp=on gives no huge pages on this host: write advise to {SWITCH}");
+            }
+            Pages::Transparent
+        }
         _ => Pages::Small,
     }
 }

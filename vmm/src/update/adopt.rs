@@ -122,6 +122,9 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     if !timeline.arbiter().commit(way) {
         superseded();
     }
+    if way == Way::Forward {
+        crate::test_hooks::fault("committed")?;
+    }
     if let Some(machine) = machine.as_mut().filter(|_| running) {
         machine.vcpus.resume().map_err(|error| text(&error))?;
     }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use theseus_resources::vault::{HeldVault, Vault};
 
 use super::arbiter::Way;
+use super::dispensable::Dispensable;
 use super::timeline::{Phase, Timeline};
 
 /// Names what the image before has left, see [`Inherited`].
@@ -95,6 +96,8 @@ pub struct WayBack {
     pub timeline: Arc<Timeline>,
     /// Everything that was handed over stays open, whatever becomes of those who use it.
     held: Option<HeldVault>,
+    /// While there is a helper who would bring the guest back.
+    dispensable: Option<Dispensable>,
 }
 
 impl WayBack {
@@ -102,7 +105,10 @@ impl WayBack {
     pub fn new(inherited: Inherited) -> std::io::Result<Self> {
         // SAFETY: only borrowed; a number that is not open is answered with EBADF. Above 2 by construction.
         let fd = unsafe { BorrowedFd::borrow_raw(inherited.timeline) };
-        Ok(Self { inherited, timeline: Arc::new(Timeline::map(fd)?), held: None })
+        let timeline = Arc::new(Timeline::map(fd)?);
+        let forward = timeline.arbiter().way() == Some(Way::Forward) && timeline.helper().is_some();
+        let dispensable = if forward { Dispensable::new() } else { None };
+        Ok(Self { inherited, timeline, held: None, dispensable })
     }
 
     pub fn state(&self) -> BorrowedFd<'_> {
@@ -116,6 +122,7 @@ impl WayBack {
 
     /// The guest runs: nothing leads back any more.
     pub fn committed(&mut self) {
+        self.dispensable = None;
         if self.held.take().is_some() {
             // SAFETY: the state is the one fd that is not in the vault; nobody reads it any more. Once: `held` is gone now.
             drop(unsafe { OwnedFd::from_raw_fd(self.inherited.state) });
@@ -124,7 +131,7 @@ impl WayBack {
 
     /// Becomes the old binary again, because of `cause`. Returns, with the reason, only if the guest is lost to this process.
     pub fn go(self, cause: &str) -> String {
-        let Self { inherited, timeline, held } = self;
+        let Self { inherited, timeline, held, dispensable } = self;
         match timeline.arbiter().way() {
             None => return format!("after the commit: {cause}"),
             Some(_) if timeline.arbiter().go_back() => {}
@@ -136,6 +143,8 @@ impl WayBack {
         }
         timeline.set_cause(cause);
         timeline.stamp(Phase::Failed);
+        // The old binary may be a build that knows nothing of it.
+        drop(dispensable);
         log::error!("the new image gives the guest back: {cause}");
         // None where the vault was not even adopted: then everything is still open for exec.
         let open = held.as_ref().map(HeldVault::open_for_exec).transpose();

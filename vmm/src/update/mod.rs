@@ -11,6 +11,7 @@
 pub mod adopt;
 pub mod arbiter;
 pub mod back;
+mod dispensable;
 pub mod park;
 mod pause;
 mod preflight;

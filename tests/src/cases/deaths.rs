@@ -1,0 +1,128 @@
+//! New images that die of what no signal of a test stands for: no memory, and a death that comes too late for a way back.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    cases::note,
+    harness::{
+        hooks::Switch,
+        lab::Nic,
+        proc,
+        report::{Report, update_body},
+        rig::Rig,
+        vm::Vm,
+        wait_for,
+    },
+    proto::{MemoryStats, Request},
+};
+
+/// A cgroup below L1's root with memory for one guest, as an orchestrator makes it. This process is in it until [`SmallMemory::leave`], and
+/// its children stay.
+struct SmallMemory(PathBuf);
+
+impl SmallMemory {
+    /// RAM of the guest, and as much as an image that is well does not need.
+    const MIB: u64 = 512 + 256;
+
+    fn new() -> Result<Self> {
+        let root = PathBuf::from("/sys/fs/cgroup");
+        fs::write(root.join("cgroup.subtree_control"), "+memory").context("no memory controller in /sys/fs/cgroup")?;
+        let this = Self(root.join("small-memory"));
+        fs::create_dir(&this.0).with_context(|| format!("{}", this.0.display()))?;
+        fs::write(this.0.join("memory.max"), (Self::MIB << 20).to_string())?;
+        fs::write(this.0.join("cgroup.procs"), std::process::id().to_string())?;
+        Ok(this)
+    }
+
+    fn leave() -> Result<()> {
+        Ok(fs::write("/sys/fs/cgroup/cgroup.procs", std::process::id().to_string())?)
+    }
+
+    /// Processes that the OOM killer has taken here.
+    fn kills(&self) -> Result<u64> {
+        let events = fs::read_to_string(self.0.join("memory.events"))?;
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        Ok(kills.context("no oom_kill")?.trim().parse()?)
+    }
+}
+
+impl Drop for SmallMemory {
+    fn drop(&mut self) {
+        let _ = Self::leave();
+        let _ = fs::remove_dir(&self.0);
+        let _ = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "-memory");
+    }
+}
+
+/// The kernel's OOM killer takes the new image, and not the helper, though that has all of guest RAM mapped.
+pub fn out_of_memory() -> Result<()> {
+    // Before the VM, so that it is empty when it is removed.
+    let cgroup = SmallMemory::new()?;
+    let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
+    SmallMemory::leave()?;
+    rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 8 })?;
+    for (round, phase) in ["claim", "remap"].into_iter().enumerate() {
+        let traffic = rig.traffic()?;
+        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        let fault = Switch::with(&rig.vm.dir, "fault", &format!("{phase}:oom"))?;
+        let answer = rig.vm.ask_update(&rig.vm.other_build()?)?;
+        drop(fault);
+        let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+        let (image, reasons) = (rig.vm.pid(), report.reasons.join(" "));
+        rig.vm.follow(report.pid)?;
+        ensure!(report.outcome == "rolled_back" && report.pid != image, "{report:?}");
+        ensure!(reasons.contains(&format!("phase {phase}")) && reasons.contains("died"), "{report:?}");
+        ensure!(cgroup.kills()? == round as u64 + 1, "{} processes were killed", cgroup.kills()?);
+        note(format_args!("{phase}: rolled back after {} us: {reasons}", report.pause_us));
+        let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", report.pid))?;
+        ensure!(score.trim() == "0", "oom_score_adj is {score} afterwards");
+        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        traffic.finish(rig.agent()?)?;
+    }
+    rig.update_under_traffic()?;
+    let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", rig.vm.pid()))?;
+    ensure!(score.trim() == "0", "oom_score_adj is {score} after an update");
+    let memory: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+    ensure!(memory.pages_wrong == 0, "{memory:?}");
+    Ok(())
+}
+
+/// From its commit on an image that dies is a VMM that crashes, and leaves nothing: its helper goes too, and the device is free for the next.
+pub fn committed() -> Result<()> {
+    for kind in ["kill", "segv"] {
+        let mut vm = Vm::builder().cpus(2).device(Nic::IgbA, None)?.boot()?;
+        vm.update()?;
+        vm.settled_facts()?;
+        let fault = Switch::with(&vm.dir, "fault", &format!("committed:{kind}"))?;
+        let mut caller = vm.api.connect()?;
+        caller.send("PUT", "vm.update", &update_body(&vm.other_build()?))?;
+        let status = vm.wait_exit(Duration::from_secs(60))?;
+        ensure!(!status.success() && status.code().is_none(), "{kind}: {status}");
+        drop(fault);
+        ensure!(caller.receive().is_err(), "an answer of a VMM that is dead");
+        // The helper is ours now, as its parent is gone.
+        wait_for("the helper to end", Duration::from_secs(60), || {
+            let ours = proc::children(std::process::id())?;
+            Ok(ours.into_iter().all(|pid| proc::state(pid).is_ok_and(|state| state == 'Z')).then_some(()))
+        })?;
+        proc::wait_group_free(&Nic::IgbA.bdf()?, Duration::from_secs(5))?;
+    }
+    Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?.update_under_traffic()
+}
+
+/// `--fault` of a test build: it strikes in every update, whichever image is the old one by then.
+pub fn fault_by_option() -> Result<()> {
+    let mut vm = Vm::builder().fault("remap:kill").boot()?;
+    for _ in 0..2 {
+        let answer = vm.ask_update(&vm.other_build()?)?;
+        let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+        let image = vm.pid();
+        vm.follow(report.pid)?;
+        ensure!(report.outcome == "rolled_back" && report.pid != image, "{report:?}");
+        ensure!(report.reasons.join(" ").contains("phase remap"), "{report:?}");
+        vm.agent()?.ping()?;
+    }
+    Ok(())
+}

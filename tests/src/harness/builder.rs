@@ -1,0 +1,144 @@
+//! How a VM is to be started.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Result, anyhow};
+
+use crate::harness::{
+    lab, proc,
+    vm::{BOOT_DEADLINE, Vm},
+};
+
+pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
+
+/// How a VM is to be started.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    cpus: u32,
+    memory: String,
+    devices: Vec<(String, Option<String>)>,
+    binary: String,
+    verbose: bool,
+    notify_socket: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    fault: Option<String>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            memory: "size=512M".into(),
+            devices: Vec::new(),
+            binary: "theseus-a".into(),
+            verbose: false,
+            notify_socket: None,
+            kernel: None,
+            fault: None,
+        }
+    }
+}
+
+impl Builder {
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Another kernel than the lab's bzImage.
+    pub fn kernel(mut self, path: PathBuf) -> Self {
+        self.kernel = Some(path);
+        self
+    }
+
+    /// Which build to start with.
+    pub fn binary(mut self, name: &str) -> Self {
+        self.binary = name.into();
+        self
+    }
+
+    /// As behind `--memory`.
+    pub fn memory(mut self, memory: &str) -> Self {
+        self.memory = memory.into();
+        self
+    }
+
+    /// As systemd does for a service of type notify.
+    pub fn notify_socket(mut self, path: &Path) -> Self {
+        self.notify_socket = Some(path.into());
+        self
+    }
+
+    /// Lets the VMM log what it does, not only what went wrong.
+    pub fn verbose(mut self) -> Self {
+        self.verbose = true;
+        self
+    }
+
+    /// As behind `--fault`: for every update.
+    pub fn fault(mut self, fault: &str) -> Self {
+        self.fault = Some(fault.into());
+        self
+    }
+
+    /// Passes `nic` through, in the container of that name if one is given.
+    pub fn device(mut self, nic: lab::Nic, container: Option<&str>) -> Result<Self> {
+        self.devices.push((nic.bdf()?, container.map(Into::into)));
+        Ok(self)
+    }
+
+    /// Passes the device at `bdf` through, in the container of that name if one is given.
+    pub fn device_at(mut self, bdf: String, container: Option<&str>) -> Self {
+        self.devices.push((bdf, container.map(Into::into)));
+        self
+    }
+
+    /// Starts the VMM and waits until the guest's agent is ready.
+    pub fn boot(self) -> Result<Vm> {
+        let mut vm = self.start()?;
+        if let Err(e) = vm.agent()?.wait_ready(BOOT_DEADLINE) {
+            // The VMM's end, if that is what it was, is the better explanation.
+            return match vm.wait_exit(Duration::from_secs(2)) {
+                Ok(status) => Err(anyhow!("the VMM ended before the guest was up: {status}")),
+                Err(_) => Err(e),
+            };
+        }
+        Ok(vm)
+    }
+
+    /// Starts the VMM with a guest, and connects to its serial port.
+    pub fn start(self) -> Result<Vm> {
+        let memory = self.memory.clone();
+        for (bdf, _) in &self.devices {
+            proc::wait_group_free(bdf, Duration::from_secs(30))?;
+        }
+        let mut args = vec![
+            "--kernel".to_string(),
+            self.kernel.clone().map_or_else(lab::kernel, Ok)?.display().to_string(),
+            "--initramfs".into(),
+            lab::initramfs()?.display().to_string(),
+            "--cmdline".into(),
+            CMDLINE.into(),
+            "--cpus".into(),
+            format!("boot={}", self.cpus),
+            "--memory".into(),
+            memory,
+        ];
+        for (bdf, container) in &self.devices {
+            let container = container.as_ref().map(|name| format!(",container={name}")).unwrap_or_default();
+            args.extend(["--device".into(), format!("path=/sys/bus/pci/devices/{bdf}{container}")]);
+        }
+        if self.verbose {
+            args.push("-v".into());
+        }
+        args.extend(self.fault.iter().flat_map(|fault| ["--fault".into(), fault.clone()]));
+        let env = self.notify_socket.iter().map(|path| ("NOTIFY_SOCKET", path.as_os_str()));
+        let mut vm = Vm::spawn(&self.binary, &args, true, env)?;
+        vm.cpus = self.cpus;
+        vm.attach()?;
+        Ok(vm)
+    }
+}
