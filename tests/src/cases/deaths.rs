@@ -31,9 +31,19 @@ impl SmallMemory {
         fs::write(root.join("cgroup.subtree_control"), "+memory").context("no memory controller in /sys/fs/cgroup")?;
         let this = Self(root.join("small-memory"));
         fs::create_dir(&this.0).with_context(|| format!("{}", this.0.display()))?;
-        fs::write(this.0.join("memory.max"), (Self::MIB << 20).to_string())?;
+        this.set(Self::MIB << 20)?;
         fs::write(this.0.join("cgroup.procs"), std::process::id().to_string())?;
         Ok(this)
+    }
+
+    fn set(&self, bytes: u64) -> Result<()> {
+        fs::write(self.0.join("memory.max"), bytes.to_string()).context("memory.max")
+    }
+
+    /// Leaves room for 16 MiB.
+    fn shrink_to_fit(&self) -> Result<()> {
+        let used: u64 = fs::read_to_string(self.0.join("memory.current"))?.trim().parse()?;
+        self.set(used + (16 << 20))
     }
 
     fn leave() -> Result<()> {
@@ -56,13 +66,18 @@ impl Drop for SmallMemory {
     }
 }
 
-/// The kernel's OOM killer takes the new image, and not the helper, though that has all of guest RAM mapped.
+/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer takes the new image, and not the helper, though that has all of guest RAM mapped.
 pub fn out_of_memory() -> Result<()> {
     // Before the VM, so that it is empty when it is removed.
     let cgroup = SmallMemory::new()?;
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
     SmallMemory::leave()?;
     rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 8 })?;
+    cgroup.shrink_to_fit()?;
+    let refused = rig.vm.ask_update(&rig.vm.other_build()?)?;
+    ensure!(refused.status == 409 && refused.causes()?.join(" ").contains("small-memory"), "{refused:?}");
+    cgroup.set(SmallMemory::MIB << 20)?;
+
     for (round, phase) in ["claim", "remap"].into_iter().enumerate() {
         let traffic = rig.traffic()?;
         traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;

@@ -4,6 +4,8 @@ use std::io;
 
 use rustix::process::{Resource, getrlimit};
 
+use super::room::Room;
+
 /// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, the old
 /// binary, the target, timeline and helper, and duplicates of the API's connections.
 const MORE_FDS: u64 = 64;
@@ -21,7 +23,7 @@ pub struct Needs {
 }
 
 /// What this process may have, in bytes and numbers. None: no limit.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Limits {
     /// Pinned for DMA now, and to be charged to the new image.
     locked: u64,
@@ -29,7 +31,7 @@ struct Limits {
     may_lock: bool,
     open_fds: u64,
     max_fds: Option<u64>,
-    available: u64,
+    room: Room,
 }
 
 /// Every reason against an update; empty if there is none.
@@ -41,7 +43,7 @@ pub fn reasons(needs: Needs) -> Vec<String> {
 }
 
 fn judge(needs: Needs, limits: Limits) -> Vec<String> {
-    let Limits { locked, memlock, may_lock, open_fds, max_fds, available } = limits;
+    let Limits { locked, memlock, may_lock, open_fds, max_fds, room } = limits;
     let mut reasons = Vec::new();
     // vfio_iommu_type1 charges what is pinned to the new address space (vfio_change_dma_owner).
     if let Some(limit) = memlock.filter(|limit| !may_lock && *limit < locked) {
@@ -60,10 +62,11 @@ fn judge(needs: Needs, limits: Limits) -> Vec<String> {
     // 8 bytes a page: the new image's page tables and its second stage, while the parked old ones are still there.
     let tables = if needs.small_pages { needs.ram / 512 * 2 } else { 0 };
     let wanted = IMAGE.saturating_add(tables);
-    if available < wanted {
+    if room.free < wanted {
         reasons.push(format!(
-            "the host has {} MiB of free memory, the new image needs up to {} MiB while the old one is still there",
-            available >> 20,
+            "{} has {} MiB of free memory, the new image needs up to {} MiB while the old one is still there",
+            room.of,
+            room.free >> 20,
             wanted >> 20
         ));
     }
@@ -73,7 +76,6 @@ fn judge(needs: Needs, limits: Limits) -> Vec<String> {
 impl Limits {
     fn of_this_process() -> io::Result<Self> {
         let status = std::fs::read_to_string("/proc/self/status")?;
-        let memory = std::fs::read_to_string("/proc/meminfo")?;
         let missing = |key: &str| io::Error::other(format!("no {key}"));
         let kib = |text: &str, key: &str| Some(field(text, key)?.parse::<u64>().ok()?.saturating_mul(1024));
         let capabilities = field(&status, "CapEff:").and_then(|mask| u64::from_str_radix(mask, 16).ok());
@@ -83,7 +85,7 @@ impl Limits {
             may_lock: capabilities.ok_or_else(|| missing("CapEff"))? & CAP_IPC_LOCK != 0,
             open_fds: std::fs::read_dir("/proc/self/fd")?.count() as u64,
             max_fds: getrlimit(Resource::Nofile).current,
-            available: kib(&memory, "MemAvailable:").ok_or_else(|| missing("MemAvailable"))?,
+            room: Room::of_this_process()?,
         })
     }
 }
@@ -97,31 +99,38 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
 mod tests {
     use super::*;
 
-    const GOOD: Limits = Limits {
-        locked: 1 << 30,
-        memlock: Some(1 << 30),
-        may_lock: false,
-        open_fds: 40,
-        max_fds: Some(1024),
-        available: 1 << 30,
-    };
+    fn good() -> Limits {
+        Limits {
+            locked: 1 << 30,
+            memlock: Some(1 << 30),
+            may_lock: false,
+            open_fds: 40,
+            max_fds: Some(1024),
+            room: room(1 << 30),
+        }
+    }
+
+    fn room(free: u64) -> Room {
+        Room { free, of: "the host".into() }
+    }
 
     #[test]
     fn all_reasons_at_once() {
         let needs = Needs { ram: 1 << 30, small_pages: true };
-        assert!(judge(needs, GOOD).is_empty());
-        let bad = Limits { memlock: Some(8 << 20), max_fds: Some(64), available: 1 << 20, ..GOOD };
+        assert!(judge(needs, good()).is_empty());
+        let bad = Limits { memlock: Some(8 << 20), max_fds: Some(64), room: room(1 << 20), ..good() };
         let text = judge(needs, bad).join("\n");
-        for part in ["RLIMIT_MEMLOCK is 8192 KiB", "RLIMIT_NOFILE is 64", "1 MiB of free memory", "36 MiB"] {
+        for part in ["RLIMIT_MEMLOCK is 8192 KiB", "RLIMIT_NOFILE is 64", "the host has 1 MiB of free memory", "36 MiB"]
+        {
             assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(judge(needs, Limits { memlock: Some(0), may_lock: true, ..GOOD }).is_empty());
-        assert!(judge(needs, Limits { memlock: None, max_fds: None, ..GOOD }).is_empty());
+        assert!(judge(needs, Limits { memlock: Some(0), may_lock: true, ..good() }).is_empty());
+        assert!(judge(needs, Limits { memlock: None, max_fds: None, ..good() }).is_empty());
     }
 
     #[test]
     fn this_process_has_limits() {
         let limits = Limits::of_this_process().unwrap();
-        assert!(limits.open_fds >= 3 && limits.available > 0, "{limits:?}");
+        assert!(limits.open_fds >= 3 && limits.room.free > 0, "{limits:?}");
     }
 }

@@ -1,0 +1,84 @@
+//! Free memory that an update can count on: what the host has, and what the cgroups (v2) of this process leave it.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// The least there is, and whose it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes.
+    pub free: u64,
+    /// "the host", or the cgroup and its limit.
+    pub of: String,
+}
+
+impl Room {
+    pub fn of_this_process() -> io::Result<Self> {
+        let meminfo = fs::read_to_string("/proc/meminfo")?;
+        let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next());
+        let available = available.and_then(|kib| kib.parse::<u64>().ok());
+        let available = available.ok_or_else(|| io::Error::other("no MemAvailable"))?;
+        let host = Self { free: available.saturating_mul(1024), of: "the host".into() };
+        // Without cgroup v2 there is no such line, and no such limit.
+        let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let own = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+        let left = in_cgroups(Path::new(CGROUPS), own);
+        Ok(left.into_iter().fold(host, |least, room| if room.free < least.free { room } else { least }))
+    }
+}
+
+/// For each cgroup from `own` up that has a limit.
+fn in_cgroups(root: &Path, own: &str) -> Vec<Room> {
+    let own = Path::new(own.trim_start_matches('/'));
+    own.ancestors().filter_map(|path| in_cgroup(&root.join(path), path)).collect()
+}
+
+fn in_cgroup(dir: &Path, name: &Path) -> Option<Room> {
+    let read = |file: &str| fs::read_to_string(dir.join(file)).ok();
+    let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
+    // "max", or no such file at the root: no limit.
+    let limit = number("memory.max")?;
+    let used = number("memory.current")?;
+    // File pages go when memory is needed; shared memory counts as anonymous here.
+    let stat = read("memory.stat").unwrap_or_default();
+    let pages =
+        |key: &str| stat.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok()).unwrap_or(0);
+    let files = pages("active_file ").saturating_add(pages("inactive_file "));
+    let free = limit.saturating_sub(used.saturating_sub(files));
+    Some(Room { free, of: format!("the cgroup /{} (memory.max {} MiB)", name.display(), limit >> 20) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cgroup_up_to_the_root_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let put = |dir: &str, file: &str, text: &str| {
+            fs::create_dir_all(root.path().join(dir)).unwrap();
+            fs::write(root.path().join(dir).join(file), text).unwrap();
+        };
+        put("pods", "memory.max", "1073741824\n");
+        put("pods", "memory.current", "943718400\n");
+        put("pods/guest", "memory.max", "max\n");
+        put("pods/guest", "memory.current", "943718400\n");
+        let room = in_cgroups(root.path(), "/pods/guest");
+        assert_eq!(room.len(), 1);
+        assert_eq!((room[0].free, room[0].of.as_str()), (124 << 20, "the cgroup /pods (memory.max 1024 MiB)"));
+        put("pods", "memory.stat", "anon 5\nfile 7\ninactive_file 1048576\nactive_file 1048576\n");
+        assert_eq!(in_cgroups(root.path(), "/pods/guest")[0].free, 126 << 20);
+        put("pods/guest", "memory.max", "943718400\n");
+        assert_eq!(in_cgroups(root.path(), "/pods/guest")[0].free, 0);
+        assert!(in_cgroups(root.path(), "/").is_empty());
+    }
+
+    #[test]
+    fn this_process_has_room() {
+        let room = Room::of_this_process().unwrap();
+        assert!(room.free > 0 && room.free < u64::MAX, "{room:?}");
+    }
+}
