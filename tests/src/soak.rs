@@ -8,7 +8,7 @@ use crate::{
     bench::phase_table,
     cases::{
         cell::{Cell, End},
-        rollback,
+        note, rollback,
     },
     clock::{mono_ns, slope},
     harness::{
@@ -149,6 +149,9 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     for update in 1..=updates {
         reports.push(rig.vm.update()?);
         traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        if update % 100 == 0 {
+            note(format_args!("{update} updates, the last paused for {} us", reports[reports.len() - 1].pause_us));
+        }
         if update % 5 == 0 {
             let (seconds, error) = clock_before.to(&At::now(&rig.vm)?)?;
             errors.push(error - drift * seconds);

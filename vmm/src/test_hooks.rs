@@ -138,9 +138,10 @@ mod hooks {
         // SAFETY: no handler of ours is run by these. Default dispositions, so that the sanitising handlers of std do not swallow them.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
-            libc::kill(libc::getpid(), signal);
+            // To this thread, not to the process: that lets another thread take it, while this one goes on into the next phase.
+            libc::raise(signal);
         }
-        // To oneself it arrives before kill returns, unless it is blocked on this thread (as it is right after exec): then it would wait.
+        // It arrives before raise returns, unless it is blocked on this thread (as it is right after exec): then it would wait.
         let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: a set of our own, initialised by the first call.
         unsafe {
