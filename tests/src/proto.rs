@@ -131,8 +131,8 @@ pub enum Request {
     RecvStart { flow: u32, at: String },
     /// `SeqStats`
     RecvStats { flow: u32 },
-    /// `SeqStats`: the last count; waits until nothing came for `quiet_ms`.
-    RecvStop { flow: u32, quiet_ms: u64 },
+    /// `SeqStats`: the last count; waits for `expected` packets, or until nothing comes any more.
+    RecvStop { flow: u32, expected: u64 },
     /// `()`: opens UDP `port` for [`Request::WatchWait`].
     WatchOpen { port: u16 },
     /// `Arrival`: answers as soon as a packet is there.

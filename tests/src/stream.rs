@@ -21,6 +21,12 @@ use crate::{
 /// Packets that a sender sends at once, at most, to be back at its rate.
 const CATCH_UP: u64 = 50;
 const RECEIVE_BUFFER: i32 = 8 << 20;
+/// So many of the packets that did not come are named.
+const MISSING: usize = 8;
+/// After the last packet that was sent has come: how long one that comes twice may take.
+const QUIET: Duration = Duration::from_millis(300);
+/// Before that: how long nothing may come until what is missing counts as lost.
+const LOST: Duration = Duration::from_secs(5);
 
 /// A thread with a flag that tells it to end; dropped, it has ended.
 struct Worker {
@@ -132,24 +138,22 @@ impl Receiver {
         self.check.lock().unwrap_or_else(PoisonError::into_inner).stats()
     }
 
-    /// Numbers that did not come, at most `limit`.
-    pub fn missing(&self, limit: usize) -> Vec<u64> {
-        self.check.lock().unwrap_or_else(PoisonError::into_inner).missing(limit)
-    }
-
-    /// Waits until nothing came for `quiet`, then stops.
-    pub fn stop(mut self, quiet: Duration) -> SeqStats {
-        let quiet_ns = quiet.as_nanos() as u64;
+    /// Waits for `expected` packets, or until nothing comes any more, then stops.
+    /// The count, and some numbers that did not come.
+    pub fn stop(mut self, expected: u64) -> (SeqStats, Vec<u64>) {
         let started = mono_ns();
         loop {
-            let until = self.stats().last_ns.max(started) + quiet_ns;
+            let stats = self.stats();
+            let patience = if stats.unique >= expected { QUIET } else { LOST };
+            let until = stats.last_ns.max(started) + patience.as_nanos() as u64;
             if mono_ns() >= until {
                 break;
             }
-            sleep_until(until);
+            sleep_until(until.min(mono_ns() + QUIET.as_nanos() as u64));
         }
         self.worker.end();
-        self.stats()
+        let check = self.check.lock().unwrap_or_else(PoisonError::into_inner);
+        (check.stats(), check.missing(MISSING))
     }
 }
 
@@ -164,9 +168,9 @@ mod tests {
         let sender = Sender::start(9, "127.0.0.1:0".parse().unwrap(), at, 2000).unwrap();
         std::thread::sleep(Duration::from_millis(300));
         let sent = sender.stop();
-        let got = receiver.stop(Duration::from_millis(100));
+        let (got, missing) = receiver.stop(sent.packets);
         assert!(sent.packets > 50 && sent.errors == 0, "{sent:?}");
         assert_eq!((got.unique, got.duplicated, got.reordered, got.foreign), (sent.packets, 0, 0, 0));
-        assert_eq!(got.lost_of(sent.packets), 0);
+        assert_eq!((got.lost_of(sent.packets), missing), (0, vec![]));
     }
 }

@@ -146,9 +146,9 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::SendStats { flow } => value(lock(&agent.streams).send_stats(flow)?),
         Request::RecvStart { flow, at } => value(lock(&agent.streams).recv_start(flow, at.parse()?)?),
         Request::RecvStats { flow } => value(lock(&agent.streams).recv_stats(flow)?),
-        Request::RecvStop { flow, quiet_ms } => {
+        Request::RecvStop { flow, expected } => {
             let receiver = lock(&agent.streams).recv_take(flow)?;
-            value(receiver.stop(std::time::Duration::from_millis(quiet_ms)))
+            value(receiver.stop(expected).0)
         }
         Request::WatchOpen { port } => value(lock(&agent.watches).open(port)?),
         Request::WatchWait { port, timeout_ms } => {

@@ -14,8 +14,6 @@ use crate::{
 
 /// Packets a second, each way.
 pub const RATE: u32 = 500;
-/// After the last packet was sent, silence this long means that nothing is on its way.
-const QUIET: Duration = Duration::from_millis(500);
 const FIRST_PORT: u16 = 9000;
 
 struct Flows {
@@ -146,14 +144,10 @@ impl Traffic {
         for flows in &mut self.flows {
             let sent_in = flows.sender.take().map(Sender::stop).unwrap_or_default();
             let sent_out: Sent = agent.call(&Request::SendStop { flow: flows.outward })?;
-            let stop = Request::RecvStop { flow: flows.inward, quiet_ms: QUIET.as_millis() as u64 };
+            let stop = Request::RecvStop { flow: flows.inward, expected: sent_in.packets };
             let got_in = agent.start::<SeqStats>(&stop)?;
-            let (mut got_out, mut missing) = (SeqStats::default(), Vec::new());
-            if let Some(receiver) = flows.receiver.take() {
-                std::thread::sleep(QUIET);
-                missing = receiver.missing(8);
-                got_out = receiver.stop(QUIET);
-            }
+            let receiver = flows.receiver.take();
+            let (got_out, missing) = receiver.map(|receiver| receiver.stop(sent_out.packets)).unwrap_or_default();
             let (got_in, _) = got_in.wait(Duration::from_secs(30))?;
             accounts.push(WireAccount {
                 name: format!("{:?} ({})", flows.wire.nic, flows.wire.guest),
