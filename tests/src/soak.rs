@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use crate::{
     bench::phase_table,
     cases::{
+        boot,
         cell::{Cell, End},
         note, rollback,
     },
@@ -62,9 +63,10 @@ fn drift(vm: &Vm) -> Result<f64> {
 }
 
 type Part = fn(&[String]) -> Result<()>;
-const PARTS: [(&str, Part); 4] = [("updates", updates), ("thousand", thousand), ("matrix", matrix), ("faults", faults)];
+const PARTS: [(&str, Part); 5] =
+    [("updates", updates), ("thousand", thousand), ("matrix", matrix), ("faults", faults), ("cpus", cpus)];
 
-/// `words`: which parts, all if there are none: updates, thousand, matrix, faults. The names of phases are those of a matrix, a number is the
+/// `words`: which parts, all if there are none: updates, thousand, matrix, faults, cpus. The names of phases are those of a matrix, a number is the
 /// seed of the faults.
 pub fn run(words: &[String]) -> Result<()> {
     let (parts, rest): (Vec<_>, Vec<_>) =
@@ -114,6 +116,11 @@ fn matrix(phases: &[String]) -> Result<()> {
     cells.retain(|cell| phases.is_empty() || phases.iter().any(|phase| *phase == cell.phase));
     println!("### Every fault in every phase, kernel {}\n", lab::kernel_version());
     rollback::matrix(&cells)
+}
+
+/// As many vCPUs as a guest may have.
+fn cpus(_: &[String]) -> Result<()> {
+    boot::many_cpus(64, 10)
 }
 
 /// Updates with a random fault each, all on one guest.

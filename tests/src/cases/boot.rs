@@ -1,10 +1,11 @@
 //! A guest comes up, and goes down by its own will.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
 use crate::{
+    cases::note,
     harness::{lab, proc, ram, vm::Vm},
     proto::Request,
 };
@@ -63,14 +64,23 @@ pub fn pvh_128m() -> Result<()> {
     vm.agent()?.ping()
 }
 
-/// Many vCPUs: all come up, and all are carried over an update. In the lab they share one CPU of an emulator, where 64 take more than two
-/// minutes to come up.
 pub fn sixteen_cpus() -> Result<()> {
-    let mut vm = Vm::builder().cpus(16).memory("size=1G").boot()?;
-    check(&vm, 16, 1 << 10)?;
-    vm.update()?;
-    let machine = vm.agent()?.machine()?;
-    ensure!(machine.cpus_online == 16, "{machine:?}");
+    many_cpus(16, 1)
+}
+
+/// Many vCPUs: all come up, and all are carried over updates. In the lab they share one CPU of an emulator, where 64 take minutes.
+pub fn many_cpus(cpus: u32, updates: u32) -> Result<()> {
+    let started = Instant::now();
+    let builder = Vm::builder().cpus(cpus).memory("size=1G").patience(Duration::from_secs(600));
+    let mut vm = builder.boot()?;
+    check(&vm, cpus, 1 << 10)?;
+    note(format_args!("{cpus} vCPUs are up after {:.1?}", started.elapsed()));
+    for _ in 0..updates {
+        let report = vm.update()?;
+        let machine = vm.agent()?.machine()?;
+        ensure!(machine.cpus_online == cpus as usize, "{machine:?}");
+        note(format_args!("pause {} us", report.pause_us));
+    }
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! The end-to-end tests. One file per theme; this one lists and runs them.
 
 mod api;
-mod boot;
+pub mod boot;
 pub mod cell;
 mod connections;
 mod deaths;

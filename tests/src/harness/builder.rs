@@ -25,6 +25,7 @@ pub struct Builder {
     notify_socket: Option<PathBuf>,
     kernel: Option<PathBuf>,
     fault: Option<String>,
+    patience: Duration,
 }
 
 impl Default for Builder {
@@ -38,6 +39,7 @@ impl Default for Builder {
             notify_socket: None,
             kernel: None,
             fault: None,
+            patience: BOOT_DEADLINE,
         }
     }
 }
@@ -78,6 +80,12 @@ impl Builder {
         self
     }
 
+    /// For a guest that takes longer than others to come up.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     /// As behind `--fault`: for every update.
     pub fn fault(mut self, fault: &str) -> Self {
         self.fault = Some(fault.into());
@@ -98,8 +106,9 @@ impl Builder {
 
     /// Starts the VMM and waits until the guest's agent is ready.
     pub fn boot(self) -> Result<Vm> {
+        let patience = self.patience;
         let mut vm = self.start()?;
-        if let Err(e) = vm.agent()?.wait_ready(BOOT_DEADLINE) {
+        if let Err(e) = vm.agent()?.wait_ready(patience) {
             // The VMM's end, if that is what it was, is the better explanation.
             return match vm.wait_exit(Duration::from_secs(2)) {
                 Ok(status) => Err(anyhow!("the VMM ended before the guest was up: {status}")),
