@@ -35,6 +35,7 @@ const SPECIAL: [(&str, &str); 6] = [
 ];
 /// Of an update that is going to hang: less than the driver's tick, which would forgive a lost interrupt.
 pub const DEADLINE_MS: u64 = 800;
+
 impl Cell {
     pub fn new(phase: &'static str, kind: &'static str) -> Self {
         let early = BEFORE_PARK.contains(&phase);

@@ -66,7 +66,8 @@ impl Drop for SmallMemory {
     }
 }
 
-/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer takes the new image, and not the helper, though that has all of guest RAM mapped.
+/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer takes the new image,
+/// and not the helper, though that has all of guest RAM mapped.
 pub fn out_of_memory() -> Result<()> {
     // Before the VM, so that it is empty when it is removed.
     let cgroup = SmallMemory::new()?;

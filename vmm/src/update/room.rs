@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use super::preflight::field;
+
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// The least there is, and whose it is.
@@ -18,8 +20,7 @@ pub struct Room {
 impl Room {
     pub fn of_this_process() -> io::Result<Self> {
         let meminfo = fs::read_to_string("/proc/meminfo")?;
-        let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next());
-        let available = available.and_then(|kib| kib.parse::<u64>().ok());
+        let available = field(&meminfo, "MemAvailable:").and_then(|kib| kib.parse::<u64>().ok());
         let available = available.ok_or_else(|| io::Error::other("no MemAvailable"))?;
         let host = Self { free: available.saturating_mul(1024), of: "the host".into() };
         // Without cgroup v2 there is no such line, and no such limit.
@@ -44,8 +45,7 @@ fn in_cgroup(dir: &Path, name: &Path) -> Option<Room> {
     let used = number("memory.current")?;
     // File pages go when memory is needed; shared memory counts as anonymous here.
     let stat = read("memory.stat").unwrap_or_default();
-    let pages =
-        |key: &str| stat.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok()).unwrap_or(0);
+    let pages = |key: &str| field(&stat, key).and_then(|bytes| bytes.parse::<u64>().ok()).unwrap_or(0);
     let files = pages("active_file ").saturating_add(pages("inactive_file "));
     let free = limit.saturating_sub(used.saturating_sub(files));
     Some(Room { free, of: format!("the cgroup /{} (memory.max {} MiB)", name.display(), limit >> 20) })
