@@ -86,14 +86,12 @@ impl Console {
     }
 
     /// Sends `bytes` now if they can go now, or keeps them for [`Self::flush`].
+    ///
+    /// A client that waits is taken, and what has waited is sent first: the control loop, which does both, may be busy for
+    /// seconds with an update's target, and the guest's output is not to stand still that long.
     pub(super) fn write(&mut self, bytes: &[u8]) {
-        if matches!(self.backend, Backend::Socket { .. }) {
-            self.deaf = false;
-        }
-        if self.output().is_some_and(|output| !output.pollable()) {
-            // A short write to a file: nothing will say that the rest can go.
-            self.flush();
-        }
+        self.accept();
+        self.flush();
         let Some(output) = self.output() else { return };
         let sent = if self.unsent.is_empty() { output.write(bytes) } else { Ok(0) };
         match sent {
@@ -168,12 +166,17 @@ impl Console {
             .map(|fd| self.vault.keep("serial socket client", Purpose::Console, fd));
         match accepted {
             Ok(fd) => match Stream::new(fd) {
-                Ok(stream) => *client = Some(stream),
+                Ok(stream) => {
+                    *client = Some(stream);
+                    self.deaf = false;
+                }
                 Err(error) => log::error!("serial socket {}: client refused: {error}", path.display()),
             },
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => self.deaf = false,
             Err(error) => {
-                log::error!("serial socket {}: accept: {error}: trying again at the next output", path.display());
+                if !self.deaf {
+                    log::error!("serial socket {}: accept: {error}: trying again at the next output", path.display());
+                }
                 self.deaf = true;
             }
         }

@@ -1,7 +1,7 @@
 //! The serial port: a 16550 UART and a [`Console`] on the host's side of it.
 //!
 //! ```text
-//! guest writes THR -> console, at once from the vCPU thread; what does not fit waits and the control loop sends it
+//! guest writes THR -> console, at once from the vCPU thread; what does not fit waits for the control loop or the next byte
 //! guest reads RBR  <- FIFO (64 bytes) <- console: filled by the control loop, or by the vCPU that has drained it
 //! ```
 //!
@@ -176,7 +176,7 @@ impl SerialDevice {
             log::error!("serial: register {register}: {error}");
         }
         if !self.uart.writer().is_empty() {
-            let waits = |console: &Console| (console.unsent.is_empty(), console.deaf);
+            let waits = |console: &Console| (console.unsent.is_empty(), console.deaf, console.lacks_client());
             let before = waits(&self.console);
             self.console.write(self.uart.writer());
             self.uart.writer_mut().clear();

@@ -205,11 +205,36 @@ fn without_a_client_output_is_dropped_and_clients_come_one_at_a_time() {
     assert_eq!(&got, b"1");
     drop(first);
     guest_sends(&mut device, b"lost");
+    assert!(ready(&device, 20));
     run_loop(&mut device);
     guest_sends(&mut device, b"2");
     assert_eq!(guest_receives(&mut device, 100), b"last wordssecond", "what a client sent before it left arrives");
     second.read_exact(&mut got).unwrap();
     assert_eq!(&got, b"2");
+}
+
+/// The control loop prepares an update, say, and does not turn.
+#[test]
+fn output_goes_on_without_the_control_loop() {
+    let dir = tempfile::tempdir().unwrap();
+    let vault = Vault::new();
+    let path = dir.path().join("serial.sock");
+    let (mut device, _) = device(&ConsoleConfig::Socket(path.clone()), &vault);
+    let mut client = connect(&path);
+    let mut sent = pattern(50_000, 7);
+    guest_sends(&mut device, &sent);
+    assert!(!device.console.unsent.is_empty(), "more than the socket takes");
+    let mut got = vec![0; sent.len() - device.console.unsent.len()];
+    client.read_exact(&mut got).unwrap();
+    let more = pattern(1, 8);
+    guest_sends(&mut device, &more);
+    sent.extend(more);
+    let mut rest = vec![0; sent.len() - got.len()];
+    client.read_exact(&mut rest).unwrap();
+    assert!([got, rest].concat() == sent);
+    client.write_all(b"heard").unwrap();
+    run_loop(&mut device);
+    assert_eq!(guest_receives(&mut device, 100), b"heard");
 }
 
 #[test]
