@@ -13,6 +13,7 @@ mod supervisor;
 mod test_hooks;
 mod update;
 mod vcpus;
+mod warm;
 
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -50,6 +51,7 @@ pub const EXIT_LOST: i32 = 70;
 
 pub fn main() -> ExitCode {
     let started = update::timeline::now_ns();
+    warm::keep_heap();
     let result = match Inherited::from_env() {
         // The guest is waiting: nothing that can be done later is done before.
         Some(inherited) => Ok(after_update(inherited, started)),
@@ -71,6 +73,7 @@ fn after_update(inherited: Inherited, started: u64) -> i32 {
         eprintln!("theseus: the guest is lost to this process: {reason}");
         EXIT_LOST
     };
+    warm::populate();
     let mut back = match WayBack::new(inherited) {
         Ok(back) => back,
         Err(error) => return lost(&format!("the update's timeline cannot be mapped: {error}")),

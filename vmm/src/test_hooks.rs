@@ -40,10 +40,10 @@ mod hooks {
 
     fn hold(phase: &str) -> Result<(), String> {
         let asked = path("hold").and_then(|path| std::fs::read_to_string(path).ok());
-        let (Some(held), Some(release)) = (path("held"), path("release")) else { return Ok(()) };
         if asked.is_none_or(|asked| asked.trim() != phase) {
             return Ok(());
         }
+        let (Some(held), Some(release)) = (path("held"), path("release")) else { return Ok(()) };
         File::options()
             .write(true)
             .open(held)

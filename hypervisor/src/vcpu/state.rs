@@ -6,6 +6,7 @@ use kvm_bindings::{
     kvm_segment, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
+use zerocopy::IntoBytes;
 
 use super::Vcpu;
 use super::msrs::{self, MSR_IA32_TSC_DEADLINE};
@@ -14,6 +15,10 @@ use crate::{Error, Result, raw};
 /// The XSAVE area, as long as the host's features make it (KVM_CAP_XSAVE2).
 #[derive(Clone, Serialize, Deserialize)]
 pub struct XsaveBytes(#[serde(with = "serde_bytes")] pub Vec<u8>);
+
+/// `struct kvm_nested_state` with its data, as long as its own `size` says: 128 bytes where no nested guest runs.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct NestedBytes(#[serde(with = "serde_bytes")] pub Vec<u8>);
 
 /// `kvm_sregs2`, field by field: the bindings have no serde for it.
 #[derive(Clone, Serialize, Deserialize)]
@@ -42,7 +47,7 @@ pub struct VcpuState {
     pub lapic: kvm_lapic_state,
     pub msrs: Vec<kvm_msr_entry>,
     pub tsc_deadline: Option<u64>,
-    pub nested: Option<KvmNestedStateBuffer>,
+    pub nested: Option<NestedBytes>,
     pub events: kvm_vcpu_events,
     pub tsc_offset: u64,
     pub tsc_khz: u32,
@@ -58,7 +63,7 @@ impl Vcpu {
     }
 
     /// Changes nothing. The vCPU must have no exit pending: [`Vcpu::run`] with immediate exit until `Interrupted`.
-    pub fn save(&self) -> Result<VcpuState> {
+    pub fn save(&self) -> Result<Box<VcpuState>> {
         let fd = &self.fd;
         // First: KVM_GET_MP_STATE takes a pending INIT or SIPI into account, which changes what the others read.
         let mp_state = fd.get_mp_state().map_err(self.err("KVM_GET_MP_STATE"))?;
@@ -77,7 +82,7 @@ impl Vcpu {
         let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(self.err("KVM_GET_CPUID2"))?;
         // Last: reading the others may turn something into an event (kernel.md).
         let events = fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
-        Ok(VcpuState {
+        Ok(Box::new(VcpuState {
             index: self.index,
             cpuid: cpuid.as_slice().to_vec(),
             mp_state,
@@ -93,7 +98,7 @@ impl Vcpu {
             events,
             tsc_offset: raw::tsc_offset(fd).map_err(self.io_err("read the TSC offset"))?,
             tsc_khz: self.tsc_khz(),
-        })
+        }))
     }
 
     /// The part before the VM's clock can be set, up to the TSC offset. Then [`crate::Vm::restore_clock`], then
@@ -121,7 +126,7 @@ impl Vcpu {
             msrs::write(fd, self.index, &[deadline])?;
         }
         if let Some(nested) = &state.nested {
-            fd.set_nested_state(nested).map_err(self.err("KVM_SET_NESTED_STATE"))?;
+            self.set_nested(nested)?;
         }
         fd.set_vcpu_events(&state.events).map_err(self.err("KVM_SET_VCPU_EVENTS"))?;
         self.msr_list = state.msrs.iter().map(|entry| entry.index).collect();
@@ -158,15 +163,27 @@ impl Vcpu {
         self.xsave_size.saturating_sub(size_of::<kvm_xsave>()).div_ceil(4)
     }
 
-    fn get_nested(&self) -> Result<Option<KvmNestedStateBuffer>> {
-        let mut buffer = KvmNestedStateBuffer::empty();
+    fn get_nested(&self) -> Result<Option<NestedBytes>> {
+        let mut buffer = Box::new(KvmNestedStateBuffer::empty());
         match self.fd.nested_state(&mut buffer) {
             // Outside of nested guest mode too: the header holds SVM's GIF and VMX's VMXON pointer.
-            Ok(_) => Ok(Some(buffer)),
+            Ok(_) => {
+                let bytes = buffer.as_bytes();
+                Ok(Some(NestedBytes(bytes.get(..buffer.size as usize).unwrap_or(bytes).to_vec())))
+            }
             // No nested virtualisation on this host, or none for this guest.
             Err(error) if [libc::EINVAL, libc::ENOTTY].contains(&error.errno()) => Ok(None),
             Err(error) => Err(self.err("KVM_GET_NESTED_STATE")(error)),
         }
+    }
+
+    fn set_nested(&self, bytes: &NestedBytes) -> Result<()> {
+        let mut buffer = Box::new(KvmNestedStateBuffer::empty());
+        // Longer ones are of a build that saved the whole buffer, or of nobody.
+        for (to, from) in buffer.as_mut_bytes().iter_mut().zip(&bytes.0) {
+            *to = *from;
+        }
+        self.fd.set_nested_state(&buffer).map_err(self.err("KVM_SET_NESTED_STATE"))
     }
 }
 

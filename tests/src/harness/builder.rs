@@ -25,6 +25,7 @@ pub struct Builder {
     notify_socket: Option<PathBuf>,
     kernel: Option<PathBuf>,
     fault: Option<String>,
+    hooks: bool,
     patience: Duration,
 }
 
@@ -39,6 +40,7 @@ impl Default for Builder {
             notify_socket: None,
             kernel: None,
             fault: None,
+            hooks: true,
             patience: BOOT_DEADLINE,
         }
     }
@@ -89,6 +91,12 @@ impl Builder {
     /// As behind `--fault`: for every update.
     pub fn fault(mut self, fault: &str) -> Self {
         self.fault = Some(fault.into());
+        self
+    }
+
+    /// For a measurement: the VMM looks for no test hooks, as one that users have does not.
+    pub fn without_hooks(mut self) -> Self {
+        self.hooks = false;
         self
     }
 
@@ -145,7 +153,7 @@ impl Builder {
         }
         args.extend(self.fault.iter().flat_map(|fault| ["--fault".into(), fault.clone()]));
         let env = self.notify_socket.iter().map(|path| ("NOTIFY_SOCKET", path.as_os_str()));
-        let mut vm = Vm::spawn(&self.binary, &args, true, env)?;
+        let mut vm = Vm::spawn(&self.binary, &args, true, self.hooks, env)?;
         vm.cpus = self.cpus;
         vm.attach()?;
         Ok(vm)

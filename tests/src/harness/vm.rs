@@ -46,17 +46,17 @@ impl Vm {
 
     /// The VMM without a guest: API only.
     pub fn api_only() -> Result<Self> {
-        Self::spawn("theseus-a", &[], false, [])
+        Self::spawn("theseus-a", &[], false, true, [])
     }
 
     /// The same of the file at `path`.
     pub fn api_only_from(path: &Path) -> Result<Self> {
-        Self::spawn(&path.display().to_string(), &[], false, [])
+        Self::spawn(&path.display().to_string(), &[], false, true, [])
     }
 
     /// The VMM with these arguments beside those that every VMM gets: there is no agent to talk to.
     pub fn with_args(args: &[&str]) -> Result<Self> {
-        Self::spawn("theseus-a", &args.iter().map(|arg| (*arg).to_string()).collect::<Vec<_>>(), false, [])
+        Self::spawn("theseus-a", &args.iter().map(|arg| (*arg).to_string()).collect::<Vec<_>>(), false, true, [])
     }
 
     /// A guest without console and agent: `kernel` is all there is.
@@ -69,6 +69,7 @@ impl Vm {
         binary: &str,
         args: &[String],
         serial: bool,
+        hooks: bool,
         env: impl IntoIterator<Item = (&'a str, &'a std::ffi::OsStr)>,
     ) -> Result<Self> {
         let dir =
@@ -82,8 +83,10 @@ impl Vm {
         if serial {
             command.arg("--serial").arg(format!("socket={}", dir.join("serial").display()));
         }
+        if hooks {
+            command.env(hooks::ENV, dir.join("hooks"));
+        }
         command
-            .env(hooks::ENV, dir.join("hooks"))
             .envs(env)
             .stdin(Stdio::null())
             .stdout(File::options().append(true).open(&log)?)

@@ -41,7 +41,7 @@ impl Body {
                     self.tell(Event::Paused);
                 }
                 Command::Save => {
-                    let saved = vcpu.save().map(Box::new).map_err(|source| self.error(source));
+                    let saved = vcpu.save().map_err(|source| self.error(source));
                     self.tell(Event::Saved(saved));
                 }
                 Command::End => return,
