@@ -5,6 +5,7 @@ mod build_info;
 mod cli;
 mod control;
 mod events;
+mod heap;
 mod log_config;
 mod machine;
 mod main_thread;
@@ -13,7 +14,6 @@ mod supervisor;
 mod test_hooks;
 mod update;
 mod vcpus;
-mod warm;
 
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -51,7 +51,7 @@ pub const EXIT_LOST: i32 = 70;
 
 pub fn main() -> ExitCode {
     let started = update::timeline::now_ns();
-    warm::keep_heap();
+    heap::keep();
     let result = match Inherited::from_env() {
         // The guest is waiting: nothing that can be done later is done before.
         Some(inherited) => Ok(after_update(inherited, started)),
@@ -73,7 +73,6 @@ fn after_update(inherited: Inherited, started: u64) -> i32 {
         eprintln!("theseus: the guest is lost to this process: {reason}");
         EXIT_LOST
     };
-    warm::populate();
     let mut back = match WayBack::new(inherited) {
         Ok(back) => back,
         Err(error) => return lost(&format!("the update's timeline cannot be mapped: {error}")),

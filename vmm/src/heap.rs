@@ -1,0 +1,22 @@
+//! The process's own memory, kept so that the pause of an update has few page faults. With glibc's defaults they were a quarter of it.
+
+use std::ffi::c_int;
+
+/// Freed memory of this size stays with the process, in bytes: a saved state of many vCPUs, and what encodes it.
+const KEPT: c_int = 4 << 20;
+/// What the heap grows by at least, in bytes.
+const STEP: c_int = 512 << 10;
+
+/// One heap for all threads, which gives nothing back at once: what the rehearsal of an update ([`crate::update::prepare`]) has touched is
+/// there for the update itself, and a vCPU's thread makes no arena of its own in the middle of the pause. To be called first of all.
+pub fn keep() {
+    for (what, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_MMAP_THRESHOLD, KEPT),
+        (libc::M_TRIM_THRESHOLD, KEPT),
+        (libc::M_TOP_PAD, STEP),
+    ] {
+        // SAFETY: takes no pointer; a value it does not like is ignored.
+        unsafe { libc::mallopt(what, value) };
+    }
+}
