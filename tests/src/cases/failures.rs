@@ -33,7 +33,7 @@ use crate::{
 
 /// How an update did not take place.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum End {
+pub(super) enum End {
     /// 409 and the reasons: the guest was not touched.
     Refused,
     /// 200 and a report with the reasons: the guest was stopped and goes on.
@@ -58,7 +58,12 @@ impl End {
 
 /// Runs `attempt` under traffic. It must end as `end` with reasons that hold one of `words`; the guest must not notice; the next
 /// update must work.
-fn unharmed(rig: &mut Rig, end: End, words: &[&str], attempt: impl FnOnce(&Rig) -> Result<Answer>) -> Result<()> {
+pub(super) fn unharmed(
+    rig: &mut Rig,
+    end: End,
+    words: &[&str],
+    attempt: impl FnOnce(&Rig) -> Result<Answer>,
+) -> Result<()> {
     let traffic = rig.traffic()?;
     traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
     let before = rig.vm.ping()?;

@@ -2,6 +2,7 @@
 
 mod api;
 pub mod boot;
+pub mod bounds;
 pub mod cell;
 mod connections;
 mod deaths;
@@ -96,6 +97,7 @@ const CASES: &[Case] = &[
     shared("meets_short_deadlines", meetings::short_deadlines),
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::IgbA], "meets_driver_probe", meetings::driver_probes),
+    with(&[Nic::IgbA], "refused_by_bounds", bounds::of_the_vmm),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
     with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),
     with(&[Nic::IgbA], "dies_out_of_memory", deaths::out_of_memory),

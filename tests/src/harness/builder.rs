@@ -9,7 +9,7 @@ use anyhow::{Result, anyhow};
 
 use crate::harness::{
     lab, proc,
-    vm::{BOOT_DEADLINE, Vm},
+    vm::{BOOT_DEADLINE, Setting, Vm},
 };
 
 pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
@@ -26,6 +26,8 @@ pub struct Builder {
     kernel: Option<PathBuf>,
     fault: Option<String>,
     hooks: bool,
+    update_dir: Option<PathBuf>,
+    may_lock: Option<u64>,
     patience: Duration,
 }
 
@@ -41,6 +43,8 @@ impl Default for Builder {
             kernel: None,
             fault: None,
             hooks: true,
+            update_dir: None,
+            may_lock: None,
             patience: BOOT_DEADLINE,
         }
     }
@@ -100,6 +104,18 @@ impl Builder {
         self
     }
 
+    /// As behind `--update-dir`.
+    pub fn update_dir(mut self, folder: &Path) -> Self {
+        self.update_dir = Some(folder.into());
+        self
+    }
+
+    /// Without CAP_IPC_LOCK, and with RLIMIT_MEMLOCK at so many bytes.
+    pub fn may_lock(mut self, bytes: u64) -> Self {
+        self.may_lock = Some(bytes);
+        self
+    }
+
     /// Passes `nic` through, in the container of that name if one is given.
     pub fn device(mut self, nic: lab::Nic, container: Option<&str>) -> Result<Self> {
         self.devices.push((nic.bdf()?, container.map(Into::into)));
@@ -151,9 +167,16 @@ impl Builder {
         if self.verbose {
             args.push("-v".into());
         }
+        let update_dir = self.update_dir.iter().map(|folder| folder.display().to_string());
+        args.extend(update_dir.flat_map(|folder| ["--update-dir".into(), folder]));
         args.extend(self.fault.iter().flat_map(|fault| ["--fault".into(), fault.clone()]));
-        let env = self.notify_socket.iter().map(|path| ("NOTIFY_SOCKET", path.as_os_str()));
-        let mut vm = Vm::spawn(&self.binary, &args, true, self.hooks, env)?;
+        let setting = Setting {
+            serial: true,
+            hooks: self.hooks,
+            notify_socket: self.notify_socket.as_deref(),
+            may_lock: self.may_lock,
+        };
+        let mut vm = Vm::spawn(&self.binary, &args, &setting)?;
         vm.cpus = self.cpus;
         vm.attach()?;
         Ok(vm)

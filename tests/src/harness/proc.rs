@@ -243,6 +243,26 @@ fn parse_map(line: &str) -> Option<(u64, u64, u64, String)> {
     Some((hex(from)?, hex(to)?, hex(offset)?, words.nth(2).unwrap_or_default().to_string()))
 }
 
+/// Before an exec: the program has no CAP_IPC_LOCK, and may lock so many bytes.
+pub fn bound_locking(bytes: u64) -> io::Result<()> {
+    const CAP_IPC_LOCK: libc::c_ulong = 14;
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the limit lives during the call, and prctl takes numbers only.
+    let done = unsafe {
+        libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0) == 0
+            && libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) == 0
+    };
+    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sets RLIMIT_MEMLOCK of a running process, in bytes.
+pub fn set_memlock(pid: u32, bytes: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the limit lives during the call; nothing is written back.
+    let result = unsafe { libc::prlimit(pid as libc::pid_t, libc::RLIMIT_MEMLOCK, &limit, std::ptr::null_mut()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

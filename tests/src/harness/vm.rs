@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::Write,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -37,6 +38,22 @@ pub struct Vm {
     updates: u32,
 }
 
+/// What a VMM is started in.
+pub(super) struct Setting<'a> {
+    /// Its serial port is a socket of the harness.
+    pub serial: bool,
+    pub hooks: bool,
+    pub notify_socket: Option<&'a Path>,
+    /// Without CAP_IPC_LOCK, and with RLIMIT_MEMLOCK at so many bytes.
+    pub may_lock: Option<u64>,
+}
+
+impl Default for Setting<'_> {
+    fn default() -> Self {
+        Self { serial: false, hooks: true, notify_socket: None, may_lock: None }
+    }
+}
+
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 impl Vm {
@@ -46,17 +63,17 @@ impl Vm {
 
     /// The VMM without a guest: API only.
     pub fn api_only() -> Result<Self> {
-        Self::spawn("theseus-a", &[], false, true, [])
+        Self::spawn("theseus-a", &[], &Setting::default())
     }
 
     /// The same of the file at `path`.
     pub fn api_only_from(path: &Path) -> Result<Self> {
-        Self::spawn(&path.display().to_string(), &[], false, true, [])
+        Self::spawn(&path.display().to_string(), &[], &Setting::default())
     }
 
     /// The VMM with these arguments beside those that every VMM gets: there is no agent to talk to.
     pub fn with_args(args: &[&str]) -> Result<Self> {
-        Self::spawn("theseus-a", &args.iter().map(|arg| (*arg).to_string()).collect::<Vec<_>>(), false, true, [])
+        Self::spawn("theseus-a", &args.iter().map(|arg| (*arg).to_string()).collect::<Vec<_>>(), &Setting::default())
     }
 
     /// A guest without console and agent: `kernel` is all there is.
@@ -65,13 +82,7 @@ impl Vm {
     }
 
     /// `binary`: a name among the builds, or a path.
-    pub(super) fn spawn<'a>(
-        binary: &str,
-        args: &[String],
-        serial: bool,
-        hooks: bool,
-        env: impl IntoIterator<Item = (&'a str, &'a std::ffi::OsStr)>,
-    ) -> Result<Self> {
+    pub(super) fn spawn(binary: &str, args: &[String], setting: &Setting<'_>) -> Result<Self> {
         let dir =
             std::env::temp_dir().join(format!("vm-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(dir.join("hooks")).with_context(|| format!("{}", dir.display()))?;
@@ -80,14 +91,18 @@ impl Vm {
         let mut command = Command::new(lab::bin(binary)?);
         command.arg("--api-socket").arg(&api.path).args(args);
         command.arg("--pid-file").arg(dir.join("pid")).arg("--event-monitor").arg(dir.join("events"));
-        if serial {
+        if setting.serial {
             command.arg("--serial").arg(format!("socket={}", dir.join("serial").display()));
         }
-        if hooks {
+        if setting.hooks {
             command.env(hooks::ENV, dir.join("hooks"));
         }
+        command.envs(setting.notify_socket.map(|path| ("NOTIFY_SOCKET", path)));
+        if let Some(bytes) = setting.may_lock {
+            // SAFETY: system calls only.
+            unsafe { command.pre_exec(move || proc::bound_locking(bytes)) };
+        }
         command
-            .envs(env)
             .stdin(Stdio::null())
             .stdout(File::options().append(true).open(&log)?)
             .stderr(File::options().append(true).open(&log)?);
