@@ -31,9 +31,9 @@ pub fn of_the_vmm() -> Result<()> {
 
     unharmed(&mut rig, End::Refused, &["RLIMIT_MEMLOCK is 65536 KiB, 524288 KiB are pinned"], |rig| {
         let target = rig.vm.other_build()?;
-        proc::set_memlock(rig.vm.pid(), TOO_LITTLE)?;
+        let old = proc::set_soft_limit(rig.vm.pid(), libc::RLIMIT_MEMLOCK, TOO_LITTLE)?;
         let answer = rig.vm.ask_update(&target);
-        proc::set_memlock(rig.vm.pid(), ENOUGH)?;
+        proc::set_soft_limit(rig.vm.pid(), libc::RLIMIT_MEMLOCK, old)?;
         answer
     })
 }

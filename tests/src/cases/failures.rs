@@ -309,18 +309,7 @@ pub fn second_container() -> Result<()> {
 /// Every reason at once: of the file, and of the limits of the process.
 pub fn preflight() -> Result<()> {
     rig::shared(|rig| {
-        let set_limit = |soft: u64| -> Result<u64> {
-            let (mut old, mut limit) =
-                (libc::rlimit { rlim_cur: 0, rlim_max: 0 }, libc::rlimit { rlim_cur: 0, rlim_max: 0 });
-            let pid = rig.vm.pid() as libc::pid_t;
-            // SAFETY: the kernel fills one rlimit, and reads one.
-            unsafe {
-                ensure!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut old) == 0, "prlimit");
-                (limit.rlim_cur, limit.rlim_max) = (soft, old.rlim_max);
-                ensure!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) == 0, "prlimit");
-            }
-            Ok(old.rlim_cur)
-        };
+        let set_limit = |soft| proc::set_soft_limit(rig.vm.pid(), libc::RLIMIT_NOFILE, soft);
         let before = rig.vm.ping()?;
         let old = set_limit(80)?;
         let body = serde_json::json!({ "binary": lab::bin("agent")?, "sha256": "0".repeat(64), "dry_run": true });

@@ -255,12 +255,18 @@ pub fn bound_locking(bytes: u64) -> io::Result<()> {
     if done { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Sets RLIMIT_MEMLOCK of a running process, in bytes.
-pub fn set_memlock(pid: u32, bytes: u64) -> io::Result<()> {
-    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: the limit lives during the call; nothing is written back.
-    let result = unsafe { libc::prlimit(pid as libc::pid_t, libc::RLIMIT_MEMLOCK, &limit, std::ptr::null_mut()) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+/// Sets the soft limit of `resource` for a running process; what it was.
+pub fn set_soft_limit(pid: u32, resource: libc::__rlimit_resource_t, soft: u64) -> Result<u64> {
+    let pid = pid as libc::pid_t;
+    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel fills `old`, which lives during the call.
+    let read = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &mut old) };
+    ensure!(read == 0, "prlimit of process {pid}: {}", io::Error::last_os_error());
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: old.rlim_max };
+    // SAFETY: the kernel reads `limit`, which lives during the call, and writes nothing.
+    let written = unsafe { libc::prlimit(pid, resource, &limit, std::ptr::null_mut()) };
+    ensure!(written == 0, "prlimit of process {pid} to {soft}: {}", io::Error::last_os_error());
+    Ok(old.rlim_cur)
 }
 
 #[cfg(test)]
