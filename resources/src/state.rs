@@ -5,6 +5,7 @@
 //! ```
 //! All integers little endian; the checksum covers the MessagePack. A section is consumed exactly once, and what is left over is an error.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::de::DeserializeOwned;
@@ -35,24 +36,28 @@ pub enum StateError {
     Leftover(String),
 }
 
+/// Borrowed where it was read: a section is copied for the first time when it is decoded.
 #[derive(Clone, Serialize, Deserialize)]
-pub struct Section {
-    pub name: String,
-    pub kind: String,
+pub struct Section<'a> {
+    #[serde(borrow)]
+    pub name: Cow<'a, str>,
+    #[serde(borrow)]
+    pub kind: Cow<'a, str>,
     pub version: u16,
-    #[serde(with = "serde_bytes")]
-    pub data: Vec<u8>,
+    #[serde(borrow, with = "serde_bytes")]
+    pub data: Cow<'a, [u8]>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Body {
+struct Body<'a> {
     build_id: String,
-    sections: Vec<Section>,
+    #[serde(borrow)]
+    sections: Vec<Section<'a>>,
 }
 
 /// Collects sections.
 pub struct StateWriter {
-    body: Body,
+    body: Body<'static>,
 }
 
 impl StateWriter {
@@ -66,30 +71,35 @@ impl StateWriter {
             return Err(section("is written twice".into()));
         }
         let data = rmp_serde::to_vec_named(value).map_err(|error| section(error.to_string()))?;
-        self.body.sections.push(Section { name: name.to_owned(), kind: kind.to_owned(), version, data });
+        let (name, kind) = (name.to_owned().into(), kind.to_owned().into());
+        self.body.sections.push(Section { name, kind, version, data: data.into() });
         Ok(())
     }
 
     pub fn finish(&self) -> Result<Vec<u8>, StateError> {
-        let body = rmp_serde::to_vec_named(&self.body).map_err(|error| StateError::Envelope(error.to_string()))?;
-        let mut out = Vec::with_capacity(HEADER + body.len());
-        out.extend(MAGIC);
-        out.extend(FORMAT.to_le_bytes());
-        out.extend(checksum(&body).to_le_bytes());
-        out.extend((body.len() as u64).to_le_bytes());
-        out.extend(body);
+        // In one piece, as it is part of an update's pause: an envelope is some 50 bytes more than a section.
+        let room: usize = self.body.sections.iter().map(|section| section.data.len() + 128).sum();
+        let mut out = Vec::with_capacity(HEADER + 128 + room);
+        out.resize(HEADER, 0);
+        rmp_serde::encode::write_named(&mut out, &self.body)
+            .map_err(|error| StateError::Envelope(error.to_string()))?;
+        let (header, body) = out.split_at_mut(HEADER);
+        header[..8].copy_from_slice(&MAGIC);
+        header[8..12].copy_from_slice(&FORMAT.to_le_bytes());
+        header[12..16].copy_from_slice(&checksum(body).to_le_bytes());
+        header[16..].copy_from_slice(&(body.len() as u64).to_le_bytes());
         Ok(out)
     }
 }
 
 /// A checked envelope whose sections wait to be taken.
-pub struct StateReader {
+pub struct StateReader<'a> {
     build_id: String,
-    sections: BTreeMap<String, Section>,
+    sections: BTreeMap<Cow<'a, str>, Section<'a>>,
 }
 
-impl StateReader {
-    pub fn new(bytes: &[u8]) -> Result<Self, StateError> {
+impl<'a> StateReader<'a> {
+    pub fn new(bytes: &'a [u8]) -> Result<Self, StateError> {
         let (header, body) = bytes.split_at_checked(HEADER).ok_or(StateError::Magic)?;
         let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         if header[..8] != MAGIC {
@@ -111,7 +121,7 @@ impl StateReader {
         for section in body.sections {
             let name = section.name.clone();
             if sections.insert(name.clone(), section).is_some() {
-                return Err(StateError::Section { name, reason: "is there twice".into() });
+                return Err(StateError::Section { name: name.into(), reason: "is there twice".into() });
             }
         }
         Ok(Self { build_id: body.build_id, sections })
@@ -123,7 +133,7 @@ impl StateReader {
     }
 
     /// What is there, for a check beforehand.
-    pub fn sections(&self) -> impl Iterator<Item = &Section> {
+    pub fn sections(&self) -> impl Iterator<Item = &Section<'a>> {
         self.sections.values()
     }
 
@@ -186,13 +196,14 @@ mod tests {
 
     #[test]
     fn old_and_new_readers_cope_and_every_section_is_read_once() {
-        let mut reader = StateReader::new(&written()).unwrap();
+        let bytes = written();
+        let mut reader = StateReader::new(&bytes).unwrap();
         assert_eq!(reader.build_id(), "id");
         assert_eq!(reader.take::<V2>("x", "thing", 2).unwrap(), V2 { a: 5, b: None });
         assert_eq!(reader.take::<V1>("y", "thing", 1).unwrap(), V1 { a: 6 });
         assert!(reader.take::<V1>("y", "thing", 1).is_err());
         reader.finish().unwrap();
-        let mut reader = StateReader::new(&written()).unwrap();
+        let mut reader = StateReader::new(&bytes).unwrap();
         assert!(matches!(reader.take::<V1>("x", "thing", 3), Err(StateError::Version { found: 1, ours: 3, .. })));
         assert!(reader.take::<V1>("y", "other", 1).is_err());
         assert!(StateReader::new(&written()).unwrap().finish().is_err());

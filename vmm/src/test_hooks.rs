@@ -98,11 +98,8 @@ mod hooks {
     }
 
     /// The saved state as it is written (phase save) or read (phase claim).
-    pub fn truncated(phase: &str, mut state: Vec<u8>) -> Vec<u8> {
-        if fault_number(phase, "truncated").is_some() {
-            state.truncate(state.len() / 2);
-        }
-        state
+    pub fn truncated<'a>(phase: &str, state: &'a [u8]) -> &'a [u8] {
+        if fault_number(phase, "truncated").is_some() { &state[..state.len() / 2] } else { state }
     }
 
     /// At the end of `phase`.
@@ -152,7 +149,7 @@ mod hooks {
         Ok(())
     }
 
-    pub fn state_as_read(reader: Result<StateReader, StateError>) -> Result<StateReader, StateError> {
+    pub fn state_as_read(reader: Result<StateReader<'_>, StateError>) -> Result<StateReader<'_>, StateError> {
         if path("state-version").is_some() { Err(StateError::Format(FORMAT)) } else { reader }
     }
 }
@@ -194,11 +191,11 @@ mod hooks {
         Ok(())
     }
 
-    pub fn truncated(_phase: &str, state: Vec<u8>) -> Vec<u8> {
+    pub fn truncated<'a>(_phase: &str, state: &'a [u8]) -> &'a [u8] {
         state
     }
 
-    pub fn state_as_read(reader: Result<StateReader, StateError>) -> Result<StateReader, StateError> {
+    pub fn state_as_read(reader: Result<StateReader<'_>, StateError>) -> Result<StateReader<'_>, StateError> {
         reader
     }
 }

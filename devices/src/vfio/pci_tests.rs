@@ -246,7 +246,8 @@ fn a_moved_and_running_device_goes_over_whole() {
     let mut writer = StateWriter::new("test");
     writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &rig.passthrough.save().unwrap()).unwrap();
     writer.add("nic0", VfioPci::KIND, VfioPci::VERSION, &rig.pci.save().unwrap()).unwrap();
-    let mut reader = StateReader::new(&writer.finish().unwrap()).unwrap();
+    let bytes = writer.finish().unwrap();
+    let mut reader = StateReader::new(&bytes).unwrap();
     let vfio = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION).unwrap();
     let state = reader.take("nic0", VfioPci::KIND, VfioPci::VERSION).unwrap();
     let mut records = rig.wiring.vault.manifest();

@@ -174,7 +174,7 @@ pub struct DevicesState {
 }
 
 impl DevicesState {
-    pub fn decode(reader: &mut StateReader, has_serial: bool) -> Result<Self, MachineError> {
+    pub fn decode(reader: &mut StateReader<'_>, has_serial: bool) -> Result<Self, MachineError> {
         Ok(Self {
             serial: has_serial.then(|| take::<SerialDevice>(reader, "serial")).transpose()?,
             cmos: take::<Cmos>(reader, "cmos")?,
@@ -186,7 +186,7 @@ impl DevicesState {
     }
 }
 
-fn take<T: Carried>(reader: &mut StateReader, name: &str) -> Result<T::State, MachineError> {
+fn take<T: Carried>(reader: &mut StateReader<'_>, name: &str) -> Result<T::State, MachineError> {
     Ok(reader.take(name, T::KIND, T::VERSION)?)
 }
 

@@ -285,7 +285,7 @@ fn section(id: &str) -> String {
 }
 
 impl PassthroughState {
-    pub fn decode(reader: &mut StateReader) -> Result<Self, MachineError> {
+    pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
         let layout: Layout = reader.take("vfio-layout", LAYOUT.0, LAYOUT.1)?;
         let registry = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION)?;
         let devices = layout

@@ -94,7 +94,7 @@ impl Machine {
 }
 
 impl MachineState {
-    pub fn decode(reader: &mut StateReader) -> Result<Self, MachineError> {
+    pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
         let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
         let MachineSection { config, running, has_serial, vcpus, placements, vm_fd, .. } = section;
         let mut states = Vec::new();

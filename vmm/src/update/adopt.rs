@@ -17,7 +17,7 @@ use theseus_resources::{Claims, KeptFd, Purpose, StateReader, Vault};
 use super::arbiter::Way;
 use super::back::{WayBack, superseded};
 use super::pause::Release;
-use super::saved::{self, ApiSlots, Handover, Saved};
+use super::saved::{ApiSlots, Handover, Saved, Sealed};
 use super::timeline::{Phase, Timeline};
 use crate::build_info;
 use crate::events::EventStream;
@@ -78,9 +78,9 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     timeline.check(Phase::Exec)?;
     timeline.stamp_at(Phase::Exec, started);
 
-    let bytes = saved::read(back.state()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
-    let bytes = if way == Way::Forward { crate::test_hooks::truncated("claim", bytes) } else { bytes };
-    let reader = StateReader::new(&bytes).map_err(|error| text(&error))?;
+    let bytes = Sealed::map(back.state()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
+    let bytes = if way == Way::Forward { crate::test_hooks::truncated("claim", &bytes) } else { &bytes };
+    let reader = StateReader::new(bytes).map_err(|error| text(&error))?;
     let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
     if let Err(error) = std::mem::take(&mut handover.log).start() {
         eprintln!("theseus: after an update: {error:#}");

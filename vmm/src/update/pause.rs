@@ -4,14 +4,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{MemfdFlags, SealFlags};
 use theseus_api::server::{ConnId, Frozen};
 use theseus_resources::{Claims, KeptFd, Purpose, Slot, StateReader, StateWriter, Vault};
 
 use super::Subject;
 use super::back::Inherited;
 use super::prepare::{Prepared, handover};
-use super::saved::ApiSlots;
+use super::saved::{self, ApiSlots, Sealed};
 use super::timeline::Phase;
 use crate::build_info;
 use crate::machine::state::Depth;
@@ -55,7 +54,7 @@ pub struct Paused<'a> {
     _frozen: Option<Frozen<'a>>,
     host: &'a Host,
     main: &'a MainThread,
-    handover: super::saved::Handover,
+    handover: saved::Handover,
     /// Held so that the vault keeps them: their slots are in the handover.
     _kept_connections: Vec<KeptFd>,
     prepared: Prepared,
@@ -134,11 +133,11 @@ impl<'a> Paused<'a> {
         if let Some(StoppedGuest { machine, was_running }) = &self.guest {
             machine.save(&mut writer, Depth::Full, *was_running, self.prepared.placements.clone())?;
         }
-        let bytes = crate::test_hooks::truncated("save", writer.finish()?);
+        let bytes = writer.finish()?;
         let kept = |error: std::io::Error| MachineError::Config(format!("cannot keep the state: {error}"));
-        let memfd = sealed(&bytes).map_err(kept)?;
+        let memfd = saved::seal(crate::test_hooks::truncated("save", &bytes)).map_err(kept)?;
         // Both images live by what is in there now: what cannot be read back is found while there still is another way.
-        StateReader::new(&super::saved::read(memfd.as_fd()).map_err(kept)?)?;
+        StateReader::new(&Sealed::map(memfd.as_fd()).map_err(kept)?)?;
         self.prepared.timeline.pass(Phase::Save).map_err(MachineError::Config)?;
         Ok(Saved { paused: self, state: memfd })
     }
@@ -162,18 +161,6 @@ fn keep_api(frozen: &Frozen<'_>, vault: &Vault, kept: &mut Vec<KeptFd>) -> std::
             .map(|fd| keep("API connection of the caller", Purpose::ApiConnection, fd))
             .transpose()?,
     })
-}
-
-/// A memfd that nobody can change any more.
-fn sealed(bytes: &[u8]) -> std::io::Result<OwnedFd> {
-    let fd = rustix::fs::memfd_create("saved-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        let count = rustix::io::write(&fd, rest)?;
-        rest = rest.get(count..).unwrap_or_default();
-    }
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
-    Ok(fd)
 }
 
 /// The state is in a sealed memfd.

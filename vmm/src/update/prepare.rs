@@ -77,7 +77,9 @@ impl Prepared {
         match target {
             Some(target) if reasons.is_empty() => {
                 log::info!("update to {}: prepared", target::describe(&target.path, &target.build));
-                let placements = subject.machine.as_ref().map(|machine| machine.vcpus.placements()).unwrap_or_default();
+                let machine = subject.machine.as_ref();
+                let placements = machine.map_or_else(Vec::new, |machine| machine.vcpus.placements());
+                crate::heap::warm(placements.len());
                 match timeline.pass(Phase::Prepare) {
                     Ok(()) => Ok(Self { target, timeline, kept, placements }),
                     Err(reason) => Err(NotUpdated::refused(Some(target.build), vec![reason])),

@@ -1,7 +1,11 @@
 //! The whole saved state: what the update itself hands over, and the machine.
 
-use std::os::fd::BorrowedFd;
+use std::ops::Deref;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
 
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::vault::Record;
@@ -72,7 +76,7 @@ impl Handover {
 
 impl Saved {
     /// Decodes everything; nothing is claimed or created. A section that is left over is an error.
-    pub fn decode(mut reader: StateReader) -> Result<Self, MachineError> {
+    pub fn decode(mut reader: StateReader<'_>) -> Result<Self, MachineError> {
         let handover: Handover = reader.take("handover", HANDOVER.0, HANDOVER.1)?;
         let machine = handover.booted.then(|| MachineState::decode(&mut reader)).transpose()?;
         reader.finish()?;
@@ -80,16 +84,69 @@ impl Saved {
     }
 }
 
-/// The whole of a state's memfd; its offset stays where it is, as others read it too.
-pub fn read(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
-    let size = rustix::fs::fstat(fd)?.st_size;
-    let mut bytes = vec![0; usize::try_from(size).map_err(std::io::Error::other)?];
-    let mut done = 0;
-    while done < bytes.len() {
-        match rustix::io::pread(fd, &mut bytes[done..], done as u64)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            count => done += count,
-        }
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
+
+/// A memfd with these bytes, that nobody can change any more.
+pub fn seal(bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create("saved-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let count = rustix::io::write(&fd, rest)?;
+        rest = rest.get(count..).unwrap_or_default();
     }
-    Ok(bytes)
+    rustix::fs::fcntl_add_seals(&fd, SEALS | SealFlags::SEAL)?;
+    Ok(fd)
+}
+
+/// The bytes of a sealed memfd, mapped rather than read: neither copies nor page faults in an update's pause.
+pub struct Sealed {
+    bytes: NonNull<u8>,
+    len: usize,
+}
+
+impl Sealed {
+    /// Refuses what is not sealed: its bytes could change, or end, under us.
+    pub fn map(fd: BorrowedFd<'_>) -> std::io::Result<Self> {
+        if !rustix::fs::fcntl_get_seals(fd)?.contains(SEALS) {
+            return Err(std::io::Error::other("its memfd is not sealed"));
+        }
+        let len = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(std::io::Error::other)?;
+        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
+        // SAFETY: a new mapping.
+        let bytes = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, ProtFlags::READ, flags, fd, 0) }?;
+        Ok(Self { bytes: NonNull::new(bytes.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?, len })
+    }
+}
+
+impl Deref for Sealed {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: mapped as long as self, and sealed, so that it neither changes nor ends.
+        unsafe { std::slice::from_raw_parts(self.bytes.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Sealed {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map`, not used afterwards.
+        let _ = unsafe { rustix::mm::munmap(self.bytes.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn what_is_sealed_is_read_back() {
+        let fd = seal(&[7; 5000]).unwrap();
+        assert_eq!(&Sealed::map(fd.as_fd()).unwrap()[..], [7; 5000]);
+        assert!(rustix::io::write(&fd, &[1]).is_err());
+        let open = rustix::fs::memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        assert!(Sealed::map(open.as_fd()).is_err(), "nobody promises that it stays as it is");
+        assert!(Sealed::map(seal(&[]).unwrap().as_fd()).is_err(), "an empty one");
+    }
 }
