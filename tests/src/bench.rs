@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
+use crate::floor;
 use crate::harness::{
     clock::kvm_dir,
     lab::{self, Nic},
@@ -48,6 +49,13 @@ fn pause(cpus: u32) -> Result<()> {
         "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, 500 packets/s each way ({packets} packets, none lost)\n"
     );
     println!("{}", phase_table(&reports));
+    let (pause, floor) =
+        (percentile(&reports.iter().map(|r| r.pause_us).collect::<Vec<_>>(), 50), floor::median(cpus)?);
+    println!(
+        "An exec that makes such a VM and nothing else, right after it: {} ms (p50). The pause is {:.1} times that.\n",
+        ms(floor),
+        pause as f64 / floor as f64
+    );
     Ok(())
 }
 

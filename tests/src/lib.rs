@@ -14,6 +14,7 @@ pub mod agent;
 pub mod bench;
 pub mod cases;
 pub mod demo;
+pub mod floor;
 pub mod harness;
 pub mod native;
 pub mod soak;
