@@ -162,7 +162,7 @@ fn object<T: serde::de::DeserializeOwned>(name: &str, body: &[u8]) -> Result<T, 
     if body.trim_ascii_start().first() == Some(&b'[') {
         return Err(ApiError::bad_request(format!("{name}: the body is a JSON array: send an object")));
     }
-    from_body(body).map_err(|e| ApiError::bad_request(format!("{name}: the body is not what is expected")).because([e]))
+    from_body(body).map_err(|e| ApiError::bad_request(format!("{name}: the body is not what is expected")).because(e))
 }
 
 fn is_blank(body: &[u8]) -> bool {
@@ -239,7 +239,7 @@ mod tests {
             ("PUT", "/api/v1/vm.create", "{}", 400, "payload.kernel"),
             ("PUT", "/api/v1/vm.update", "[]", 400, "JSON array"),
             ("PUT", "/api/v1/vm.update", r#"{"sha256":"x"}"#, 400, "sha256sum"),
-            ("PUT", "/api/v1/vm.update", r#"{"dryrun":true}"#, 400, "unknown field `dryrun`"),
+            ("PUT", "/api/v1/vm.update", r#"{"dryrun":true}"#, 400, "key `dryrun` is unknown"),
         ];
         for (method, path, body, status, message) in table {
             let error = Request::parse(method, path, body.as_bytes()).unwrap_err();

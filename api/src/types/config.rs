@@ -1,4 +1,7 @@
 //! The configuration of a VM, with the keys of Cloud Hypervisor.
+//!
+//! It is part of the saved state too, where a key that only a later build knows is no reason to refuse: that unknown keys are an error in a
+//! request is the business of [`super::from_body`].
 
 use std::path::PathBuf;
 
@@ -12,7 +15,6 @@ pub const HUGEPAGE_SIZE: u64 = 2 << 20;
 
 /// Body of `vm.create`. [`VmConfig::validate`] checks what the types cannot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct VmConfig {
     #[serde(default)]
     pub cpus: CpusConfig,
@@ -27,7 +29,6 @@ pub struct VmConfig {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct CpusConfig {
     pub boot_vcpus: u32,
     /// Default: `boot_vcpus`.
@@ -49,7 +50,6 @@ impl Default for CpusConfig {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct MemoryConfig {
     /// Bytes.
     pub size: u64,
@@ -81,7 +81,6 @@ impl Default for MemoryConfig {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct PayloadConfig {
     /// bzImage, or ELF with a PVH note. Required, though the type lets it be absent so that validation can say so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -108,7 +107,6 @@ pub enum SerialMode {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct SerialConfig {
     #[serde(default)]
     pub mode: SerialMode,
@@ -122,7 +120,6 @@ pub struct SerialConfig {
 
 /// A PCI device passed through with VFIO.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct DeviceConfig {
     /// `/sys/bus/pci/devices/DDDD:BB:DD.F`
     pub path: PathBuf,

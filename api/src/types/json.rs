@@ -31,24 +31,27 @@ const NOT_YET: &[&str] = &[
     "zones",
 ];
 
-/// Parses a whole body.
+/// Parses a whole body. A key that the type does not know is an error here, whatever the type says.
 ///
 /// # Errors
-/// One sentence with the path of the key, what is wrong, line and column.
-pub(crate) fn from_body<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
+/// A sentence with the path of the key, what is wrong, line and column; or one for each unknown key.
+pub(crate) fn from_body<T: DeserializeOwned>(body: &[u8]) -> Result<T, Vec<String>> {
     let mut json = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut json).map_err(|e| {
-        let path = e.path().to_string();
-        let message = e.into_inner().to_string();
-        let message = if path == "." { message } else { format!("{path}: {message}") };
-        let unknown = message.split_once("unknown field `").and_then(|(_, rest)| rest.split('`').next());
-        match unknown {
-            Some(key) if NOT_YET.contains(&key) => format!("`{key}` is not supported by this build: {message}"),
-            _ => message,
-        }
+    let (mut track, mut unknown) = (serde_path_to_error::Track::new(), Vec::new());
+    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
+    let parsed = serde_ignored::deserialize(tracked, |path| unknown.push(unknown_key(&path.to_string())));
+    let value = parsed.map_err(|error| {
+        let path = track.path().to_string();
+        vec![if path == "." { error.to_string() } else { format!("{path}: {error}") }]
     })?;
-    json.end().map_err(|e| e.to_string())?;
-    Ok(value)
+    json.end().map_err(|error| vec![error.to_string()])?;
+    if unknown.is_empty() { Ok(value) } else { Err(unknown) }
+}
+
+fn unknown_key(path: &str) -> String {
+    let key = path.rsplit('.').next().unwrap_or(path);
+    let why = if NOT_YET.contains(&key) { "is not supported by this build" } else { "is unknown" };
+    format!("key `{path}` {why}")
 }
 
 #[cfg(test)]
@@ -68,15 +71,17 @@ mod tests {
             (r#"{"cpus":{"boot_vcpus":-1}}"#, "cpus.boot_vcpus: invalid value"),
             (r#"{"cpus":{}}"#, "missing field `boot_vcpus`"),
             (r#"{"serial":{"mode":"tty"}}"#, "serial.mode: unknown variant `tty`"),
-            (r#"{"colour":1}"#, "unknown field `colour`"),
-            (r#"{"disks":[]}"#, "`disks` is not supported by this build"),
-            (r#"{"devices":[{"path":"/x","iommu":true}]}"#, "`iommu` is not supported by this build: devices[0].iommu"),
+            (r#"{"colour":1}"#, "key `colour` is unknown"),
+            (r#"{"disks":[]}"#, "key `disks` is not supported by this build"),
+            (r#"{"devices":[{"path":"/x","iommu":true}]}"#, "key `devices.0.iommu` is not supported by this build"),
             (r#"{"cpus":{"boot_vcpus":1},"cpus":{"boot_vcpus":1}}"#, "duplicate field `cpus`"),
         ];
         for (body, expected) in table {
-            let error = from_body::<VmConfig>(body.as_bytes()).unwrap_err();
-            assert!(error.contains(expected), "{body}: {error}");
+            let errors = from_body::<VmConfig>(body.as_bytes()).unwrap_err();
+            assert!(matches!(&errors[..], [error] if error.contains(expected)), "{body}: {errors:?}");
         }
+        let two = from_body::<VmConfig>(br#"{"colour":1,"cpus":{"boot_vcpus":1,"topology":{}}}"#).unwrap_err();
+        assert_eq!(two.len(), 2, "{two:?}");
     }
 
     #[test]
