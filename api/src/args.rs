@@ -32,7 +32,7 @@ pub fn api_socket(s: &str) -> Result<ApiSocket> {
     if let Some(fd) = s.strip_prefix("fd=") {
         return match fd.parse() {
             Ok(fd) if fd > 2 => Ok(ApiSocket::Fd(fd)),
-            _ => err(format!("fd is {fd:?}: give the number of an inherited listening socket, above 2")),
+            _ => err(format!("fd is {fd:?}: give the number of an inherited file descriptor, above 2")),
         };
     }
     path("path", s.strip_prefix("path=").unwrap_or(s)).map(ApiSocket::Path)

@@ -24,7 +24,7 @@ pub enum ClientError {
     Connect { path: PathBuf, source: std::io::Error },
     #[error("{0:?}: not an endpoint")]
     Endpoint(String, #[source] hyper::http::Error),
-    #[error("the connection broke before the answer was there")]
+    #[error("the connection broke before the answer was there: has the VMM ended? Its log and its PID file say more")]
     Broken(#[source] hyper::Error),
     #[error("the connection broke in the middle of the answer")]
     Answer(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -8,11 +8,15 @@ pub trait IrqLine: Send + Sync {
     fn pulse(&self);
 }
 
-/// What the guest asks of the machine as a whole through a device register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// How a guest's run ends from inside.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuestRequest {
+    /// Asked for through a device register.
     PowerOff,
+    /// Asked for through a device register, or by a triple fault.
     Reset,
+    /// Not asked for: a vCPU cannot go on, for this reason.
+    Failed(String),
 }
 
 /// Where such requests go. Called on a vCPU thread: must not block.

@@ -29,7 +29,7 @@ const MANY: u32 = 1000;
 const RANDOM_FAULTS: usize = 200;
 /// Growth of the VMM's own resident memory that counts as flat, KiB: every update starts a process anew, and one huge page more or less in its
 /// heap is the kernel's choice.
-const FLAT_KIB: u64 = 1024 + 2048;
+pub const FLAT_KIB: u64 = 1024 + 2048;
 
 /// The median pause of the last quarter of the updates against that of the first: what counts as flat.
 const FLAT_PAUSE: f64 = 1.25;

@@ -14,10 +14,10 @@ pub struct Cli {
     #[arg(long, value_parser = args::api_socket)]
     pub api_socket: Option<ApiSocket>,
     /// boot=N[,max=N]
-    #[arg(long, value_parser = args::cpus)]
+    #[arg(long, requires = "kernel", value_parser = args::cpus)]
     pub cpus: Option<CpusConfig>,
     /// size=512M[,hugepages=on][,thp=on][,prefault=on]
-    #[arg(long, value_parser = args::memory)]
+    #[arg(long, requires = "kernel", value_parser = args::memory)]
     pub memory: Option<MemoryConfig>,
     /// bzImage, or ELF with a PVH note. Without it, only the API is started.
     #[arg(long)]
@@ -27,10 +27,10 @@ pub struct Cli {
     #[arg(long, requires = "kernel")]
     pub cmdline: Option<String>,
     /// off, null, tty, pty, file=PATH or socket=PATH
-    #[arg(long, value_parser = args::serial)]
+    #[arg(long, requires = "kernel", value_parser = args::serial)]
     pub serial: Option<SerialConfig>,
     /// path=/sys/bus/pci/devices/DDDD:BB:DD.F[,id=ID][,container=NAME]; may be given several times.
-    #[arg(long, value_parser = args::device)]
+    #[arg(long, requires = "kernel", value_parser = args::device)]
     pub device: Vec<DeviceConfig>,
     /// Where the log goes; default: standard error.
     #[arg(long)]

@@ -56,7 +56,7 @@ impl EventStream {
         let mut line = json!({ "timestamp": timestamp, "source": source, "event": event, "properties": properties });
         if line.to_string().len() >= PIPE_BUF {
             // A pipe that can be written to has room for so much; a longer line could block.
-            line["properties"] = json!({ "pid": std::process::id(), "shortened": true });
+            line["properties"] = shortened(&line["properties"]);
         }
         // Not O_NONBLOCK, which would hold for all who share the open file.
         let ready = rustix::event::poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default()));
@@ -64,6 +64,13 @@ impl EventStream {
             log::debug!("event lost: {line}");
         }
     }
+}
+
+/// What of a report matters most, in far less than [`PIPE_BUF`].
+fn shortened(properties: &Value) -> Value {
+    let reason = properties["reasons"].get(0).and_then(Value::as_str).unwrap_or_default();
+    let reason: String = reason.chars().take(500).collect();
+    json!({ "pid": std::process::id(), "outcome": properties["outcome"], "reasons": [reason], "shortened": true })
 }
 
 #[cfg(test)]

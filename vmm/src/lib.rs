@@ -46,6 +46,8 @@ pub const EXIT_POWER_OFF: i32 = 0;
 pub const EXIT_FAILURE: i32 = 1;
 /// The guest has reset itself (or crashed so that a real machine would have).
 pub const EXIT_RESET: i32 = 3;
+/// A vCPU cannot go on, and it is not the guest that asked for it: KVM or the VMM has failed it.
+pub const EXIT_GUEST_FAILED: i32 = 4;
 /// An update failed after exec, and so did the way back in this process; a parked helper may still bring the guest back in another.
 pub const EXIT_LOST: i32 = 70;
 

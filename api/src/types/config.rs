@@ -31,16 +31,9 @@ pub struct VmConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpusConfig {
     pub boot_vcpus: u32,
-    /// Default: `boot_vcpus`.
+    /// For those who bring it along: no other value than `boot_vcpus` is accepted, as vCPUs cannot be added later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
-}
-
-impl CpusConfig {
-    /// `max_vcpus`, or `boot_vcpus` where it was not given.
-    pub fn max(&self) -> u32 {
-        self.max_vcpus.unwrap_or(self.boot_vcpus)
-    }
 }
 
 impl Default for CpusConfig {

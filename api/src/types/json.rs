@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn a_config_survives_the_round_trip() {
         let body = r#"{
-            "cpus": {"boot_vcpus": 2, "max_vcpus": 4},
+            "cpus": {"boot_vcpus": 2, "max_vcpus": 2},
             "memory": {"size": 536870912, "hugepages": true, "thp": true},
             "payload": {"kernel": "/boot/vmlinuz", "cmdline": "console=ttyS0"},
             "serial": {"mode": "File", "file": "/tmp/serial"},

@@ -25,9 +25,9 @@ impl VmConfig {
             problems.push(format!("cpus.boot_vcpus is {}: give 1 to {MAX_VCPUS}", cpus.boot_vcpus));
         }
         if let Some(max) = cpus.max_vcpus
-            && !(cpus.boot_vcpus..=MAX_VCPUS).contains(&max)
+            && max != cpus.boot_vcpus
         {
-            problems.push(format!("cpus.max_vcpus is {max}: give boot_vcpus to {MAX_VCPUS}"));
+            problems.push(format!("cpus.max_vcpus is {max}: vCPUs cannot be added later, leave it out"));
         }
         check_memory(memory, &mut problems);
         check_payload(payload, &mut problems);
@@ -152,7 +152,7 @@ mod tests {
             (|c| c.cpus.boot_vcpus = 0, "cpus.boot_vcpus is 0"),
             (|c| c.cpus.boot_vcpus = 65, "cpus.boot_vcpus is 65"),
             (|c| c.cpus = CpusConfig { boot_vcpus: 4, max_vcpus: Some(2) }, "cpus.max_vcpus is 2"),
-            (|c| c.cpus.max_vcpus = Some(65), "cpus.max_vcpus is 65"),
+            (|c| c.cpus.max_vcpus = Some(64), "cpus.max_vcpus is 64"),
             (|c| c.memory.size = 64 << 20, "memory.size"),
             (|c| c.memory.size = u64::MAX - 4095, "memory.size"),
             (|c| c.memory.size += 512, "multiple of 4 KiB"),

@@ -10,7 +10,7 @@ const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer IN
        l1-tests soak [updates] [thousand] [matrix] [faults] [SEED]
        l1-tests bench | demo | soak   [--hardware BDF --peer INTERFACE]
 
---hardware BDF      use this device (bound to vfio-pci) instead of the lab's; what needs more devices is skipped
+--hardware BDF      use this device (bound to vfio-pci) instead of the lab's; what needs more devices, or a wire where no peer is named, is skipped
 --peer INTERFACE    the interface of this machine that is wired to it";
 
 fn main() -> ExitCode {
@@ -33,8 +33,10 @@ fn main() -> ExitCode {
             _ => filters.push(word),
         }
     }
-    if let Some(bdf) = hardware {
-        lab::use_hardware(&bdf, peer.as_deref());
+    if let Some(bdf) = hardware
+        && let Err(error) = lab::use_hardware(&bdf, peer.as_deref())
+    {
+        return usage(&error.to_string());
     }
     let outcome = match command.as_str() {
         "test" => match cases::run(&filters, &rest) {

@@ -102,6 +102,20 @@ pub fn reboot_from_guest() -> Result<()> {
     end_by(&Request::Reboot { after_ms: 300 }, 3, "reset")
 }
 
+/// A guest that runs into an address where there is nothing: KVM gives up on it, which is not the guest's wish.
+pub fn guest_that_cannot_go_on() -> Result<()> {
+    let kernel = std::env::temp_dir().join("runs-astray");
+    // mov eax, 0xd0000000; jmp rax
+    crate::native::guest::write_image(&kernel, &[0xB8, 0, 0, 0, 0xD0, 0xFF, 0xE0])?;
+    let mut vm = Vm::bare(&kernel, "size=128M")?;
+    let status = vm.wait_exit(DOWN)?;
+    ensure!(status.code() == Some(4), "exit code 4 expected: {status}");
+    let last = vm.events()?.pop().unwrap_or_default();
+    let reason = last["properties"]["reason"].as_str().unwrap_or_default();
+    ensure!(last["event"] == "failed" && reason.contains("KVM_EXIT_INTERNAL_ERROR"), "the last event is {last}");
+    Ok(())
+}
+
 pub fn power_button() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     for round in ["before an update", "after it"] {

@@ -29,6 +29,7 @@ use crate::{
         vfio::InvalidRange,
         vm::Vm,
     },
+    soak::FLAT_KIB,
 };
 
 /// How an update did not take place.
@@ -115,7 +116,7 @@ pub fn not_theseus() -> Result<()> {
         let agent = lab::bin("agent")?;
         for target in [agent.as_path(), Path::new("/bin/true"), &script] {
             let name = target.display().to_string();
-            unharmed(rig, End::Refused, &[&name, "theseus"], |rig| rig.vm.ask_update(target))
+            unharmed(rig, End::Refused, &["not a build of theseus", "not an elf"], |rig| rig.vm.ask_update(target))
                 .with_context(|| name.clone())?;
         }
         Ok(())
@@ -294,8 +295,10 @@ pub fn second_container() -> Result<()> {
     let nics = [(Nic::IgbA, None), (Nic::IgbB, Some("second"))];
     let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
     rig.vm.update()?;
-    for container in [1, 0] {
-        unharmed(&mut rig, End::RolledBack, &["invalid", "container"], |rig| {
+    for (container, said) in
+        [(1, "container 'second': cannot invalidate"), (0, "container 'default': cannot invalidate")]
+    {
+        unharmed(&mut rig, End::RolledBack, &[said], |rig| {
             let range = InvalidRange::new(rig.vm.pid(), container)?;
             let answer = rig.vm.ask_update(&rig.vm.other_build()?);
             ensure!(range.is_valid_again(), "the range is still invalid: no later update could succeed");
@@ -332,17 +335,21 @@ pub fn preflight() -> Result<()> {
 /// A dry run says that it would work, or why not, and changes nothing.
 pub fn dry_run() -> Result<()> {
     rig::shared(|rig| {
-        let before = rig.vm.ping()?;
+        let (before, facts) = (rig.vm.ping()?, rig.vm.settled_facts()?);
         let ask = |rig: &Rig, binary: &Path| {
             rig.vm.api.put("vm.update", &serde_json::json!({ "binary": binary, "dry_run": true }).to_string())
         };
         let answer = ask(rig, &rig.vm.other_build()?)?;
         ensure!(answer.status == 200, "{answer:?}");
         let report: serde_json::Value = answer.json()?;
-        ensure!(report["outcome"] == "ready", "{report}");
+        ensure!(report["outcome"] == "ready" && report["pause_us"].is_null(), "{report}");
+        let phases: Vec<_> = report["phases"].as_array().into_iter().flatten().map(|phase| &phase["name"]).collect();
+        ensure!(phases == ["prepare"], "{report}");
         let answer = ask(rig, Path::new("/nowhere/theseus"))?;
         ensure!(answer.status == 409, "{answer:?}");
         ensure!(rig.vm.ping()?.build_id == before.build_id, "a dry run has updated");
+        let growth = rig.vm.settled_facts()?.growth_since(&facts, FLAT_KIB);
+        ensure!(growth.is_empty(), "a dry run leaves {growth}");
         rig.vm.update()?;
         Ok(())
     })

@@ -88,8 +88,14 @@ pub fn driver_probes() -> Result<()> {
 /// What changes the VM's state on one connection, an update on another, at once: each is done, one after the other.
 pub fn other_requests() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
-    let orders =
-        [("vm.pause", "Paused"), ("vm.resume", "Running"), ("vm.reboot", "Running"), ("vm.shutdown", "Shutdown")];
+    let orders = [
+        ("vm.pause", "Paused"),
+        ("vm.resume", "Running"),
+        ("vm.reboot", "Running"),
+        ("vm.shutdown", "Shutdown"),
+        ("vm.boot", "Running"),
+        ("vm.shutdown", "Shutdown"),
+    ];
     for (order, state) in orders {
         let before = vm.ping()?;
         let (mut one, mut other) = (vm.api.connect()?, vm.api.connect()?);

@@ -32,21 +32,27 @@ pub const MANY: u32 = 20;
 struct Case {
     name: &'static str,
     nics: &'static [Nic],
+    /// Whether those must have a peer at the end of a wire.
+    wired: bool,
     /// Uses the common guest; others end it first if they need its NIC.
     shares: bool,
     body: fn() -> Result<()>,
 }
 
 const fn plain(name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics: &[], shares: false, body }
+    Case { name, nics: &[], wired: false, shares: false, body }
 }
 
 const fn shared(name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics: &[Nic::IgbA], shares: true, body }
+    Case { name, nics: &[Nic::IgbA], wired: true, shares: true, body }
 }
 
 const fn with(nics: &'static [Nic], name: &'static str, body: fn() -> Result<()>) -> Case {
-    Case { name, nics, shares: false, body }
+    Case { name, nics, wired: true, shares: false, body }
+}
+
+const fn unwired(nics: &'static [Nic], name: &'static str, body: fn() -> Result<()>) -> Case {
+    Case { name, nics, wired: false, shares: false, body }
 }
 
 /// In the order they run; those that share a guest stand together.
@@ -57,6 +63,7 @@ const CASES: &[Case] = &[
     plain("boot_16cpu", boot::sixteen_cpus),
     plain("poweroff_from_guest", boot::poweroff_from_guest),
     plain("reboot_from_guest", boot::reboot_from_guest),
+    plain("guest_that_cannot_go_on", boot::guest_that_cannot_go_on),
     plain("power_button", boot::power_button),
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),
@@ -98,6 +105,7 @@ const CASES: &[Case] = &[
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::IgbA], "meets_driver_probe", meetings::driver_probes),
     with(&[Nic::IgbA], "refused_by_bounds", bounds::of_the_vmm),
+    unwired(&[Nic::IgbA], "device_without_wire", operator::device_without_wire),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
     with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),
     with(&[Nic::IgbA], "dies_out_of_memory", deaths::out_of_memory),
@@ -116,7 +124,8 @@ const CASES: &[Case] = &[
 impl Case {
     /// The first thing that it needs and that is not there.
     fn lacks(&self) -> Option<String> {
-        self.nics.iter().find(|nic| !nic.is_there()).map(|nic| {
+        let missing = |nic: &&Nic| nic.bdf().is_err() || self.wired && nic.peer().is_err();
+        self.nics.iter().find(missing).map(|nic| {
             let why = nic.bdf().and_then(|_| nic.peer()).err().map(|e| e.to_string()).unwrap_or_default();
             format!("no {nic:?}: {why}")
         })

@@ -22,7 +22,7 @@ use crate::{
         vm::Vm,
         wire::Wire,
     },
-    proto::Request,
+    proto::{PciFunction, Request},
 };
 
 /// A VM's life by `ch-remote`, from an empty VMM on; the update is to the file it was started from, as a package upgrade left it.
@@ -90,6 +90,33 @@ pub fn ch_remote() -> Result<()> {
     let status = vm.wait_exit(Duration::from_secs(20))?;
     ensure!(status.success(), "{status}");
     fs::remove_file(&installed)?;
+    let named = |event: &serde_json::Value| {
+        [&event["source"], &event["event"]].map(|word| word.as_str().unwrap_or("?").to_owned()).join(" ")
+    };
+    let told: Vec<String> = vm.events()?.iter().map(named).collect();
+    let story = "vm created, vm booted, vm paused, vm resumed, update ready, update prepared, update updated, update refused, \
+                 vm rebooted, vm shutdown, vm deleted, vmm shutdown";
+    ensure!(told.join(", ") == story, "the event stream tells {told:?}");
+    Ok(())
+}
+
+/// A passed-through device without a wire, as `--hardware` has it where no peer is named: the guest sees it, and sees the same after updates.
+pub fn device_without_wire() -> Result<()> {
+    let bdf = Nic::IgbA.bdf()?;
+    let host = fs::read(format!("/sys/bus/pci/devices/{bdf}/config"))?;
+    let id: String = host.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let mut vm = Vm::builder().device(Nic::IgbA, None)?.boot()?;
+    let device = |vm: &Vm| -> Result<PciFunction> {
+        let functions = vm.agent()?.pci()?;
+        functions.into_iter().find(|function| function.config.starts_with(&id)).context("the guest has no such device")
+    };
+    let before = device(&vm)?;
+    for _ in 0..2 {
+        let report = vm.update()?;
+        ensure!(report.devices.len() == 1 && report.containers.len() == 1, "{report:?}");
+        let after = device(&vm)?;
+        ensure!(after == before, "{before:?} -> {after:?}");
+    }
     Ok(())
 }
 

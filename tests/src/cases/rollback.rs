@@ -27,6 +27,7 @@ use crate::{
         wire::RING,
     },
     proto::{MemoryStats, Request, TimerFired},
+    soak::FLAT_KIB,
 };
 
 /// What a timer may be late beside the outage, in software emulation: 0.1 to 1.1 s were seen after most roll backs, 2.2 s once. That the guest
@@ -50,16 +51,27 @@ pub struct Subject {
     rig: Rig,
     ram: GuestRam,
     vector: (String, u8),
+    /// Of the process after its first update.
+    first: proc::Facts,
 }
 
 impl Subject {
     pub fn boot() -> Result<Self> {
         let nics = [(Nic::IgbA, None), (Nic::E1000e, Some("second"))];
-        let rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
+        let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 3 })?;
         let ram = GuestRam::of(rig.vm.pid())?;
         let vector = held::sources(rig.agent()?, &rig.wires[0])?.into_iter().next().context("no vector")?;
-        Ok(Self { rig, ram, vector })
+        rig.vm.update()?;
+        let first = rig.vm.settled_facts()?;
+        Ok(Self { rig, ram, vector, first })
+    }
+
+    /// A last look at every page of the memory that the guest's job has written.
+    fn finish(self) -> Result<()> {
+        let memory: MemoryStats = self.rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+        ensure!(memory.pages_wrong == 0 && memory.passes > 0, "guest memory at the end: {memory:?}");
+        Ok(())
     }
 
     fn request(&self, cell: &Cell) -> Result<String> {
@@ -113,10 +125,16 @@ impl Subject {
             }
         }
         let memory: MemoryStats = rig.agent()?.call(&Request::MemoryStats)?;
-        ensure!(memory.pages_wrong == 0, "guest memory is damaged: {memory:?}");
+        crate::harness::wait_for("the guest's job to check its memory", Duration::from_secs(20), || {
+            let now: MemoryStats = rig.agent()?.call(&Request::MemoryStats)?;
+            ensure!(now.pages_wrong == 0, "guest memory is damaged: {now:?}");
+            Ok((now.pages_checked > memory.pages_checked).then_some(()))
+        })?;
         let reported = self.silent_packet(cell)?;
         ensure!(reported != Some(false), "the one packet that came in the pause was not reported");
         self.rig.vm.update().context("the update after it")?;
+        let growth = self.rig.vm.settled_facts()?.growth_since(&self.first, FLAT_KIB);
+        ensure!(growth.is_empty(), "after it the process is not what it was: {growth}");
         let late = fired.iter().map(TimerFired::late_us).max().unwrap_or(0);
         Ok(Shown { outage, late: Duration::from_micros(late.max(0) as u64), lost, may_lose, reported })
     }
@@ -204,8 +222,7 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
         let kept = subject.take();
         let result = if *end == End::Crash {
             // Its devices are needed.
-            drop(kept);
-            crash(cell).map(|()| None)
+            kept.map_or(Ok(()), Subject::finish).and_then(|()| crash(cell)).map(|()| None)
         } else {
             kept.map_or_else(Subject::boot, Ok).and_then(|mut kept: Subject| {
                 let shown = kept.survive(cell)?;
@@ -235,6 +252,9 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
                 table.row(row("**FAILED**", Default::default()));
             }
         }
+    }
+    if let Some(Err(error)) = subject.map(Subject::finish) {
+        failures.push(format!("at the end: {error:#}"));
     }
     println!("{table}");
     ensure!(failures.is_empty(), "{} of {} cells failed:\n{}", failures.len(), cells.len(), failures.join("\n"));

@@ -1,8 +1,11 @@
 //! Where the lab put things, from its environment variables.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// A network device that is bound to vfio-pci, with a peer of L1's at the other end of its wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,10 +51,6 @@ impl Nic {
     pub fn mac(self) -> Option<String> {
         self.var("MAC").map(|m| m.to_lowercase())
     }
-
-    pub fn is_there(self) -> bool {
-        self.bdf().is_ok() && self.peer().is_ok()
-    }
 }
 
 /// PCI address of the NVMe controller that is bound to vfio-pci.
@@ -94,8 +93,15 @@ pub fn kernel_version() -> String {
 }
 
 /// Makes `bdf` the device of [`Nic::IgbA`] and the only one there is (`--hardware`). `peer`: the interface wired to it.
-pub fn use_hardware(bdf: &str, peer: Option<&str>) {
+pub fn use_hardware(bdf: &str, peer: Option<&str>) -> Result<()> {
     let full = if bdf.matches(':').count() == 1 { format!("0000:{bdf}") } else { bdf.to_string() };
+    let device = PathBuf::from("/sys/bus/pci/devices").join(&full);
+    let driver = device.join("driver").read_link().ok();
+    ensure!(
+        driver.as_deref().and_then(Path::file_name).is_some_and(|name| name == "vfio-pci"),
+        "--hardware {bdf}: {} is not bound to vfio-pci: is that its address, and was it bound (driver_override)?",
+        device.display()
+    );
     // SAFETY: called before any thread is started.
     unsafe {
         for nic in Nic::ALL {
@@ -108,4 +114,5 @@ pub fn use_hardware(bdf: &str, peer: Option<&str>) {
             env::set_var(format!("{}_PEER", Nic::IgbA.key()), peer);
         }
     }
+    Ok(())
 }

@@ -239,7 +239,12 @@ impl Vm {
         let written = fs::read_to_string(self.dir.join("pid"))?;
         ensure!(written.trim() == pid.to_string(), "the PID file says {written}, the report {pid}");
         let last = self.events()?.pop().context("no event")?;
-        ensure!(last["source"] == "update" && last["properties"]["pid"] == pid, "the last event is {last}");
+        ensure!(
+            last["source"] == "update"
+                && last["event"] == last["properties"]["outcome"]
+                && last["properties"]["pid"] == pid,
+            "the last event is {last}"
+        );
         self.process.follow(pid).with_context(|| format!("the VMM is said to be process {pid} now"))
     }
 

@@ -100,8 +100,13 @@ fn code(size: u64) -> Vec<u8> {
     code
 }
 
-/// Writes the guest for `size` bytes of RAM as a bzImage with just what the boot protocol asks for.
+/// Writes the guest for `size` bytes of RAM.
 pub fn write(path: &Path, size: u64) -> Result<()> {
+    write_image(path, &code(size))
+}
+
+/// A bzImage of 64-bit `code`, with just what the boot protocol asks for.
+pub fn write_image(path: &Path, code: &[u8]) -> Result<()> {
     let mut file = vec![0_u8; IMAGE + ENTRY];
     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x1F1, &[1]); // setup_sects
@@ -116,6 +121,6 @@ pub fn write(path: &Path, size: u64) -> Result<()> {
     put(0x238, &255_u32.to_le_bytes()); // cmdline_size
     put(0x258, &0x10_0000_u64.to_le_bytes()); // pref_address
     put(0x260, &0x10_0000_u32.to_le_bytes()); // init_size
-    file.extend(code(size));
+    file.extend(code);
     std::fs::write(path, file).with_context(|| format!("{}", path.display()))
 }

@@ -2,7 +2,7 @@
 //!
 //! The guest is [`guest`], which keeps all of its memory populated; there is no VFIO device.
 
-mod guest;
+pub mod guest;
 
 use std::{
     fs::{self, File, OpenOptions},

@@ -159,11 +159,18 @@ impl Control {
     }
 
     fn guest_asked(&mut self, request: GuestRequest) {
-        let (event, what, code) = match request {
-            GuestRequest::PowerOff => ("powered_off", "the guest has powered off", crate::EXIT_POWER_OFF),
-            GuestRequest::Reset => ("reset", "the guest has asked for a reset", crate::EXIT_RESET),
+        let nothing = serde_json::json!({});
+        let (event, properties, what, code) = match request {
+            GuestRequest::PowerOff => {
+                ("powered_off", nothing, "the guest has powered off".to_owned(), crate::EXIT_POWER_OFF)
+            }
+            GuestRequest::Reset => ("reset", nothing, "the guest has asked for a reset".to_owned(), crate::EXIT_RESET),
+            GuestRequest::Failed(reason) => {
+                let what = format!("the guest cannot go on: {reason}");
+                ("failed", serde_json::json!({ "reason": reason }), what, crate::EXIT_GUEST_FAILED)
+            }
         };
-        self.events.say("vm", event, serde_json::json!({}));
+        self.events.say("vm", event, properties);
         log::info!("{what}");
         println!("theseus: {what}");
         self.exit = Some(code);
@@ -266,6 +273,7 @@ impl Control {
                 libc::SIGCHLD => self.reap_helper(Duration::ZERO),
                 signal => {
                     log::info!("signal {signal}: shutting down");
+                    self.events.say("vmm", "shutdown", serde_json::json!({ "signal": signal }));
                     self.exit = Some(crate::EXIT_OK);
                 }
             }

@@ -62,7 +62,11 @@ impl Control {
             }
             Request::Reboot => {
                 self.shut_down();
-                self.boot()
+                let booted = self.boot();
+                if booted.is_err() {
+                    self.events.say("vm", "shutdown", json!({}));
+                }
+                booted
             }
             Request::Info => self.info(),
             Request::Pause => self.on_machine(|machine| Ok(machine.vcpus.pause(PAUSE)?)),
@@ -136,15 +140,15 @@ impl Control {
         let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
         let (receiver, asked) = (&self.inbox.receiver, &mut self.asked);
         self.inbox.updating.store(true, Ordering::SeqCst);
-        let seen = std::cell::Cell::new(None);
+        let seen = std::cell::RefCell::new(None);
         let guest_asked = || {
             for message in receiver.try_iter() {
                 match message {
-                    Message::Guest(request) => seen.set(Some(request)),
+                    Message::Guest(request) => *seen.borrow_mut() = Some(request),
                     Message::Api(_, reply) => reply.send(Err(update_under_way())),
                 }
             }
-            seen.get().is_some()
+            seen.borrow().is_some()
         };
         // What came together with this request.
         self.backlog.drain(..).for_each(|(_, reply)| reply.send(Err(update_under_way())));
@@ -164,7 +168,7 @@ impl Control {
             guest_asked: &guest_asked,
         };
         let result = update::run(subject, request, Some(reply.connection()));
-        *asked = seen.get().or(asked.take());
+        *asked = seen.take().or(asked.take());
         self.inbox.updating.store(false, Ordering::SeqCst);
         let outcome = result.outcome;
         let report = result.report(devices, containers);

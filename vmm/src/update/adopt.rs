@@ -189,11 +189,13 @@ impl ClaimedApi {
         let stream = |kept: &KeptFd| kept.as_fd().try_clone_to_owned().map(UnixStream::from);
         let answer: Reply = Ok(Body::Json(serde_json::to_value(report)?));
         let mut connections = Vec::new();
-        for kept in &idle {
-            connections.push(KeptConnection { stream: stream(kept)?, answer: None });
-        }
-        if let Some(kept) = &caller {
-            connections.push(KeptConnection { stream: stream(kept)?, answer: Some(answer) });
+        let all = idle.iter().map(|kept| (kept, None)).chain(caller.iter().map(|kept| (kept, Some(answer.clone()))));
+        for (kept, answer) in all {
+            // Its client is lost, the others are not.
+            match stream(kept) {
+                Ok(stream) => connections.push(KeptConnection { stream, answer }),
+                Err(error) => log::error!("{}: {error}", kept.name()),
+            }
         }
         Ok(AdoptedApi { listener: listener.as_fd().try_clone_to_owned()?.into(), connections })
     }

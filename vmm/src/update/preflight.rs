@@ -7,8 +7,8 @@ use rustix::process::{Resource, getrlimit};
 use super::room::Room;
 
 /// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, the old
-/// binary, the target, timeline and helper, and duplicates of the API's connections.
-const MORE_FDS: u64 = 64;
+/// binary, the target, timeline and helper, and duplicates of the API's connections, of which there are 64 at most.
+const MORE_FDS: u64 = 96;
 /// For the new image itself beside the guest's page tables.
 const IMAGE: u64 = 32 << 20;
 /// Bit of CAP_IPC_LOCK in the capability masks (capabilities(7)).
@@ -38,6 +38,9 @@ struct Limits {
 pub fn reasons(needs: Needs) -> Vec<String> {
     match Limits::of_this_process() {
         Ok(limits) => judge(needs, limits),
+        Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
+            vec!["no more files can be opened: raise RLIMIT_NOFILE (prlimit --nofile)".into()]
+        }
         Err(error) => vec![format!("the limits of this process cannot be read: {error}: is /proc mounted?")],
     }
 }

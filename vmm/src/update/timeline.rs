@@ -199,7 +199,7 @@ impl Timeline {
         let said = String::from_utf8_lossy(said).into_owned();
         let patience = Duration::from_nanos(page.patience.load(Ordering::Relaxed));
         let end = match page.taken_because.load(Ordering::SeqCst) {
-            TAKEN_DEAD => "its process died or was killed".to_owned(),
+            TAKEN_DEAD => "its process died or was killed (why is in the kernel's log, and in this VMM's)".to_owned(),
             TAKEN_LATE => format!("it did not get on within {patience:?} (deadline_ms) and was killed"),
             _ => return said,
         };

@@ -66,6 +66,11 @@ impl Body {
         }
     }
 
+    fn fail(&self, reason: String) {
+        log::error!("the guest cannot go on: {reason}");
+        self.shared.requests.ask(GuestRequest::Failed(reason));
+    }
+
     fn tell(&self, event: Event) {
         // The owner is gone only when the process is ending.
         let _ = self.events.send(event);
@@ -118,14 +123,8 @@ impl Body {
                     log::info!("vCPU {}: triple fault: the guest resets", self.index);
                     return self.shared.requests.ask(GuestRequest::Reset);
                 }
-                Ok(Exit::Failed(reason)) => {
-                    log::error!("vCPU {}: the guest cannot go on: {reason}", self.index);
-                    return self.shared.requests.ask(GuestRequest::Reset);
-                }
-                Err(error) => {
-                    log::error!("vCPU {}: the guest cannot go on: {error}", self.index);
-                    return self.shared.requests.ask(GuestRequest::Reset);
-                }
+                Ok(Exit::Failed(reason)) => return self.fail(format!("vCPU {}: {reason}", self.index)),
+                Err(error) => return self.fail(error.to_string()),
             }
         }
     }

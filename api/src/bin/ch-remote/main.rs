@@ -109,6 +109,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Update(args) => client.put("vm.update", Some(&update_body(args)?)),
     }?;
     if !response.is_success() {
+        if matches!(&cli.command, Command::Update(args) if args.json) {
+            print_json(&response.body);
+        }
         print_causes(response.causes());
         return Ok(ExitCode::FAILURE);
     }

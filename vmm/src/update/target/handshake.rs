@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
-use theseus_resources::state::readable;
+use theseus_resources::state::{Section, readable};
 
 use super::Target;
 use crate::build_info;
@@ -59,15 +59,30 @@ fn converse(target: &Target, state: &[u8], main: &MainThread) -> Result<Verdict,
     let mut input = memfd().map_err(|error| error.to_string())?;
     // A file rather than a pipe: nothing can block on it, whatever the target does.
     let mut output = memfd().map_err(|error| error.to_string())?;
+    let mut complaints = memfd().map_err(|error| error.to_string())?;
     input.write_all(state).and_then(|()| input.rewind()).map_err(text)?;
     let mut command = Command::new(format!("/proc/self/fd/{}", target.file.as_raw_fd()));
     command.arg("--check-update").env_clear().envs(crate::test_hooks::environment());
-    command.stdin(Stdio::from(OwnedFd::from(input))).stdout(output.try_clone().map_err(text)?).stderr(Stdio::null());
+    command.stdin(Stdio::from(OwnedFd::from(input))).stdout(output.try_clone().map_err(text)?);
+    command.stderr(complaints.try_clone().map_err(text)?);
     let status = main.spawn(command, PATIENCE).map_err(|error| format!("cannot run it: {error}"))?;
     let status = status.ok_or_else(|| format!("no verdict within {PATIENCE:?}"))?;
     let mut json = String::new();
     output.rewind().and_then(|()| output.read_to_string(&mut json)).map_err(text)?;
-    serde_json::from_str(&json).map_err(|_| format!("no verdict: it ended with {status}"))
+    serde_json::from_str(&json).map_err(|_| {
+        let said = complaints.rewind().map(|()| last_line(&mut complaints)).unwrap_or_default();
+        let said = if said.is_empty() { said } else { format!(", and said: {said}") };
+        format!("no verdict: it ended with {status}{said}")
+    })
+}
+
+/// What a program said last, of what is in the first 64 KiB.
+fn last_line(output: &mut File) -> String {
+    let mut text = Vec::new();
+    let _ = output.take(64 << 10).read_to_end(&mut text);
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
+    line.chars().take(500).collect()
 }
 
 /// Runs `command` to its end, or kills it when `patience` is over (`None`). On the main thread, which has no filters.
@@ -85,20 +100,52 @@ pub fn run_child(mut command: Command, patience: Duration) -> std::io::Result<Op
 pub fn answer() -> std::io::Result<()> {
     let mut state = Vec::new();
     std::io::stdin().read_to_end(&mut state)?;
-    let mut reasons = Vec::new();
-    let decoded = crate::test_hooks::state_as_read(StateReader::new(&state)).map_err(|error| error.to_string());
-    if let Err(reason) = decoded.and_then(|reader| Saved::decode(reader).map_err(|error| error.to_string())) {
-        reasons.push(reason);
-    }
+    let reasons = match crate::test_hooks::state_as_read(StateReader::new(&state)) {
+        Err(error) => vec![error.to_string()],
+        Ok(reader) => {
+            let foreign = foreign(&reader, &saved::versions());
+            // What a decoder says of a section is of use only where all of them are known.
+            let decoded = if foreign.is_empty() { Saved::decode(reader).err() } else { None };
+            foreign.into_iter().chain(decoded.map(|error| error.to_string())).collect()
+        }
+    };
     let writes = saved::versions().into_iter().map(|(kind, version)| (kind.to_owned(), version)).collect();
     let verdict = Verdict { build_id: build_info::this().build_id.clone(), reasons, writes };
     println!("{}", serde_json::to_string(&verdict)?);
     Ok(())
 }
 
+/// Which sections of a state a build with the versions `ours` cannot read: all of them, where a decoder would stop at the first.
+fn foreign(state: &StateReader<'_>, ours: &[(&str, u16)]) -> Vec<String> {
+    let unreadable = state.sections().filter_map(|section| {
+        let Section { name, kind, version, data: _ } = section;
+        match ours.iter().find(|(ours, _)| ours == kind) {
+            None => Some(format!("section '{name}': kind '{kind}' is unknown to it")),
+            Some((_, ours)) if readable(*version, *ours) => None,
+            Some((_, ours)) => Some(format!(
+                "section '{name}': version {version} of kind '{kind}' cannot be read by it (it has {ours})"
+            )),
+        }
+    });
+    unreadable.collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use theseus_resources::StateWriter;
+
     use super::*;
+
+    #[test]
+    fn every_foreign_section_is_named() {
+        let mut writer = StateWriter::new("id");
+        for (name, kind, version) in [("ram", "ram", 2), ("tap0", "virtio-net", 1), ("vcpu0", "vcpu", 3)] {
+            writer.add(name, kind, version, &()).unwrap();
+        }
+        let bytes = writer.finish().unwrap();
+        let reasons = foreign(&StateReader::new(&bytes).unwrap(), &[("vcpu", 1), ("ram", 1)]);
+        assert!(matches!(&reasons[..], [a, b] if a.contains("'virtio-net'") && b.contains("version 3")), "{reasons:?}");
+    }
 
     #[test]
     fn a_step_of_one_version_leads_both_ways() {

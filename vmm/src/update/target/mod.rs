@@ -53,11 +53,13 @@ impl Target {
         {
             reasons.push(say(reason));
         }
-        if rustix::fs::accessat(rustix::fs::CWD, &path, rustix::fs::Access::EXEC_OK, rustix::fs::AtFlags::EACCESS)
-            .is_err()
-            || meta.permissions().mode() & 0o111 == 0
-        {
+        let (here, may) = (rustix::fs::CWD, rustix::fs::Access::EXEC_OK);
+        if meta.permissions().mode() & 0o111 == 0 {
             reasons.push(say("is not executable: chmod +x".into()));
+        } else if let Err(error) = rustix::fs::accessat(here, &path, may, rustix::fs::AtFlags::EACCESS) {
+            reasons.push(say(format!(
+                "may not be executed: {error}: by this user, or is its file system mounted noexec?"
+            )));
         }
         if meta.mode() & 0o002 != 0 {
             reasons.push(say("is writable by everybody: chmod o-w, or it could change between check and exec".into()));
