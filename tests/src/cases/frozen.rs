@@ -131,9 +131,10 @@ pub fn affinity_kept() -> Result<()> {
     vm.agent()?.ping()
 }
 
-#[derive(Debug, PartialEq)]
-struct Placement {
-    cpus: Vec<usize>,
+/// Where and how a thread is scheduled.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Placement {
+    pub cpus: Vec<usize>,
     policy: i32,
     nice: i32,
     /// Path of its cgroup (v2), which `put` leaves alone.
@@ -141,7 +142,7 @@ struct Placement {
 }
 
 impl Placement {
-    fn of(tid: i32) -> Result<Self> {
+    pub fn of(tid: i32) -> Result<Self> {
         // SAFETY: the set is plain data of the size given; the others take numbers only.
         let (cpus, policy, nice) = unsafe {
             let mut set: libc::cpu_set_t = std::mem::zeroed();
@@ -154,7 +155,7 @@ impl Placement {
         Ok(Self { cpus, policy, nice, cgroup })
     }
 
-    fn put(&self, tid: i32) -> Result<()> {
+    pub fn put(&self, tid: i32) -> Result<()> {
         // SAFETY: as in `of`.
         unsafe {
             let mut set: libc::cpu_set_t = std::mem::zeroed();

@@ -7,7 +7,7 @@ pub mod cell;
 mod connections;
 mod deaths;
 mod failures;
-mod frozen;
+pub mod frozen;
 mod held;
 mod meetings;
 mod operator;

@@ -17,6 +17,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use crate::cases::frozen::Placement;
 use crate::harness::{
     hooks::Switch,
     logs, proc,
@@ -38,6 +39,7 @@ const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
 
 pub fn run() -> Result<()> {
     logs::begin("bench-native");
+    pinned()?;
     let mut table = Table::new(["pause, ms", "memory", "p50", "p99", "max", "n", "back at 95 %, p50", "max"]);
     let mut medians = Vec::new();
     let mut huge_pages = None;
@@ -84,17 +86,46 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// The pauses, and how long after each the guest was at [`BACK_PERCENT`] of its speed again, µs.
-fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>)> {
+/// A vCPU pinned to one of several CPUs stays there, which the lab's L1 with its one CPU cannot show.
+fn pinned() -> Result<()> {
+    let mut vm = bare(SMALL, "")?;
+    let thread = |vm: &Vm| proc::thread_named(vm.pid(), "vcpu0");
+    let before = Placement::of(thread(&vm)?)?;
+    let Some(last) = before.cpus.last().filter(|_| before.cpus.len() > 1) else {
+        println!("Not tried, for want of a second CPU: a vCPU that is pinned to one.\n");
+        return Ok(());
+    };
+    let mut wanted = before.clone();
+    wanted.cpus = vec![*last];
+    wanted.put(thread(&vm)?)?;
+    for _ in 0..4 {
+        vm.update()?;
+        let (now, main) = (Placement::of(thread(&vm)?)?, Placement::of(vm.pid() as i32)?);
+        ensure!(now == wanted && main == before, "vcpu0: {wanted:?} -> {now:?}; main: {before:?} -> {main:?}");
+    }
+    println!(
+        "A vCPU pinned to CPU {last} of {} was there after each of 4 updates, and nothing else was.\n",
+        before.cpus.len()
+    );
+    Ok(())
+}
+
+fn bare(size: u64, options: &str) -> Result<Vm> {
     let kernel = std::env::temp_dir().join(format!("guest-{}", std::process::id()));
     guest::write(&kernel, size)?;
-    let mut vm = Vm::bare(&kernel, &format!("size={}M{options}", size >> 20))?;
+    let vm = Vm::bare(&kernel, &format!("size={}M{options}", size >> 20))?;
+    let _ = fs::remove_file(&kernel);
+    Ok(vm)
+}
+
+/// The pauses, and how long after each the guest was at [`BACK_PERCENT`] of its speed again, µs.
+fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>)> {
+    let mut vm = bare(size, options)?;
     let counter = Counter::of(vm.pid())?;
     wait_for("the guest to write all of its memory", Duration::from_secs(180), || {
         ensure!(vm.is_running(), "the VMM has ended");
         Ok((counter.get() > 2 * guest::pages(size)).then_some(()))
     })?;
-    let _ = fs::remove_file(&kernel);
     let _hook = (!parked).then(|| Switch::on(&vm.dir, "skip-park")).transpose()?;
     vm.update()?;
     let (mut pauses, mut backs) = (Vec::new(), Vec::new());
