@@ -99,6 +99,13 @@ impl Vm {
         self.fd.set_irq_line(gsi, false).map_err(Error::call(format!("lower GSI {gsi}")))
     }
 
+    /// A paravirtual kick (KVM_HC_KICK_CPU) to the vCPU of this index: an MSI with KVM's own delivery mode APIC_DM_REMRD. Its next HLT does not
+    /// wait.
+    pub fn kick_halted(&self, index: u32) -> Result<()> {
+        let msi = kvm_msi { address_lo: 0xFEE0_0000 | index << 12, data: 0x300, ..Default::default() };
+        self.fd.signal_msi(msi).map(drop).map_err(Error::call(format!("KVM_SIGNAL_MSI to vCPU {index}")))
+    }
+
     /// An NMI to all vCPUs: an MSI with delivery mode NMI to the physical broadcast destination (SDM 3A, 11.11).
     pub fn broadcast_nmi(&self) -> Result<()> {
         let msi = kvm_msi { address_lo: 0xFEEF_F000, data: 0x400, ..Default::default() };

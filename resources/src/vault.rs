@@ -38,7 +38,7 @@ pub struct Record {
     pub name: String,
     pub purpose: Purpose,
     pub fd: RawFd,
-    /// `st_dev`, `st_ino` and `st_rdev`: an fd number that now means something else is caught at claim.
+    /// `st_dev`, `st_ino` and `st_rdev` when it was kept: an fd number that now means something else is caught at claim. Zeros if unknown.
     pub identity: (u64, u64, u64),
 }
 
@@ -64,6 +64,7 @@ struct Entry {
     slot: Slot,
     name: String,
     purpose: Purpose,
+    identity: (u64, u64, u64),
     fd: OwnedFd,
 }
 
@@ -125,7 +126,8 @@ impl Vault {
         inner.entries.retain(|_, entry| entry.strong_count() > 0);
         let slot = Slot(inner.next);
         inner.next = inner.next.wrapping_add(1);
-        let entry = Arc::new(Entry { slot, name: name.into(), purpose, fd });
+        let identity = identity(fd.as_fd()).unwrap_or_default();
+        let entry = Arc::new(Entry { slot, name: name.into(), purpose, identity, fd });
         inner.entries.insert(slot, Arc::downgrade(&entry));
         KeptFd(entry)
     }
@@ -143,7 +145,7 @@ impl Vault {
                 name: kept.0.name.clone(),
                 purpose: kept.0.purpose,
                 fd: kept.as_raw_fd(),
-                identity: identity(kept.as_fd()).unwrap_or_default(),
+                identity: kept.0.identity,
             })
             .collect()
     }
@@ -166,12 +168,18 @@ impl Vault {
         // First look, then touch: an image that cannot take them over hands all of them back as they are.
         for Record { slot: _, name, purpose, fd, identity: kept } in &records {
             let (name, purpose, fd) = (name.clone(), *purpose, *fd);
-            // SAFETY: only borrowed for fstat, which answers EBADF for a number that is not open; -1 is excluded.
-            let found = if fd >= 0 { identity(unsafe { BorrowedFd::borrow_raw(fd) }) } else { None };
-            match found {
-                None => return Err(VaultError::NotOpen { name, purpose, fd }),
-                Some(found) if found != *kept => return Err(VaultError::OtherFile { name, purpose, fd }),
-                Some(_) => {}
+            if fd < 0 {
+                return Err(VaultError::NotOpen { name, purpose, fd });
+            }
+            // SAFETY: only borrowed, and a number that is not open is answered with EBADF; -1 is excluded.
+            let file = unsafe { BorrowedFd::borrow_raw(fd) };
+            if rustix::io::fcntl_getfd(file).is_err() {
+                return Err(VaultError::NotOpen { name, purpose, fd });
+            }
+            // A file of the user's may be on a file system that is gone: its stat fails then, or waits.
+            let ours = !matches!(purpose, Purpose::Console | Purpose::Log);
+            if ours && *kept != Default::default() && identity(file).is_some_and(|found| found != *kept) {
+                return Err(VaultError::OtherFile { name, purpose, fd });
             }
         }
         let numbers: BTreeSet<_> = records.iter().map(|record| record.fd).collect();
@@ -181,13 +189,13 @@ impl Vault {
         }
         let vault = Self::new();
         let mut waiting = BTreeMap::new();
-        for Record { slot, name, purpose, fd, identity: _ } in records {
+        for Record { slot, name, purpose, fd, identity } in records {
             // SAFETY: open and named once (just checked), and the caller promises that nobody else owns it.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
             if let Err(error) = set_cloexec(fd.as_fd(), true) {
                 log::error!("{name}: cannot set close-on-exec: {error}");
             }
-            let entry = Arc::new(Entry { slot, name, purpose, fd });
+            let entry = Arc::new(Entry { slot, name, purpose, identity, fd });
             let mut inner = vault.lock();
             inner.next = inner.next.max(slot.0.wrapping_add(1));
             inner.entries.insert(slot, Arc::downgrade(&entry));
@@ -310,7 +318,7 @@ mod tests {
     #[test]
     fn a_number_that_means_another_file_is_refused() {
         let vault = Vault::new();
-        let kept = vault.keep("a", Purpose::Log, file());
+        let kept = vault.keep("a", Purpose::State, file());
         let mut records = vault.manifest();
         let other = file();
         records[0].fd = other.as_raw_fd();

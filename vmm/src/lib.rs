@@ -15,10 +15,13 @@ mod test_hooks;
 mod update;
 mod vcpus;
 
+use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
@@ -51,28 +54,36 @@ pub const EXIT_GUEST_FAILED: i32 = 4;
 /// An update failed after exec, and so did the way back in this process; a parked helper may still bring the guest back in another.
 pub const EXIT_LOST: i32 = 70;
 
+/// When a thread that could not be started is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
+
 pub fn main() -> ExitCode {
     let started = update::timeline::now_ns();
     heap::keep();
     let result = match Inherited::from_env() {
         // The guest is waiting: nothing that can be done later is done before.
         Some(inherited) => Ok(after_update(inherited, started)),
-        None => start(&Cli::parse()),
+        None => by_command_line(&Cli::parse()),
     };
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(error) => {
-            eprintln!("theseus: {error:#}");
+            say(&format!("{error:#}"));
             ExitCode::FAILURE
         }
     }
+}
+
+/// To standard error, if there still is one: `eprintln!` would panic.
+fn say(what: &str) {
+    let _ = writeln!(std::io::stderr(), "theseus: {what}");
 }
 
 /// The life of an image that an update has started. Returns the exit code; an image that fails before its commit becomes the old binary.
 fn after_update(inherited: Inherited, started: u64) -> i32 {
     let lost = |reason: &str| {
         log::error!("the guest is lost to this process: {reason}");
-        eprintln!("theseus: the guest is lost to this process: {reason}");
+        say(&format!("the guest is lost to this process: {reason}"));
         EXIT_LOST
     };
     let mut back = match WayBack::new(inherited) {
@@ -89,7 +100,7 @@ fn after_update(inherited: Inherited, started: u64) -> i32 {
 }
 
 /// What the command line asks for. Returns the exit code.
-fn start(cli: &Cli) -> anyhow::Result<i32> {
+fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     if cli.version {
         let build = build_info::this();
         println!("theseus {} build {}", build.version, build.build_id);
@@ -114,8 +125,24 @@ fn run(prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result
     let (queue, inbox) = control::queue().context("control queue")?;
     let (main, orders) = main_thread::orders();
     let control = prepare(Parts { signals, queue, inbox, main })?;
-    std::thread::Builder::new().name("control".into()).spawn(move || control.run()).context("control thread")?;
+    start(control);
     Ok(orders.serve())
+}
+
+/// Starts the control thread. A guest may be running already, and no lack of threads is worth losing it: the helper of an update, for one,
+/// gives its own back soon.
+fn start(control: Control) {
+    let hand_over = loop {
+        let (sender, receiver) = channel::<Control>();
+        let body = move || receiver.recv().into_iter().for_each(Control::run);
+        match std::thread::Builder::new().name("control".into()).spawn(body) {
+            Ok(_) => break sender,
+            Err(error) => log::error!("cannot start the control thread: {error}: raise RLIMIT_NPROC or pids.max"),
+        }
+        std::thread::sleep(AGAIN);
+    };
+    // Its receiver waits in the thread.
+    let _ = hand_over.send(control);
 }
 
 /// Decodes a saved state as the dry run of an update does; the error says why it cannot be taken over. For tests and fuzzing.

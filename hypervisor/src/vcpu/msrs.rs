@@ -12,11 +12,15 @@ const HYPERV: std::ops::Range<u32> = 0x4000_0000..0x4000_1000;
 /// KVM takes at most this many at once (KVM_MAX_MSR_ENTRIES in the bindings).
 const CHUNK: usize = 200;
 
-/// What KVM_GET_MSR_INDEX_LIST leaves out: MTRRs and machine check banks (kernel.md).
+/// MSR_KVM_WALL_CLOCK and its successor: a write makes KVM fill in guest memory, once; the guest may use it for something else by now.
+const WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
+const IA32_DEBUGCTL: u32 = 0x1d9;
+
+/// What KVM_GET_MSR_INDEX_LIST leaves out: MTRRs and machine check banks (kernel.md), and DEBUGCTL.
 fn unlisted() -> impl Iterator<Item = u32> {
     let mtrrs = [0x250, 0x258, 0x259, 0x2ff].into_iter().chain(0x200..0x210).chain(0x268..0x270);
     let mce = [0x179, 0x17a, 0x17b].into_iter().chain(0x400..0x480);
-    mtrrs.chain(mce)
+    mtrrs.chain(mce).chain([IA32_DEBUGCTL])
 }
 
 /// A machine check bank or variable MTRR that was never written: as a new vCPU has it. They are most of all MSRs.
@@ -31,6 +35,7 @@ pub fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
     candidates.sort_unstable();
     candidates.dedup();
     candidates.retain(|index| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(index) && !HYPERV.contains(index));
+    candidates.retain(|index| !WALL_CLOCKS.contains(index));
     let values = read_skipping(fd, &candidates);
     values.iter().filter(|entry| write_once(fd, std::slice::from_ref(entry)) == 1).map(|entry| entry.index).collect()
 }
@@ -77,9 +82,11 @@ pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<Vec<kvm_msr_entry
     })
 }
 
-/// Writes all of `values`; KVM_SET_MSRS stops at the first that it refuses, which is named.
+/// Writes all of `values` but the wall clocks, which states of earlier builds have; KVM_SET_MSRS stops at the first that it refuses, which is
+/// named.
 pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
-    let values: Vec<_> = values.iter().filter(|entry| !is_untouched(entry)).copied().collect();
+    let values: Vec<_> =
+        values.iter().filter(|entry| !is_untouched(entry) && !WALL_CLOCKS.contains(&entry.index)).copied().collect();
     for chunk in values.chunks(CHUNK) {
         if let Some(refused) = chunk.get(write_once(fd, chunk)) {
             return Err(Error::Msr { vcpu, index: refused.index, data: refused.data });

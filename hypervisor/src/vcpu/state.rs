@@ -2,8 +2,8 @@
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_segment, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_RUNNABLE, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
@@ -51,6 +51,14 @@ pub struct VcpuState {
     pub events: kvm_vcpu_events,
     pub tsc_offset: u64,
     pub tsc_khz: u32,
+}
+
+impl VcpuState {
+    /// Whether it may be on its way to a HLT with interrupts off, of a paravirtual spin lock, and have been kicked already: KVM shows that in
+    /// the MP state of a halted vCPU only (kvm_arch_vcpu_ioctl_get_mpstate).
+    pub fn may_have_been_kicked(&self) -> bool {
+        self.mp_state.mp_state == KVM_MP_STATE_RUNNABLE
+    }
 }
 
 impl Vcpu {

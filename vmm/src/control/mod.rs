@@ -5,6 +5,7 @@ mod requests;
 mod vm;
 
 use std::collections::VecDeque;
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -172,7 +173,8 @@ impl Control {
         };
         self.events.say("vm", event, properties);
         log::info!("{what}");
-        println!("theseus: {what}");
+        // Not println!, which panics where nobody listens any more.
+        let _ = writeln!(std::io::stdout(), "theseus: {what}");
         self.exit = Some(code);
     }
 

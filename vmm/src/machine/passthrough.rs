@@ -185,8 +185,14 @@ impl PassthroughDevices {
             lock(&plugged.device).bar_vaddr(region, offset, size)
         };
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
-        unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed)?;
-        self.tell_kvm(vm)?;
+        let remapped = unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed);
+        // What is mapped goes on doing DMA without its address (kernel.md): on a way back the guest is better off with that than gone.
+        for done in [remapped, self.tell_kvm(vm)] {
+            match done {
+                Err(error) if way != Way::Forward => log::error!("the next update will fail: {error}"),
+                done => done?,
+            }
+        }
         if !crate::test_hooks::skip_irqfds() {
             for plugged in &self.plugged {
                 // A vector that cannot fire would be lost silently: as long as there is a way back, that is better.

@@ -39,6 +39,8 @@ impl Machine {
             mmio: buses.mmio.clone(),
             requests: host.requests.clone(),
         };
+        let kicked: Vec<u32> =
+            vcpus.iter().filter(|(state, _)| state.may_have_been_kicked()).map(|(state, _)| state.index).collect();
         let starts = vcpus.into_iter().map(|(state, placement)| Start::Restore(Box::new(state), placement)).collect();
         let vcpus = Vcpus::start(&shared, starts)?;
 
@@ -54,6 +56,10 @@ impl Machine {
         vcpus.restore_late()?;
         timeline.pass(Phase::Vcpus).map_err(MachineError::Config)?;
 
+        // A kick too many is legal, one too few a guest that waits for a spin lock for ever.
+        for index in kicked {
+            vm.kick_halted(index)?;
+        }
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
         let parts = RestoreParts { vm: &vm, vault: &host.vault, claims, requests: &host.requests };

@@ -83,7 +83,7 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     let reader = StateReader::new(bytes).map_err(|error| text(&error))?;
     let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
     if let Err(error) = std::mem::take(&mut handover.log).start() {
-        eprintln!("theseus: after an update: {error:#}");
+        crate::say(&format!("after an update: {error:#}"));
     }
     if let Some(Failed { phase, cause }) = &failed {
         log::error!("the update failed in phase {}, the guest comes back: {cause}", phase.name());

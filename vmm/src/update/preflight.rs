@@ -5,6 +5,7 @@ use std::io;
 use rustix::process::{Resource, getrlimit};
 
 use super::room::Room;
+use crate::vcpus::placement::{Placement, Rights};
 
 /// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, the old
 /// binary, the target, timeline and helper, and duplicates of the API's connections, of which there are 64 at most.
@@ -13,10 +14,13 @@ const MORE_FDS: u64 = 96;
 const IMAGE: u64 = 32 << 20;
 /// Bit of CAP_IPC_LOCK in the capability masks (capabilities(7)).
 const CAP_IPC_LOCK: u64 = 1 << 14;
+const CAP_SYS_NICE: u64 = 1 << 23;
 
 /// What the guest makes an update need.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Needs {
+    /// Of each vCPU's thread.
+    pub placements: Vec<Placement>,
     /// Bytes of RAM, and whether it is in pages of 4 KiB.
     pub ram: u64,
     pub small_pages: bool,
@@ -29,13 +33,14 @@ struct Limits {
     locked: u64,
     memlock: Option<u64>,
     may_lock: bool,
+    scheduling: Rights,
     open_fds: u64,
     max_fds: Option<u64>,
     room: Room,
 }
 
 /// Every reason against an update; empty if there is none.
-pub fn reasons(needs: Needs) -> Vec<String> {
+pub fn reasons(needs: &Needs) -> Vec<String> {
     match Limits::of_this_process() {
         Ok(limits) => judge(needs, limits),
         Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
@@ -45,8 +50,8 @@ pub fn reasons(needs: Needs) -> Vec<String> {
     }
 }
 
-fn judge(needs: Needs, limits: Limits) -> Vec<String> {
-    let Limits { locked, memlock, may_lock, open_fds, max_fds, room } = limits;
+fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
+    let Limits { locked, memlock, may_lock, scheduling, open_fds, max_fds, room } = limits;
     let mut reasons = Vec::new();
     // vfio_iommu_type1 charges what is pinned to the new address space (vfio_change_dma_owner).
     if let Some(limit) = memlock.filter(|limit| !may_lock && *limit < locked) {
@@ -61,6 +66,9 @@ fn judge(needs: Needs, limits: Limits) -> Vec<String> {
         reasons.push(format!(
             "RLIMIT_NOFILE is {limit}, {open_fds} fds are open and an update takes up to {MORE_FDS} more: raise it (prlimit --nofile)"
         ));
+    }
+    for (index, placement) in needs.placements.iter().enumerate() {
+        reasons.extend(scheduling.lack_for(placement).map(|lack| format!("the thread of vCPU {index} has {lack}")));
     }
     // 8 bytes a page: the new image's page tables and its second stage, while the parked old ones are still there.
     let tables = if needs.small_pages { needs.ram / 512 * 2 } else { 0 };
@@ -82,10 +90,12 @@ impl Limits {
         let missing = |key: &str| io::Error::other(format!("no {key}"));
         let kib = |text: &str, key: &str| Some(field(text, key)?.parse::<u64>().ok()?.saturating_mul(1024));
         let capabilities = field(&status, "CapEff:").and_then(|mask| u64::from_str_radix(mask, 16).ok());
+        let capabilities = capabilities.ok_or_else(|| missing("CapEff"))?;
         Ok(Self {
             locked: kib(&status, "VmLck:").ok_or_else(|| missing("VmLck"))?,
             memlock: getrlimit(Resource::Memlock).current,
-            may_lock: capabilities.ok_or_else(|| missing("CapEff"))? & CAP_IPC_LOCK != 0,
+            may_lock: capabilities & CAP_IPC_LOCK != 0,
+            scheduling: Rights::of_this_process(capabilities & CAP_SYS_NICE != 0),
             open_fds: std::fs::read_dir("/proc/self/fd")?.count() as u64,
             max_fds: getrlimit(Resource::Nofile).current,
             room: Room::of_this_process()?,
@@ -107,6 +117,7 @@ mod tests {
             locked: 1 << 30,
             memlock: Some(1 << 30),
             may_lock: false,
+            scheduling: Rights { sys_nice: false, rtprio: 0, nice: 0 },
             open_fds: 40,
             max_fds: Some(1024),
             room: room(1 << 30),
@@ -119,8 +130,11 @@ mod tests {
 
     #[test]
     fn all_reasons_at_once() {
-        let needs = Needs { ram: 1 << 30, small_pages: true };
+        let fifo = Placement { policy: libc::SCHED_FIFO, priority: 1, ..Default::default() };
+        let needs = &Needs { placements: vec![Placement::default()], ram: 1 << 30, small_pages: true };
+        let realtime = Needs { placements: vec![Placement::default(), fifo], ..needs.clone() };
         assert!(judge(needs, good()).is_empty());
+        assert!(matches!(&judge(&realtime, good())[..], [one] if one.contains("vCPU 1 has realtime priority 1")));
         let bad = Limits { memlock: Some(8 << 20), max_fds: Some(64), room: room(1 << 20), ..good() };
         let text = judge(needs, bad).join("\n");
         for part in ["RLIMIT_MEMLOCK is 8192 KiB", "RLIMIT_NOFILE is 64", "the host has 1 MiB of free memory", "36 MiB"]

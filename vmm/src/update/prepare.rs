@@ -65,9 +65,13 @@ impl Prepared {
         let mut needs = Needs::default();
         if let Some(machine) = &subject.machine {
             reasons.extend(machine.passthrough.probe());
-            needs = Needs { ram: machine.memory_size(), small_pages: machine.ram.pages() == Pages::Small };
+            needs = Needs {
+                placements: machine.vcpus.placements(),
+                ram: machine.memory_size(),
+                small_pages: machine.ram.pages() == Pages::Small,
+            };
         }
-        reasons.extend(preflight::reasons(needs));
+        reasons.extend(preflight::reasons(&needs));
         let target = match Target::open(request, build_info::this(), subject.supervisor.update_dir()) {
             Ok(target) => Some(target),
             Err(more) => {
@@ -84,8 +88,7 @@ impl Prepared {
         match target {
             Some(target) if reasons.is_empty() => {
                 log::info!("update to {}: prepared", target::describe(&target.path, &target.build));
-                let machine = subject.machine.as_ref();
-                let placements = machine.map_or_else(Vec::new, |machine| machine.vcpus.placements());
+                let placements = needs.placements;
                 crate::heap::warm(placements.len());
                 match timeline.pass(Phase::Prepare) {
                     Ok(()) => Ok(Self { target, timeline, kept, placements }),

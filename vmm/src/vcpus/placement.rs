@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use rustix::process::Resource;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +78,45 @@ impl Placement {
     }
 }
 
+/// What a process may do with the scheduling of its own threads (sched(7), setpriority(2)).
+#[derive(Clone, Copy, Debug)]
+pub struct Rights {
+    /// CAP_SYS_NICE: everything.
+    pub sys_nice: bool,
+    /// RLIMIT_RTPRIO
+    pub rtprio: u64,
+    /// The lowest nice value: RLIMIT_NICE's, or what the main thread has anyway.
+    pub nice: i32,
+}
+
+impl Rights {
+    /// `sys_nice`: whether this process has that capability.
+    pub fn of_this_process(sys_nice: bool) -> Self {
+        let limit = |resource| rustix::process::getrlimit(resource).current.unwrap_or(u64::MAX);
+        let by_limit = 20 - i32::try_from(limit(Resource::Nice).min(40)).unwrap_or(40);
+        let main = Placement::of(std::process::id() as libc::pid_t);
+        Self { sys_nice, rtprio: limit(Resource::Rtprio), nice: by_limit.min(main.nice) }
+    }
+
+    /// Why a new thread could not be put there; somebody with more rights has done it to the one there is.
+    pub fn lack_for(&self, placement: &Placement) -> Option<String> {
+        let Placement { affinity: _, policy, priority, nice, cgroup: _ } = placement;
+        match *policy {
+            libc::SCHED_DEADLINE => Some("SCHED_DEADLINE, which cannot be given to a new thread".into()),
+            _ if self.sys_nice => None,
+            libc::SCHED_FIFO | libc::SCHED_RR if u64::try_from(*priority).unwrap_or(0) > self.rtprio => Some(format!(
+                "realtime priority {priority}, and RLIMIT_RTPRIO is {}: raise it (prlimit --rtprio) or give CAP_SYS_NICE",
+                self.rtprio
+            )),
+            _ if *nice < self.nice => Some(format!(
+                "nice value {nice}, and RLIMIT_NICE allows {}: raise it (prlimit --nice) or give CAP_SYS_NICE",
+                self.nice
+            )),
+            _ => None,
+        }
+    }
+}
+
 /// The thread's cgroup v2 path where it differs from the process's.
 fn own_cgroup(tid: libc::pid_t) -> Option<String> {
     let read = |path: String| {
@@ -90,6 +130,25 @@ fn own_cgroup(tid: libc::pid_t) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_could_not_be_restored_is_known_beforehand() {
+        let none = Rights { sys_nice: false, rtprio: 10, nice: 0 };
+        let placed = |policy, priority, nice| Placement { policy, priority, nice, ..Default::default() };
+        for fine in [placed(libc::SCHED_OTHER, 0, 5), placed(libc::SCHED_FIFO, 10, 0), placed(libc::SCHED_BATCH, 0, 0)]
+        {
+            assert_eq!(none.lack_for(&fine), None, "{fine:?}");
+        }
+        for (bad, word) in
+            [(placed(libc::SCHED_RR, 11, 0), "RTPRIO"), (placed(libc::SCHED_OTHER, 0, -1), "RLIMIT_NICE")]
+        {
+            assert!(none.lack_for(&bad).unwrap().contains(word), "{bad:?}");
+            assert_eq!(Rights { sys_nice: true, ..none }.lack_for(&bad), None);
+        }
+        assert!(Rights { sys_nice: true, ..none }.lack_for(&placed(libc::SCHED_DEADLINE, 0, 0)).is_some());
+        let own = Rights::of_this_process(false);
+        assert_eq!(own.lack_for(&Placement::of(std::process::id() as libc::pid_t)), None, "{own:?}");
+    }
 
     #[test]
     fn what_is_applied_is_read_back() {

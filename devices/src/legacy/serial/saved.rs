@@ -145,10 +145,7 @@ fn restore_backend(state: ConsoleState, claims: &mut Claims) -> Result<Backend, 
             let input = input.map(&mut claim).transpose()?.map(stream).transpose()?;
             let output = stream(claim(output)?)?;
             let raw = match (&input, before) {
-                (Some(terminal), Some(before)) => {
-                    let resumed = RawMode::resume(terminal.kept().clone(), before);
-                    Some(resumed.map_err(|source| CarryError::Os { what: "terminal".to_owned(), source })?)
-                }
+                (Some(terminal), Some(before)) => Some(RawMode::resume(terminal.kept().clone(), before)),
                 _ => None,
             };
             Backend::Tty { input, output, raw }

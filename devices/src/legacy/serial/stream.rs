@@ -33,10 +33,11 @@ pub(super) enum Input {
 
 impl Stream {
     pub(super) fn new(fd: KeptFd) -> std::io::Result<Self> {
-        let kind = match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
-            FileType::Socket => Kind::Socket,
-            FileType::Fifo => Kind::Polled,
-            FileType::CharacterDevice if rustix::termios::isatty(&fd) => Kind::Polled,
+        // A file whose file system is gone cannot even be looked at; its guest goes on without its output.
+        let kind = match rustix::fs::fstat(&fd).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+            Ok(FileType::Socket) => Kind::Socket,
+            Ok(FileType::Fifo) => Kind::Polled,
+            Ok(FileType::CharacterDevice) if rustix::termios::isatty(&fd) => Kind::Polled,
             _ => Kind::Plain,
         };
         if kind == Kind::Polled {

@@ -33,10 +33,13 @@ impl RawMode {
         Ok(Self { fd, before: save(&before) })
     }
 
-    /// The terminal is raw already, unless an image that failed to start has put it back.
-    pub(super) fn resume(fd: KeptFd, before: SavedTermios) -> std::io::Result<Self> {
-        make_raw(fd.as_fd())?;
-        Ok(Self { fd, before })
+    /// The terminal is raw already, unless an image that failed to start has put it back. One that has hung up, or belongs to others by
+    /// now (EIO), is no reason for a guest not to go on.
+    pub(super) fn resume(fd: KeptFd, before: SavedTermios) -> Self {
+        if let Err(error) = make_raw(fd.as_fd()) {
+            log::warn!("serial: the terminal stays as it is: {error}");
+        }
+        Self { fd, before }
     }
 
     pub(super) fn before(&self) -> &SavedTermios {
@@ -72,11 +75,21 @@ fn get(fd: BorrowedFd<'_>) -> std::io::Result<libc::termios> {
     }
 }
 
+/// With SIGTTOU blocked, which the terminal driver takes for leave: it would stop a process in the background, an update's pause included.
 fn set(fd: BorrowedFd<'_>, termios: &libc::termios) -> std::io::Result<()> {
-    // SAFETY: reads a valid termios.
-    match unsafe { libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, termios) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
+    // SAFETY: plain old data, filled by the calls below.
+    let (mut stop, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
+    // SAFETY: valid sets, and a valid termios that is read.
+    unsafe {
+        libc::sigemptyset(&mut stop);
+        libc::sigaddset(&mut stop, libc::SIGTTOU);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &stop, &mut before);
+        let result = match libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, termios) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        };
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
     }
 }
 
@@ -119,10 +132,12 @@ mod tests {
         let raw = RawMode::enter(tty.clone()).unwrap();
         assert_eq!(raw.before(), &before);
         assert_eq!(get(tty.as_fd()).unwrap().c_lflag & (libc::ECHO | libc::ICANON | libc::ISIG), 0);
-        let resumed = RawMode::resume(tty.clone(), before.clone()).unwrap();
-        drop(resumed);
+        drop(RawMode::resume(tty.clone(), before.clone()));
         assert_eq!(save(&get(tty.as_fd()).unwrap()), before);
         drop(raw);
         assert_eq!(save(&get(tty.as_fd()).unwrap()), before);
+        drop(master);
+        assert!(make_raw(tty.as_fd()).is_err(), "it has hung up");
+        assert_eq!(RawMode::resume(tty, before.clone()).before(), &before);
     }
 }

@@ -30,7 +30,7 @@ const KVM_FEATURES: u32 = bits(&[
     3,  // CLOCKSOURCE2
     5,  // STEAL_TIME: an MSR and guest memory
     6,  // PV_EOI: KVM takes its bit back at every exit
-    7,  // PV_UNHALT: the kick shows in MP_STATE
+    7,  // PV_UNHALT: whoever may have been kicked is kicked again
     9,  // PV_TLB_FLUSH: only the steal time page
     11, // PV_SEND_IPI: no state
     12, // POLL_CONTROL: an MSR, in the MSR index list
