@@ -71,6 +71,7 @@ const CASES: &[Case] = &[
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
     plain("serial_modes", serial::modes),
+    plain("serial_terminal_gone", serial::terminal_gone),
     plain("fault_by_option", deaths::fault_by_option),
     plain("ch_remote", operator::ch_remote),
     plain("meets_another_update", meetings::two_updates_at_once),

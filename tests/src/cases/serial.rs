@@ -3,14 +3,23 @@
 use std::{
     fs::{self, File},
     io::{ErrorKind, Read},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::FromRawFd, unix::fs::OpenOptionsExt},
     path::Path,
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 
-use crate::harness::{lab, vm::Vm, wait_for};
+use crate::{
+    harness::{
+        hooks::Switch,
+        lab,
+        report::{Report, update_body},
+        vm::Vm,
+        wait_for,
+    },
+    native::{Counter, guest},
+};
 
 /// Said by every kernel early, and late in its start.
 const EARLY: &str = "Linux version";
@@ -18,7 +27,7 @@ const LATE: &str = "Freeing unused kernel image";
 const START: Duration = Duration::from_secs(120);
 
 /// Starts a guest whose kernel says what it does.
-fn guest(mode: &str) -> Result<Vm> {
+fn linux(mode: &str) -> Result<Vm> {
     let (kernel, initramfs) = (lab::kernel()?.display().to_string(), lab::initramfs()?.display().to_string());
     let cmdline = "console=ttyS0 panic=-1";
     let args = ["--kernel", &kernel, "--initramfs", &initramfs, "--cmdline", cmdline, "--memory", "size=256M"];
@@ -36,19 +45,54 @@ fn speaks_over_update(vm: &mut Vm, mut heard: impl FnMut() -> Result<String>) ->
     Ok(())
 }
 
+/// The console's terminal has hung up: neither an update nor the helper's way back needs it.
+pub fn terminal_gone() -> Result<()> {
+    const MEMORY: u64 = 128 << 20;
+    let (mut master, mut slave) = (-1, -1);
+    let null = std::ptr::null_mut();
+    // SAFETY: two ints to fill; nothing else is asked for.
+    ensure!(unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), null.cast()) } == 0, "no pty");
+    // SAFETY: just opened, and nobody else's.
+    let (master, slave) = unsafe { (File::from_raw_fd(master), File::from_raw_fd(slave)) };
+    let kernel = std::env::temp_dir().join("counts");
+    guest::write(&kernel, MEMORY)?;
+    let mut vm = Vm::bare_on(&slave, &kernel, "size=128M")?;
+    let counter = Counter::of(vm.pid())?;
+    let goes_on = |what: &str| {
+        let before = counter.get();
+        wait_for(&format!("the guest to go on after {what}"), Duration::from_secs(30), || {
+            Ok((counter.get() > before + guest::pages(MEMORY)).then_some(()))
+        })
+    };
+    goes_on("its start")?;
+    vm.update().context("with the terminal")?;
+    drop((master, slave));
+    vm.update().context("without it")?;
+    goes_on("an update")?;
+    let fault = Switch::with(&vm.dir, "fault", "commit:kill")?;
+    let answer = vm.api.put("vm.update", &update_body(&vm.other_build()?))?;
+    drop(fault);
+    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+    ensure!(report.outcome == "rolled_back" && report.pid != vm.pid(), "{report:?}");
+    vm.follow(report.pid)?;
+    goes_on("a way back")?;
+    vm.update().context("after that")?;
+    Ok(())
+}
+
 pub fn modes() -> Result<()> {
     let path = std::env::temp_dir().join(format!("serial-{}", std::process::id()));
-    let mut vm = guest(&format!("file={}", path.display()))?;
+    let mut vm = linux(&format!("file={}", path.display()))?;
     let read = |path: &Path| fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     speaks_over_update(&mut vm, || Ok(read(&path).unwrap_or_default())).context("file")?;
     fs::remove_file(&path)?;
 
     // Standard output of the VMM, which the tests collect in its log.
-    let mut vm = guest("tty")?;
+    let mut vm = linux("tty")?;
     let log = vm.log.clone();
     speaks_over_update(&mut vm, || Ok(read(&log)?)).context("tty")?;
 
-    let mut vm = guest("pty")?;
+    let mut vm = linux("pty")?;
     let info = vm.info()?;
     let slave = info["device_tree"]["serial"]["pty"].as_str().context("vm.info does not say which pty it is")?;
     let mut slave = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(slave)?;
@@ -65,7 +109,7 @@ pub fn modes() -> Result<()> {
     .context("pty")?;
 
     for mode in ["null", "off"] {
-        let mut vm = guest(mode)?;
+        let mut vm = linux(mode)?;
         vm.update().context(mode)?;
         ensure!(vm.state()? == "Running", "{mode}: {}", vm.info()?);
     }

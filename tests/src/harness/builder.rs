@@ -175,6 +175,7 @@ impl Builder {
             hooks: self.hooks,
             notify_socket: self.notify_socket.as_deref(),
             may_lock: self.may_lock,
+            terminal: None,
         };
         let mut vm = Vm::spawn(&self.binary, &args, &setting)?;
         vm.cpus = self.cpus;

@@ -46,11 +46,13 @@ pub(super) struct Setting<'a> {
     pub notify_socket: Option<&'a Path>,
     /// Without CAP_IPC_LOCK, and with RLIMIT_MEMLOCK at so many bytes.
     pub may_lock: Option<u64>,
+    /// Its standard input.
+    pub terminal: Option<&'a File>,
 }
 
 impl Default for Setting<'_> {
     fn default() -> Self {
-        Self { serial: false, hooks: true, notify_socket: None, may_lock: None }
+        Self { serial: false, hooks: true, notify_socket: None, may_lock: None, terminal: None }
     }
 }
 
@@ -81,6 +83,13 @@ impl Vm {
         Self::with_args(&["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory])
     }
 
+    /// The same with its serial port on `terminal`.
+    pub fn bare_on(terminal: &File, kernel: &Path, memory: &str) -> Result<Self> {
+        let args = ["--kernel", &kernel.display().to_string(), "--memory", memory, "--serial", "tty"];
+        let setting = Setting { terminal: Some(terminal), ..Setting::default() };
+        Self::spawn("theseus-a", &args.map(str::to_owned), &setting)
+    }
+
     /// `binary`: a name among the builds, or a path.
     pub(super) fn spawn(binary: &str, args: &[String], setting: &Setting<'_>) -> Result<Self> {
         let dir =
@@ -103,7 +112,7 @@ impl Vm {
             unsafe { command.pre_exec(move || proc::bound_locking(bytes)) };
         }
         command
-            .stdin(Stdio::null())
+            .stdin(setting.terminal.map(File::try_clone).transpose()?.map_or_else(Stdio::null, Stdio::from))
             .stdout(File::options().append(true).open(&log)?)
             .stderr(File::options().append(true).open(&log)?);
         Process::adopt_orphans();

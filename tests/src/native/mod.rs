@@ -148,7 +148,7 @@ fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>
 
 /// The guest's count, in its own memory.
 #[derive(Clone)]
-struct Counter(Arc<Mapping>);
+pub struct Counter(Arc<Mapping>);
 
 struct Mapping(*const AtomicU64);
 
@@ -167,7 +167,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Counter {
-    fn of(pid: u32) -> Result<Self> {
+    pub fn of(pid: u32) -> Result<Self> {
         let fds = proc::fds_to(pid, "/memfd:guest-ram")?;
         let fd = fds.first().context("the VMM has no memfd called guest-ram")?;
         let file = OpenOptions::new().read(true).open(format!("/proc/{pid}/fd/{fd}"))?;
@@ -193,7 +193,7 @@ impl Counter {
         Ok(Self(Arc::new(Mapping(unsafe { address.cast::<u8>().add(offset as usize) }.cast()))))
     }
 
-    fn get(&self) -> u64 {
+    pub fn get(&self) -> u64 {
         // SAFETY: mapped until the last clone is dropped, aligned.
         unsafe { &*self.0.0 }.load(Ordering::Relaxed)
     }
