@@ -3,7 +3,10 @@
 use std::{
     fs::{self, File},
     io::{ErrorKind, Read},
-    os::{fd::FromRawFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsRawFd, FromRawFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::Path,
     time::Duration,
 };
@@ -63,6 +66,9 @@ pub fn terminal_gone() -> Result<()> {
     ensure!(unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), null.cast()) } == 0, "no pty");
     // SAFETY: just opened, and nobody else's.
     let (master, slave) = unsafe { (File::from_raw_fd(master), File::from_raw_fd(slave)) };
+    // Or the VMM would inherit the master, and its terminal never hang up.
+    // SAFETY: no memory is involved.
+    ensure!(unsafe { libc::fcntl(master.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } == 0, "no close-on-exec");
     let kernel = std::env::temp_dir().join("counts");
     guest::write(&kernel, MEMORY)?;
     let mut vm = Vm::bare_on(&slave, &kernel, "size=128M")?;
