@@ -107,7 +107,8 @@ pub fn guest_that_cannot_go_on() -> Result<()> {
     let kernel = std::env::temp_dir().join("runs-astray");
     // mov eax, 0xd0000000; jmp rax
     crate::native::guest::write_image(&kernel, &[0xB8, 0, 0, 0, 0xD0, 0xFF, 0xE0])?;
-    let mut vm = Vm::bare(&kernel, "size=128M")?;
+    // It ends at once: there may be nobody left to answer.
+    let mut vm = Vm::with_args(&["--kernel", &kernel.display().to_string(), "--memory", "size=128M"])?;
     let status = vm.wait_exit(DOWN)?;
     ensure!(status.code() == Some(4), "exit code 4 expected: {status}");
     let last = vm.events()?.pop().unwrap_or_default();

@@ -80,14 +80,20 @@ impl Vm {
 
     /// A guest without console and agent: `kernel` is all there is.
     pub fn bare(kernel: &Path, memory: &str) -> Result<Self> {
-        Self::with_args(&["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory])
+        Self::with_args(&["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory])?.booted()
+    }
+
+    /// The API's socket is there before the guest is; its first answer comes after.
+    fn booted(self) -> Result<Self> {
+        self.ping()?;
+        Ok(self)
     }
 
     /// The same with its serial port on `terminal`.
     pub fn bare_on(terminal: &File, kernel: &Path, memory: &str) -> Result<Self> {
         let args = ["--kernel", &kernel.display().to_string(), "--memory", memory, "--serial", "tty"];
         let setting = Setting { terminal: Some(terminal), ..Setting::default() };
-        Self::spawn("theseus-a", &args.map(str::to_owned), &setting)
+        Self::spawn("theseus-a", &args.map(str::to_owned), &setting)?.booted()
     }
 
     /// `binary`: a name among the builds, or a path.
