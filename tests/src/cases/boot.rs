@@ -105,9 +105,9 @@ pub fn reboot_from_guest() -> Result<()> {
 /// A guest that runs into an address where there is nothing: KVM gives up on it, which is not the guest's wish.
 pub fn guest_that_cannot_go_on() -> Result<()> {
     let kernel = std::env::temp_dir().join("runs-astray");
-    // mov eax, 0xd0000000; jmp rax
-    crate::native::guest::write_image(&kernel, &[0xB8, 0, 0, 0, 0xD0, 0xFF, 0xE0])?;
-    // It ends at once: there may be nobody left to answer.
+    // mov ecx, 0x8000000; dec ecx; jnz -4; mov eax, 0xd0000000; jmp rax: not before the API's socket was found.
+    let code = [0xB9, 0, 0, 0, 8, 0xFF, 0xC9, 0x75, 0xFC, 0xB8, 0, 0, 0, 0xD0, 0xFF, 0xE0];
+    crate::native::guest::write_image(&kernel, &code)?;
     let mut vm = Vm::with_args(&["--kernel", &kernel.display().to_string(), "--memory", "size=128M"])?;
     let status = vm.wait_exit(DOWN)?;
     ensure!(status.code() == Some(4), "exit code 4 expected: {status}");
