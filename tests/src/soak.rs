@@ -16,6 +16,7 @@ use crate::{
         clock,
         lab::{self, Nic},
         logs,
+        proc::Facts,
         rig::Rig,
         table::{Table, percentile},
         traffic::{self, Traffic},
@@ -27,10 +28,6 @@ use crate::{
 const UPDATES: u32 = 100;
 const MANY: u32 = 1000;
 const RANDOM_FAULTS: usize = 200;
-/// Growth of the VMM's own resident memory that counts as flat, KiB: every update starts a process anew, and one huge page more or less in its
-/// heap is the kernel's choice.
-pub const FLAT_KIB: u64 = 1024 + 2048;
-
 /// The median pause of the last quarter of the updates against that of the first: what counts as flat.
 const FLAT_PAUSE: f64 = 1.25;
 
@@ -205,7 +202,7 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     ensure!(longer < FLAT_PAUSE, "the pause grows: {longer:.2} times as long at the end");
     let may_err = (f64::from(updates) * CLOCK_US).max(20.0);
     ensure!(errors.iter().all(|e| e.abs() < may_err), "clock errors, us: {errors:?}");
-    let growth = last.growth_since(&first, FLAT_KIB);
+    let growth = last.growth_since(&first, Facts::FLAT_KIB);
     ensure!(growth.is_empty(), "{growth}");
     Ok(())
 }

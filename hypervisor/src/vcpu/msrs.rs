@@ -34,8 +34,10 @@ pub fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
     let mut candidates: Vec<u32> = listed.iter().copied().chain(unlisted()).collect();
     candidates.sort_unstable();
     candidates.dedup();
-    candidates.retain(|index| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(index) && !HYPERV.contains(index));
-    candidates.retain(|index| !WALL_CLOCKS.contains(index));
+    let left_out = |index: &u32| {
+        [MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(index) || WALL_CLOCKS.contains(index) || HYPERV.contains(index)
+    };
+    candidates.retain(|index| !left_out(index));
     let values = read_skipping(fd, &candidates);
     values.iter().filter(|entry| write_once(fd, std::slice::from_ref(entry)) == 1).map(|entry| entry.index).collect()
 }

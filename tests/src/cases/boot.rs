@@ -110,6 +110,7 @@ pub fn guest_that_cannot_go_on() -> Result<()> {
     crate::native::guest::write_image(&kernel, &code)?;
     let mut vm = Vm::with_args(&["--kernel", &kernel.display().to_string(), "--memory", "size=128M"])?;
     let status = vm.wait_exit(DOWN)?;
+    std::fs::remove_file(&kernel)?;
     ensure!(status.code() == Some(4), "exit code 4 expected: {status}");
     let last = vm.events()?.pop().unwrap_or_default();
     let reason = last["properties"]["reason"].as_str().unwrap_or_default();

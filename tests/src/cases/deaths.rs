@@ -66,6 +66,16 @@ impl Drop for SmallMemory {
     }
 }
 
+/// Asks for an update whose new image a fault kills: the parked helper brings the guest back, as another process.
+pub fn taken_back(vm: &mut Vm) -> Result<Report> {
+    let answer = vm.ask_update(&vm.other_build()?)?;
+    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+    let image = vm.pid();
+    vm.follow(report.pid)?;
+    ensure!(report.outcome == "rolled_back" && report.pid != image, "{report:?}");
+    Ok(report)
+}
+
 /// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer takes the new image,
 /// and not the helper, though that has all of guest RAM mapped.
 pub fn out_of_memory() -> Result<()> {
@@ -83,12 +93,9 @@ pub fn out_of_memory() -> Result<()> {
         let traffic = rig.traffic()?;
         traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
         let fault = Switch::with(&rig.vm.dir, "fault", &format!("{phase}:oom"))?;
-        let answer = rig.vm.ask_update(&rig.vm.other_build()?)?;
+        let report = taken_back(&mut rig.vm)?;
         drop(fault);
-        let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
-        let (image, reasons) = (rig.vm.pid(), report.reasons.join(" "));
-        rig.vm.follow(report.pid)?;
-        ensure!(report.outcome == "rolled_back" && report.pid != image, "{report:?}");
+        let reasons = report.reasons.join(" ");
         ensure!(reasons.contains(&format!("phase {phase}")) && reasons.contains("died"), "{report:?}");
         ensure!(cgroup.kills()? == round as u64 + 1, "{} processes were killed", cgroup.kills()?);
         note(format_args!("{phase}: rolled back after {} us: {reasons}", report.pause_us));
@@ -132,11 +139,7 @@ pub fn committed() -> Result<()> {
 pub fn fault_by_option() -> Result<()> {
     let mut vm = Vm::builder().fault("remap:kill").boot()?;
     for _ in 0..2 {
-        let answer = vm.ask_update(&vm.other_build()?)?;
-        let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
-        let image = vm.pid();
-        vm.follow(report.pid)?;
-        ensure!(report.outcome == "rolled_back" && report.pid != image, "{report:?}");
+        let report = taken_back(&mut vm)?;
         ensure!(report.reasons.join(" ").contains("phase remap"), "{report:?}");
         vm.agent()?.ping()?;
     }

@@ -29,7 +29,6 @@ use crate::{
         vfio::InvalidRange,
         vm::Vm,
     },
-    soak::FLAT_KIB,
 };
 
 /// How an update did not take place.
@@ -348,7 +347,7 @@ pub fn dry_run() -> Result<()> {
         let answer = ask(rig, Path::new("/nowhere/theseus"))?;
         ensure!(answer.status == 409, "{answer:?}");
         ensure!(rig.vm.ping()?.build_id == before.build_id, "a dry run has updated");
-        let growth = rig.vm.settled_facts()?.growth_since(&facts, FLAT_KIB);
+        let growth = rig.vm.settled_facts()?.growth_since(&facts, proc::Facts::FLAT_KIB);
         ensure!(growth.is_empty(), "a dry run leaves {growth}");
         rig.vm.update()?;
         Ok(())

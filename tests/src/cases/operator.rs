@@ -11,13 +11,13 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
+use super::deaths::taken_back;
 use crate::{
     harness::{
         builder::CMDLINE,
         hooks::Switch,
         lab::{self, Nic},
         proc,
-        report::{Report, update_body},
         rig::Rig,
         vm::Vm,
         wire::Wire,
@@ -182,13 +182,10 @@ pub fn supervisor_is_told() -> Result<()> {
     ensure!(heard()? == "READY=1", "not ready");
     vm.update()?;
     let fault = Switch::with(&vm.dir, "fault", "commit:kill")?;
-    let answer = vm.api.put("vm.update", &update_body(&vm.other_build()?))?;
+    let report = taken_back(&mut vm)?;
     drop(fault);
-    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
-    ensure!(report.pid != vm.pid() && report.outcome == "rolled_back", "{report:?}");
     let told = heard()?;
     ensure!(told.lines().any(|line| line == format!("MAINPID={}", report.pid)), "{told} of {report:?}");
-    vm.follow(report.pid)?;
     vm.agent()?.call::<()>(&Request::Ping)?;
     vm.update()?;
     fs::remove_file(Path::new(&path))?;

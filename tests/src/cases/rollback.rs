@@ -27,7 +27,6 @@ use crate::{
         wire::RING,
     },
     proto::{MemoryStats, Request, TimerFired},
-    soak::FLAT_KIB,
 };
 
 /// What a timer may be late beside the outage, in software emulation: 0.1 to 1.1 s were seen after most roll backs, 2.2 s once. That the guest
@@ -133,7 +132,7 @@ impl Subject {
         let reported = self.silent_packet(cell)?;
         ensure!(reported != Some(false), "the one packet that came in the pause was not reported");
         self.rig.vm.update().context("the update after it")?;
-        let growth = self.rig.vm.settled_facts()?.growth_since(&self.first, FLAT_KIB);
+        let growth = self.rig.vm.settled_facts()?.growth_since(&self.first, proc::Facts::FLAT_KIB);
         ensure!(growth.is_empty(), "after it the process is not what it was: {growth}");
         let late = fired.iter().map(TimerFired::late_us).max().unwrap_or(0);
         Ok(Shown { outage, late: Duration::from_micros(late.max(0) as u64), lost, may_lose, reported })

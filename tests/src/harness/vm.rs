@@ -83,17 +83,17 @@ impl Vm {
         Self::with_args(&["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory])?.booted()
     }
 
-    /// The API's socket is there before the guest is; its first answer comes after.
-    fn booted(self) -> Result<Self> {
-        self.ping()?;
-        Ok(self)
-    }
-
-    /// The same with its serial port on `terminal`.
+    /// [`Vm::bare`] with its serial port on `terminal`.
     pub fn bare_on(terminal: &File, kernel: &Path, memory: &str) -> Result<Self> {
         let args = ["--kernel", &kernel.display().to_string(), "--memory", memory, "--serial", "tty"];
         let setting = Setting { terminal: Some(terminal), ..Setting::default() };
         Self::spawn("theseus-a", &args.map(str::to_owned), &setting)?.booted()
+    }
+
+    /// The API's socket is there before the guest is; its first answer comes after.
+    fn booted(self) -> Result<Self> {
+        self.ping()?;
+        Ok(self)
     }
 
     /// `binary`: a name among the builds, or a path.

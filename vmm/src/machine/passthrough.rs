@@ -185,22 +185,15 @@ impl PassthroughDevices {
             lock(&plugged.device).bar_vaddr(region, offset, size)
         };
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
-        let remapped = unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed);
-        // What is mapped goes on doing DMA without its address (kernel.md): on a way back the guest is better off with that than gone.
-        for done in [remapped, self.tell_kvm(vm)] {
-            match done {
-                Err(error) if way != Way::Forward => log::error!("the next update will fail: {error}"),
-                done => done?,
-            }
-        }
+        let remapped = unsafe { self.registry.remap(&ranges, bar_vaddr) };
+        // What is mapped goes on doing DMA without its address (kernel.md), though no later update will go through.
+        way.bear(remapped).map_err(failed)?;
+        way.bear(self.tell_kvm(vm))?;
         if !crate::test_hooks::skip_irqfds() {
             for plugged in &self.plugged {
                 // A vector that cannot fire would be lost silently: as long as there is a way back, that is better.
                 let device = lock(&plugged.device);
-                match device.attach_irqfds().map_err(|error| failed(format!("{}: {error}", device.id()))) {
-                    Err(error) if way != Way::Forward => log::error!("{error}"),
-                    attached => attached?,
-                }
+                way.bear(device.attach_irqfds().map_err(|error| failed(format!("{}: {error}", device.id()))))?;
             }
         }
         if way != Way::Forward && !crate::test_hooks::skip_reinjection() {

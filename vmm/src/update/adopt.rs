@@ -105,11 +105,7 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     let running = machine.as_ref().is_some_and(|machine| machine.running);
     let restored = machine.map(|state| Machine::restore(state, &host, &mut claims, &timeline)).transpose();
     let mut machine = restored.map_err(|error| text(&error))?;
-    match claims.finish() {
-        // On the way back there is nobody left who would know better.
-        Err(error) if way != Way::Forward => log::error!("{error}"),
-        done => done.map_err(|error| text(&error))?,
-    }
+    way.bear(claims.finish()).map_err(|error| text(&error))?;
     if let Some(machine) = &machine {
         machine.passthrough.remap(&machine.ram, &machine.vm, way).map_err(|error| text(&error))?;
         timeline.pass(Phase::Remap)?;

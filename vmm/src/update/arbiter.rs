@@ -28,6 +28,17 @@ pub enum Way {
 }
 
 impl Way {
+    /// On a way back there is nobody left who would know better: what a guest can live without is logged, and it goes on.
+    pub fn bear<E: std::fmt::Display>(self, done: Result<(), E>) -> Result<(), E> {
+        match done {
+            Err(error) if self != Self::Forward => {
+                log::error!("on the way back: {error}");
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
     fn word(self) -> u32 {
         match self {
             Self::Forward => PENDING,

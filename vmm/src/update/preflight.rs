@@ -43,10 +43,15 @@ struct Limits {
 pub fn reasons(needs: &Needs) -> Vec<String> {
     match Limits::of_this_process() {
         Ok(limits) => judge(needs, limits),
-        Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
-            vec!["no more files can be opened: raise RLIMIT_NOFILE (prlimit --nofile)".into()]
-        }
-        Err(error) => vec![format!("the limits of this process cannot be read: {error}: is /proc mounted?")],
+        Err(error) => vec![format!("the limits of this process cannot be read: {error}: {}", remedy(&error))],
+    }
+}
+
+/// What helps where a file of this process's own could not be opened.
+pub fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "raise RLIMIT_NOFILE (prlimit --nofile)",
+        _ => "is /proc mounted?",
     }
 }
 

@@ -49,12 +49,7 @@ impl Prepared {
     pub fn new(subject: &Subject<'_>, request: &UpdateRequest) -> Result<Self, NotUpdated> {
         let vault = &subject.host.vault;
         let io = |error: std::io::Error| {
-            let hint = if error.raw_os_error() == Some(libc::EMFILE) {
-                ": raise RLIMIT_NOFILE (prlimit --nofile)"
-            } else {
-                ""
-            };
-            NotUpdated::refused(None, vec![format!("cannot prepare: {error}{hint}")])
+            NotUpdated::refused(None, vec![format!("cannot prepare: {error}: {}", preflight::remedy(&error))])
         };
         let (timeline, fd) = Timeline::new(vault).map_err(io)?;
         let timeline = Arc::new(timeline);

@@ -1,5 +1,7 @@
 //! The whole saved state: what the update itself hands over, and the machine.
 
+use std::fs::File;
+use std::io::Write;
 use std::ops::Deref;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -88,14 +90,11 @@ const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlag
 
 /// A memfd with these bytes, that nobody can change any more.
 pub fn seal(bytes: &[u8]) -> std::io::Result<OwnedFd> {
-    let fd = rustix::fs::memfd_create("saved-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        let count = rustix::io::write(&fd, rest)?;
-        rest = rest.get(count..).unwrap_or_default();
-    }
-    rustix::fs::fcntl_add_seals(&fd, SEALS | SealFlags::SEAL)?;
-    Ok(fd)
+    let memfd = rustix::fs::memfd_create("saved-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut file = File::from(memfd);
+    file.write_all(bytes)?;
+    rustix::fs::fcntl_add_seals(&file, SEALS | SealFlags::SEAL)?;
+    Ok(file.into())
 }
 
 /// The bytes of a sealed memfd, mapped rather than read: neither copies nor page faults in an update's pause.

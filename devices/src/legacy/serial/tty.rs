@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::vault::KeptFd;
+use vmm_sys_util::signal::{block_signal, unblock_signal};
 
 /// A `termios` that can be serialised (termios(3)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,20 +78,16 @@ fn get(fd: BorrowedFd<'_>) -> std::io::Result<libc::termios> {
 
 /// With SIGTTOU blocked, which the terminal driver takes for leave: it would stop a process in the background, an update's pause included.
 fn set(fd: BorrowedFd<'_>, termios: &libc::termios) -> std::io::Result<()> {
-    // SAFETY: plain old data, filled by the calls below.
-    let (mut stop, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
-    // SAFETY: valid sets, and a valid termios that is read.
-    unsafe {
-        libc::sigemptyset(&mut stop);
-        libc::sigaddset(&mut stop, libc::SIGTTOU);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &stop, &mut before);
-        let result = match libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, termios) {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        };
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-        result
+    let blocked = block_signal(libc::SIGTTOU).is_ok();
+    // SAFETY: reads a valid termios.
+    let result = match unsafe { libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, termios) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    };
+    if blocked {
+        let _ = unblock_signal(libc::SIGTTOU);
     }
+    result
 }
 
 fn save(termios: &libc::termios) -> SavedTermios {

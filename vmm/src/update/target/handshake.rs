@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
-use theseus_resources::state::{Section, readable};
+use theseus_resources::state::{Section, StateError, readable};
 
 use super::Target;
 use crate::build_info;
@@ -47,19 +47,26 @@ pub fn ask(target: &Target, state: &[u8], main: &MainThread) -> Result<(), Vec<S
 /// Which of the sections that it `writes` we could not read, who have the versions `ours`.
 fn one_way(writes: &[(String, u16)], ours: &[(&str, u16)]) -> Vec<String> {
     let unreadable = writes.iter().filter_map(|(kind, theirs)| {
-        let (_, ours) = ours.iter().find(|(ours, _)| ours == kind).filter(|(_, ours)| !readable(*theirs, *ours))?;
+        let ours = version_of(kind, ours).filter(|ours| !readable(*theirs, *ours))?;
         Some(format!("it writes version {theirs} of '{kind}', which this build (version {ours}) could not take back"))
     });
     unreadable.collect()
 }
 
+fn version_of(kind: &str, versions: &[(&str, u16)]) -> Option<u16> {
+    versions.iter().find_map(|(found, version)| (*found == kind).then_some(*version))
+}
+
 fn converse(target: &Target, state: &[u8], main: &MainThread) -> Result<Verdict, String> {
     let text = |error: std::io::Error| error.to_string();
-    let memfd = || rustix::fs::memfd_create("check-update", rustix::fs::MemfdFlags::CLOEXEC).map(File::from);
-    let mut input = memfd().map_err(|error| error.to_string())?;
+    let memfd = || {
+        let fd = rustix::fs::memfd_create("check-update", rustix::fs::MemfdFlags::CLOEXEC);
+        fd.map(File::from).map_err(|error| error.to_string())
+    };
+    let mut input = memfd()?;
     // A file rather than a pipe: nothing can block on it, whatever the target does.
-    let mut output = memfd().map_err(|error| error.to_string())?;
-    let mut complaints = memfd().map_err(|error| error.to_string())?;
+    let mut output = memfd()?;
+    let mut complaints = memfd()?;
     input.write_all(state).and_then(|()| input.rewind()).map_err(text)?;
     let mut command = Command::new(format!("/proc/self/fd/{}", target.file.as_raw_fd()));
     command.arg("--check-update").env_clear().envs(crate::test_hooks::environment());
@@ -119,12 +126,11 @@ pub fn answer() -> std::io::Result<()> {
 fn foreign(state: &StateReader<'_>, ours: &[(&str, u16)]) -> Vec<String> {
     let unreadable = state.sections().filter_map(|section| {
         let Section { name, kind, version, data: _ } = section;
-        match ours.iter().find(|(ours, _)| ours == kind) {
-            None => Some(format!("section '{name}': kind '{kind}' is unknown to it")),
-            Some((_, ours)) if readable(*version, *ours) => None,
-            Some((_, ours)) => Some(format!(
-                "section '{name}': version {version} of kind '{kind}' cannot be read by it (it has {ours})"
-            )),
+        let (name, kind, found) = (name.to_string(), kind.to_string(), *version);
+        match version_of(&kind, ours) {
+            None => Some(format!("section '{name}': kind '{kind}' is unknown to this build")),
+            Some(ours) if readable(found, ours) => None,
+            Some(ours) => Some(StateError::Version { name, kind, found, ours }.to_string()),
         }
     });
     unreadable.collect()
