@@ -46,7 +46,7 @@ fn pause(cpus: u32) -> Result<()> {
     }
     let packets = traffic.finish_clean(rig.agent()?)?;
     println!(
-        "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, 500 packets/s each way ({packets} packets, none lost)\n"
+        "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, up to 500 packets/s each way ({packets} packets, none lost)\n"
     );
     println!("{}", phase_table(&reports));
     let (pause, floor) =

@@ -177,8 +177,8 @@ pub enum Request {
     Interrupts { name: String },
     /// `Vec<Vector>`: answers when the sum of the counts of those lines grew.
     InterruptsWait { name: String, timeout_ms: u64 },
-    /// `String`: the end of the kernel's log.
-    Dmesg { bytes: usize },
+    /// `String`: the lines of the kernel's log that hold one of `words`.
+    Dmesg { words: Vec<String> },
     /// `MachineInfo`
     Machine,
     /// `()`: answers when the ACPI power button was pressed.

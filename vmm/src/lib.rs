@@ -6,7 +6,7 @@ mod cli;
 mod control;
 mod events;
 mod heap;
-mod log_config;
+mod logging;
 mod machine;
 mod main_thread;
 mod signals;
@@ -34,7 +34,7 @@ use theseus_resources::Vault;
 use cli::Cli;
 use control::{Control, Inbox, Queue, Vm};
 use events::EventStream;
-use log_config::LogConfig;
+use logging::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
 use signals::Signals;
@@ -83,6 +83,7 @@ fn say(what: &str) {
 fn after_update(inherited: Inherited, started: u64) -> i32 {
     let lost = |reason: &str| {
         log::error!("the guest is lost to this process: {reason}");
+        logging::finish();
         say(&format!("the guest is lost to this process: {reason}"));
         EXIT_LOST
     };
@@ -241,5 +242,6 @@ fn take_over(parts: Parts, back: &mut WayBack, started: u64) -> anyhow::Result<C
         (None, Some(config)) => Vm::Created(config),
         (None, None) => Vm::None,
     };
+    logging::release();
     Ok(control)
 }

@@ -18,6 +18,8 @@ impl Signals {
             for signal in ACTED_ON {
                 libc::sigaddset(&mut set, signal);
             }
+            // Whoever started us may ignore it, which exec hands on: the kernel would then reap the rehearsals of updates itself.
+            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
             libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
         };

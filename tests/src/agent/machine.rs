@@ -162,15 +162,16 @@ pub fn interrupts_wait(name: &str, timeout_ms: u64) -> io::Result<Vec<Vector>> {
     }
 }
 
-/// The last `bytes` of the kernel's log.
-pub fn dmesg(bytes: usize) -> io::Result<String> {
+/// The lines of the kernel's log that hold one of `words`.
+pub fn dmesg(words: &[String]) -> io::Result<String> {
     const READ_ALL: libc::c_int = 3;
     let mut buffer = vec![0_u8; 1 << 18];
     // SAFETY: the buffer is as long as said.
     let len = unsafe { libc::klogctl(READ_ALL, buffer.as_mut_ptr().cast(), buffer.len() as libc::c_int) };
     let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
-    let from = len.saturating_sub(bytes);
-    Ok(String::from_utf8_lossy(&buffer[from..len]).into_owned())
+    let log = String::from_utf8_lossy(&buffer[..len]);
+    let told = log.lines().filter(|line| words.iter().any(|word| line.contains(word)));
+    Ok(told.map(|line| format!("{line}\n")).collect())
 }
 
 pub fn info() -> io::Result<MachineInfo> {

@@ -207,7 +207,7 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::VectorsOn { bdf } => value(vectors::on(&bdf)?),
         Request::Interrupts { name } => value(machine::interrupts(&name)?),
         Request::InterruptsWait { name, timeout_ms } => value(machine::interrupts_wait(&name, timeout_ms)?),
-        Request::Dmesg { bytes } => value(machine::dmesg(bytes)?),
+        Request::Dmesg { words } => value(machine::dmesg(&words)?),
         Request::Machine => value(machine::info()?),
         Request::PowerButtonWait { timeout_ms } => value(machine::power_button(timeout_ms)?),
         Request::PowerOff { after_ms } => value(machine::reboot(libc::RB_POWER_OFF, after_ms)?),

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::{
     cases::note,
-    harness::{lab, proc, ram, vm::Vm},
+    harness::{clock, lab, proc, ram, vm::Vm},
     proto::Request,
 };
 
@@ -15,9 +15,6 @@ const DOWN: Duration = Duration::from_secs(60);
 
 /// What a kernel takes from small memory before it counts: its image, its page structures, the initramfs.
 const TAKEN_MIB: u64 = 130;
-
-/// Where the 32-bit hole begins, in guest addresses and in the memfd.
-const HOLE: u64 = 3 << 30;
 
 fn boot(cpus: u32, mib: u64) -> Result<()> {
     check(&Vm::builder().cpus(cpus).memory(&format!("size={mib}M")).boot()?, cpus, mib)
@@ -31,18 +28,22 @@ fn check(vm: &Vm, cpus: u32, mib: u64) -> Result<()> {
     ensure!(seen < mib && seen + TAKEN_MIB.min(mib / 2) + mib / 40 > mib, "{machine:?} of {mib} MiB");
     ensure!(vm.state()? == "Running", "{}", vm.info()?);
     ensure!(vm.info()?["memory_actual_size"] == mib << 20, "{}", vm.info()?);
+    vm.agent()?.no_complaints()?;
+    // The kernel has its time of day from the CMOS clock, which counts seconds.
+    let off = clock::read(vm)?.real_ns;
+    ensure!(off.abs() < 5_000_000_000, "the guest's time of day is off by {off} ns");
     for cpu in 0..cpus {
         proc::thread_named(vm.pid(), &format!("vcpu{cpu}"))?;
     }
     // Memory behind the hole is not only counted but there: it is written and read. Linux takes from it first, which is checked.
     if mib > 4096 {
         const MIB: u64 = 600;
-        let before = ram::touched_from(vm.pid(), HOLE)?;
+        let before = ram::touched_from(vm.pid(), ram::HOLE)?;
         vm.agent()?.call_within::<()>(&Request::MemoryStart { mib: MIB, seed: 1 }, DOWN)?;
         let stats: crate::proto::MemoryStats =
             vm.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(400))?;
         ensure!(stats.pages_wrong == 0 && stats.pages_checked >= MIB * 256, "{stats:?}");
-        let after = ram::touched_from(vm.pid(), HOLE)?;
+        let after = ram::touched_from(vm.pid(), ram::HOLE)?;
         ensure!(after >= before + (MIB << 20) / 2, "{before} -> {after} bytes behind the hole");
     }
     Ok(())

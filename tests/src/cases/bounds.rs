@@ -1,16 +1,25 @@
-//! Updates that the VMM's surroundings forbid: where a build may come from, and how much may be pinned.
+//! Updates in hard surroundings: where a build may come from, how much may be pinned, a log that takes nothing.
 
-use std::fs;
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    time::Duration,
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     cases::failures::{End, unharmed},
     harness::{
+        hooks::{Switch, make_fifo},
         lab::{self, Nic},
         proc,
+        report::Report,
         rig::Rig,
         vm::Vm,
+        wait_for,
     },
 };
 
@@ -18,12 +27,15 @@ use crate::{
 const ENOUGH: u64 = 1 << 30;
 const TOO_LITTLE: u64 = 64 << 20;
 
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// A VMM with `--update-dir` and without CAP_IPC_LOCK: a build from elsewhere is refused, and so is an update whose pinned memory would not
-/// be allowed to the new image. What is allowed goes on.
+/// be allowed to the new image. What is allowed goes on. Whoever started it ignored SIGCHLD.
 pub fn of_the_vmm() -> Result<()> {
     let next = lab::bin("theseus-b")?;
     let folder = next.parent().context("the builds are in no folder")?;
-    let mut rig = Rig::boot(Vm::builder().cpus(2).update_dir(folder).may_lock(ENOUGH), &[(Nic::IgbA, None)])?;
+    let mut rig =
+        Rig::boot(Vm::builder().cpus(2).update_dir(folder).may_lock(ENOUGH).ignores_children(), &[(Nic::IgbA, None)])?;
 
     let elsewhere = rig.vm.dir.join("theseus-b");
     fs::copy(&next, &elsewhere)?;
@@ -36,4 +48,52 @@ pub fn of_the_vmm() -> Result<()> {
         proc::set_soft_limit(rig.vm.pid(), libc::RLIMIT_MEMLOCK, old)?;
         answer
     })
+}
+
+/// The log is a FIFO, which an image without a reader cannot even open, like a file whose server is gone. The guest waits for it neither on
+/// the way to a new image nor on the way back; another update is refused until somebody reads again, and then nothing is missing.
+pub fn log_stands_still() -> Result<()> {
+    let log = std::env::temp_dir().join("log-fifo");
+    make_fifo(&log)?;
+    let mut reader = read_end(&log)?;
+    let mut rig = Rig::boot(Vm::builder().cpus(2).verbose().log_file(&log), &[(Nic::IgbA, None)])?;
+    let turns = [("rolled_back", "the update failed in phase claim"), ("updated", "Updated from build")];
+    for (outcome, line) in turns {
+        drop(reader);
+        let traffic = rig.traffic()?;
+        traffic.moves_on(rig.agent()?, 50, PATIENCE)?;
+        let fault = (outcome == "rolled_back").then(|| Switch::with(&rig.vm.dir, "fault", "claim:error"));
+        let before = rig.vm.ping()?;
+        let report: Report = rig.vm.ask_update(&rig.vm.other_build()?)?.json()?;
+        drop(fault.transpose()?);
+        let after = rig.vm.ping()?;
+        let changed = before.build_id != after.build_id;
+        ensure!(report.outcome == outcome && changed == (outcome == "updated"), "{report:?}: {before:?} -> {after:?}");
+        ensure!(before.pid == after.pid, "{before:?} -> {after:?}");
+        if changed {
+            rig.vm.note_update();
+        }
+        traffic.moves_on(rig.agent()?, 50, PATIENCE)?;
+
+        let refused = rig.vm.ask_update(&rig.vm.other_build()?)?;
+        ensure!(refused.status == 409 && refused.causes()?.join(" ").contains("the log takes nothing"), "{refused:?}");
+        traffic.moves_on(rig.agent()?, 50, PATIENCE)?;
+        traffic.finish_clean(rig.agent()?)?;
+
+        reader = read_end(&log)?;
+        let mut text = Vec::new();
+        wait_for("the line that has waited", PATIENCE, || {
+            // 0: not opened by the VMM yet; an error: nothing more for now.
+            let _ = reader.read_to_end(&mut text);
+            Ok(String::from_utf8_lossy(&text).contains(line).then_some(()))
+        })?;
+    }
+    rig.update_under_traffic()?;
+    fs::remove_file(&log)?;
+    Ok(())
+}
+
+/// Does not wait for a writer.
+fn read_end(fifo: &Path) -> Result<File> {
+    Ok(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(fifo)?)
 }

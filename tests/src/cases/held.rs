@@ -146,7 +146,7 @@ fn raised_by(wire: &Wire, source: u8, counts: impl Fn() -> Result<Vec<Vector>>) 
 }
 
 /// 1200 bytes of `token` from L1's address number `source`.
-fn send(wire: &Wire, source: u8, token: u16) -> Result<()> {
+pub(super) fn send(wire: &Wire, source: u8, token: u16) -> Result<()> {
     let socket = UdpSocket::bind(SocketAddr::new(wire.peer_ip(source).into(), 0))?;
     let payload: Vec<u8> = token.to_ne_bytes().repeat(600);
     assert!(payload.len() >= 2 * STEP);

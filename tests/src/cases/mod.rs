@@ -106,6 +106,7 @@ const CASES: &[Case] = &[
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::IgbA], "meets_driver_probe", meetings::driver_probes),
     with(&[Nic::IgbA], "refused_by_bounds", bounds::of_the_vmm),
+    with(&[Nic::IgbA], "log_stands_still", bounds::log_stands_still),
     unwired(&[Nic::IgbA], "device_without_wire", operator::device_without_wire),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
     with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),
@@ -118,6 +119,7 @@ const CASES: &[Case] = &[
     with(&[Nic::IgbA, Nic::E1000e], "rollback_one_cell_a_phase", rollback::one_cell_a_phase),
     with(&[Nic::IgbA, Nic::E1000e], "rollback_red_without_reinjection", rollback::red_without_reinjection),
     with(&[Nic::IgbA], "huge_pages_with_nic", traffic::huge_pages),
+    with(&[Nic::IgbA], "memory_behind_the_hole", traffic::memory_behind_the_hole),
     with(&[Nic::E1000e], "disk_and_nic_of_one_group", traffic::disk_and_nic),
     with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
 ];

@@ -9,10 +9,16 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    cases::{MANY, note},
+    cases::{
+        MANY,
+        failures::{End, unharmed},
+        held, note,
+    },
     harness::{
+        hooks::Switch,
         lab::{self, Nic},
         proc,
+        ram::{self, GuestRam},
         rig::{self, Rig},
         traffic::Traffic,
         vm::Vm,
@@ -137,6 +143,27 @@ pub fn huge_pages() -> Result<()> {
         ensure!(mapped >= 512 << 10, "{memory}: {mapped} KiB of huge pages");
         Ok(())
     })
+}
+
+/// Memory on both sides of the 32-bit hole is two ranges of DMA. Both are carried over updates, and back when the second is refused after
+/// the first was mapped: the guest's packets are behind the hole, as Linux takes from there first, and so is the memory that it checks.
+pub fn memory_behind_the_hole() -> Result<()> {
+    const MIB: u64 = 64;
+    let mut rig = Rig::boot(Vm::builder().cpus(2).memory("size=6G"), &[(Nic::IgbA, None)])?;
+    rig.agent()?.call_within::<()>(&Request::MemoryStart { mib: MIB, seed: 12 }, Duration::from_secs(60))?;
+    updates_under_traffic(&mut rig, 3)?;
+    let ram = GuestRam::of(rig.vm.pid())?;
+    held::send(&rig.wires[0], 0, 0x5e3d)?;
+    let packet = wait_for("the packet in guest memory", Duration::from_secs(20), || Ok(ram.find_filler(0x5e3d)))?;
+    ensure!(packet as u64 >= ram::HOLE, "the packet is at {packet:#x}, before the hole");
+    drop(ram);
+    unharmed(&mut rig, End::RolledBack, &["no memory in this image for the DMA mapping 0x100000000"], |rig| {
+        let _fault = Switch::with(&rig.vm.dir, "fault", "remap:refused:1")?;
+        rig.vm.ask_update(&rig.vm.other_build()?)
+    })?;
+    let stats: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+    ensure!(stats.pages_wrong == 0 && stats.passes > 0, "{stats:?}");
+    Ok(())
 }
 
 /// Transparent huge pages for shared memory that asks for them, which Debian's kernel does not give by default.

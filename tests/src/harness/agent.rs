@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -192,6 +192,16 @@ impl Agent {
 
     pub fn ping(&self) -> Result<()> {
         self.call(&Request::Ping)
+    }
+
+    /// The guest's kernel has nothing to say against its machine, its ACPI tables or its clock.
+    pub fn no_complaints(&self) -> Result<()> {
+        let words =
+            ["BUG:", "Oops", "soft lockup", "rcu: INFO", "clocksource: Marking", "ACPI Err", "ACPI BIOS", "ACPI Warn"];
+        let words = words.map(str::to_owned).to_vec();
+        let told: String = self.call(&Request::Dmesg { words })?;
+        ensure!(told.is_empty(), "the guest's kernel complains: {told}");
+        Ok(())
     }
 
     pub fn machine(&self) -> Result<MachineInfo> {

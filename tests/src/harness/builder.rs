@@ -28,6 +28,8 @@ pub struct Builder {
     hooks: bool,
     update_dir: Option<PathBuf>,
     may_lock: Option<u64>,
+    ignores_children: bool,
+    log_file: Option<PathBuf>,
     patience: Duration,
 }
 
@@ -45,6 +47,8 @@ impl Default for Builder {
             hooks: true,
             update_dir: None,
             may_lock: None,
+            ignores_children: false,
+            log_file: None,
             patience: BOOT_DEADLINE,
         }
     }
@@ -116,6 +120,18 @@ impl Builder {
         self
     }
 
+    /// SIGCHLD is ignored when the VMM starts.
+    pub fn ignores_children(mut self) -> Self {
+        self.ignores_children = true;
+        self
+    }
+
+    /// As behind `--log-file`.
+    pub fn log_file(mut self, path: &Path) -> Self {
+        self.log_file = Some(path.into());
+        self
+    }
+
     /// Passes `nic` through, in the container of that name if one is given.
     pub fn device(mut self, nic: lab::Nic, container: Option<&str>) -> Result<Self> {
         self.devices.push((nic.bdf()?, container.map(Into::into)));
@@ -169,12 +185,15 @@ impl Builder {
         }
         let update_dir = self.update_dir.iter().map(|folder| folder.display().to_string());
         args.extend(update_dir.flat_map(|folder| ["--update-dir".into(), folder]));
+        let log_file = self.log_file.iter().map(|path| path.display().to_string());
+        args.extend(log_file.flat_map(|path| ["--log-file".into(), path]));
         args.extend(self.fault.iter().flat_map(|fault| ["--fault".into(), fault.clone()]));
         let setting = Setting {
             serial: true,
             hooks: self.hooks,
             notify_socket: self.notify_socket.as_deref(),
             may_lock: self.may_lock,
+            ignores_children: self.ignores_children,
             terminal: None,
         };
         let mut vm = Vm::spawn(&self.binary, &args, &setting)?;

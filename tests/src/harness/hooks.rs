@@ -42,6 +42,14 @@ impl Drop for Switch {
     }
 }
 
+pub fn make_fifo(path: &Path) -> Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: a valid C string.
+    let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
+    ensure!(made == 0, "{}: {}", path.display(), std::io::Error::last_os_error());
+    Ok(())
+}
+
 /// Makes the next update stop at the end of a phase: the VMM writes a line to the fifo `held` and waits for one from `release`.
 pub struct Hold {
     fifos: [PathBuf; 2],
@@ -57,10 +65,7 @@ impl Hold {
         let fifos = [dir.join("held"), dir.join("release")];
         let mut ends = Vec::new();
         for path in &fifos {
-            let name = CString::new(path.as_os_str().as_bytes())?;
-            // SAFETY: a valid C string.
-            let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
-            ensure!(made == 0, "{}: {}", path.display(), std::io::Error::last_os_error());
+            make_fifo(path)?;
             // Open for both: neither side then waits for the other in open.
             ends.push(OpenOptions::new().read(true).write(true).open(path)?);
         }

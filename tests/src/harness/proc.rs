@@ -259,6 +259,13 @@ pub fn bound_locking(bytes: u64) -> io::Result<()> {
     if done { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Before an exec: the program starts with SIGCHLD ignored.
+pub fn ignore_children() -> io::Result<()> {
+    // SAFETY: no handler is involved.
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Sets the soft limit of `resource` for a running process; what it was.
 pub fn set_soft_limit(pid: u32, resource: libc::__rlimit_resource_t, soft: u64) -> Result<u64> {
     let pid = pid as libc::pid_t;

@@ -9,6 +9,9 @@ use anyhow::{Context, Result, ensure};
 
 use crate::harness::proc;
 
+/// Where the 32-bit hole begins, in guest addresses and in the memfd.
+pub const HOLE: u64 = 3 << 30;
+
 fn memfd(pid: u32) -> Result<File> {
     proc::open_fd_to(pid, "/memfd:guest-ram", OpenOptions::new().read(true))
 }

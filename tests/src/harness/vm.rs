@@ -46,13 +46,22 @@ pub(super) struct Setting<'a> {
     pub notify_socket: Option<&'a Path>,
     /// Without CAP_IPC_LOCK, and with RLIMIT_MEMLOCK at so many bytes.
     pub may_lock: Option<u64>,
+    /// SIGCHLD is ignored, as by a careless supervisor.
+    pub ignores_children: bool,
     /// Its standard input.
     pub terminal: Option<&'a File>,
 }
 
 impl Default for Setting<'_> {
     fn default() -> Self {
-        Self { serial: false, hooks: true, notify_socket: None, may_lock: None, terminal: None }
+        Self {
+            serial: false,
+            hooks: true,
+            notify_socket: None,
+            may_lock: None,
+            ignores_children: false,
+            terminal: None,
+        }
     }
 }
 
@@ -116,6 +125,10 @@ impl Vm {
         if let Some(bytes) = setting.may_lock {
             // SAFETY: system calls only.
             unsafe { command.pre_exec(move || proc::bound_locking(bytes)) };
+        }
+        if setting.ignores_children {
+            // SAFETY: a system call only.
+            unsafe { command.pre_exec(proc::ignore_children) };
         }
         command
             .stdin(setting.terminal.map(File::try_clone).transpose()?.map_or_else(Stdio::null, Stdio::from))

@@ -82,7 +82,7 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     let bytes = if way == Way::Forward { crate::test_hooks::truncated("claim", &bytes) } else { &bytes };
     let reader = StateReader::new(bytes).map_err(|error| text(&error))?;
     let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
-    if let Err(error) = std::mem::take(&mut handover.log).start() {
+    if let Err(error) = std::mem::take(&mut handover.log).start_held() {
         crate::say(&format!("after an update: {error:#}"));
     }
     if let Some(Failed { phase, cause }) = &failed {
@@ -133,6 +133,9 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     let helper = helper.map(|pid| Helper { pid: pid as libc::pid_t, release });
     if let Some(helper) = &helper {
         helper.let_go();
+    }
+    if way == Way::Forward && helper.is_none() {
+        log::warn!("the old address space could not be parked, its tear-down was part of the pause");
     }
     if way == Way::BackByHelper {
         supervisor.pid_changed();

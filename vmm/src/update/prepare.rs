@@ -13,7 +13,7 @@ use super::target::{self, Target};
 use super::timeline::{Phase, Timeline};
 use super::{NotUpdated, Subject};
 use crate::build_info;
-use crate::log_config::LogConfig;
+use crate::logging::LogConfig;
 use crate::machine::state::Depth;
 use crate::vcpus::placement::Placement;
 
@@ -67,6 +67,7 @@ impl Prepared {
             };
         }
         reasons.extend(preflight::reasons(&needs));
+        reasons.extend(crate::logging::stands_still());
         let target = match Target::open(request, build_info::this(), subject.supervisor.update_dir()) {
             Ok(target) => Some(target),
             Err(more) => {

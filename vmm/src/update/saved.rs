@@ -13,7 +13,7 @@ use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::vault::Record;
 use theseus_resources::{Slot, StateReader, StateWriter};
 
-use crate::log_config::LogConfig;
+use crate::logging::LogConfig;
 use crate::machine::MachineError;
 use crate::machine::state::{self, MachineState};
 use crate::supervisor::Supervisor;

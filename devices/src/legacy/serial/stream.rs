@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use theseus_resources::vault::KeptFd;
@@ -33,12 +33,13 @@ pub(super) enum Input {
 
 impl Stream {
     pub(super) fn new(fd: KeptFd) -> std::io::Result<Self> {
-        // A file whose file system is gone cannot even be looked at; its guest goes on without its output.
-        let kind = match rustix::fs::fstat(&fd).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
-            Ok(FileType::Socket) => Kind::Socket,
-            Ok(FileType::Fifo) => Kind::Polled,
-            Ok(FileType::CharacterDevice) if rustix::termios::isatty(&fd) => Kind::Polled,
-            _ => Kind::Plain,
+        // No fstat: after an update a guest waits for this, and a file whose server is gone answers none.
+        let kind = if rustix::net::sockopt::socket_type(&fd).is_ok() {
+            Kind::Socket
+        } else if rustix::pipe::fcntl_getpipe_size(&fd).is_ok() || rustix::termios::isatty(&fd) {
+            Kind::Polled
+        } else {
+            Kind::Plain
         };
         if kind == Kind::Polled {
             let flags = rustix::fs::fcntl_getfl(&fd)?;

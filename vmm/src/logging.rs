@@ -1,0 +1,236 @@
+//! Where the log goes, and how much of it.
+//!
+//! A write to a log can wait without end: a terminal that was stopped, a pipe that nobody empties, a file whose server is gone; so can the
+//! opening of its file. No guest may stand still for that: while one does, what is logged waits in memory.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+/// How much may wait, bytes; the rest is dropped.
+const WAITING_MAX: usize = 64 << 10;
+
+/// How long a log may take to write what has waited for an update, before the next one is told that it stands still.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogConfig {
+    /// Standard error if there is none.
+    pub file: Option<PathBuf>,
+    /// 0 warnings, 1 info, 2 debug, more: trace.
+    pub verbose: u8,
+}
+
+static IN_USE: OnceLock<LogConfig> = OnceLock::new();
+static SINK: Mutex<Sink> = Mutex::new(Sink { holds: 0, flushing: false, waiting: Vec::new(), file: None });
+static FLUSHED: Condvar = Condvar::new();
+
+impl LogConfig {
+    /// Once per image.
+    pub fn start(self) -> anyhow::Result<()> {
+        let file = self.file.as_deref().map(open).transpose()?;
+        sink().file = file;
+        self.init()
+    }
+
+    /// The same for an image whose guest stands still: everything waits for [`release`], the opening of the file too.
+    pub fn start_held(self) -> anyhow::Result<()> {
+        sink().holds += 1;
+        self.init()
+    }
+
+    fn init(self) -> anyhow::Result<()> {
+        let level = match self.verbose {
+            0 => log::LevelFilter::Warn,
+            1 => log::LevelFilter::Info,
+            2 => log::LevelFilter::Debug,
+            _ => log::LevelFilter::Trace,
+        };
+        let _ = IN_USE.set(self);
+        let target = env_logger::Target::Pipe(Box::new(Lines));
+        env_logger::Builder::new().filter_level(level).target(target).try_init()?;
+        // Rust's own hook writes to standard error by itself.
+        std::panic::set_hook(Box::new(|info| log::error!("{info}")));
+        Ok(())
+    }
+
+    /// For the next image.
+    pub fn in_use() -> Self {
+        IN_USE.get().cloned().unwrap_or_default()
+    }
+}
+
+/// Why an update has to wait for the log: what has waited for the one before is still not written. The thread that tries to could hold an
+/// exec up for as long.
+pub fn stands_still() -> Option<String> {
+    let (sink, _) =
+        FLUSHED.wait_timeout_while(sink(), PATIENCE, |sink| sink.flushing).unwrap_or_else(PoisonError::into_inner);
+    let log = IN_USE.get().and_then(|config| config.file.as_deref()).unwrap_or(Path::new("standard error"));
+    sink.flushing.then(|| format!("the log takes nothing: is whoever reads or stores {} gone?", log.display()))
+}
+
+/// Lets the log wait until this is dropped. If an exec comes first, what waits is lost.
+#[must_use]
+pub struct Held(());
+
+impl Held {
+    pub fn new() -> Self {
+        sink().holds += 1;
+        Self(())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        release();
+    }
+}
+
+/// Ends a hold. What has waited is written by a thread of its own: the caller has a guest to serve, however long the log takes.
+pub fn release() {
+    let mut sink = sink();
+    sink.holds = sink.holds.saturating_sub(1);
+    let nothing = sink.waiting.is_empty() && sink.unopened().is_none();
+    if nothing || sink.holds > 0 || std::mem::replace(&mut sink.flushing, true) {
+        return;
+    }
+    drop(sink);
+    if std::thread::Builder::new().name("log".into()).spawn(flush).is_err() {
+        flush();
+    }
+}
+
+/// The same before the end of the process, which waits for the log, but not for ever.
+pub fn finish() {
+    release();
+    drop(FLUSHED.wait_timeout_while(sink(), PATIENCE, |sink| sink.flushing));
+}
+
+/// Writes what has waited.
+fn flush() {
+    let unopened = sink().unopened();
+    if let Some(path) = unopened {
+        match open(path) {
+            Ok(file) => sink().file = Some(file),
+            Err(error) => log::error!("{error:#}: the log goes to standard error"),
+        }
+    }
+    loop {
+        let mut sink = sink();
+        if sink.holds > 0 || sink.waiting.is_empty() {
+            sink.flushing = false;
+            FLUSHED.notify_all();
+            return;
+        }
+        let (lines, file) = (std::mem::take(&mut sink.waiting), sink.file.clone());
+        drop(sink);
+        let _ = write(file, &lines);
+    }
+}
+
+/// Appended to, so that the image after an update goes on in the same file.
+fn open(path: &Path) -> anyhow::Result<Arc<File>> {
+    let file = File::options().create(true).append(true).open(path);
+    file.map(Arc::new).with_context(|| format!("cannot open the log file {}", path.display()))
+}
+
+fn write(file: Option<Arc<File>>, lines: &[u8]) -> std::io::Result<()> {
+    match file {
+        Some(file) => (&*file).write_all(lines),
+        None => std::io::stderr().write_all(lines),
+    }
+}
+
+struct Sink {
+    holds: u32,
+    /// Whether a thread writes what has waited.
+    flushing: bool,
+    waiting: Vec<u8>,
+    /// Standard error if there is none.
+    file: Option<Arc<File>>,
+}
+
+impl Sink {
+    /// The file that the log is to go to, if that is still to be opened.
+    fn unopened(&self) -> Option<&'static Path> {
+        IN_USE.get().and_then(|config| config.file.as_deref()).filter(|_| self.file.is_none())
+    }
+}
+
+/// Never held for longer than memory takes.
+fn sink() -> MutexGuard<'static, Sink> {
+    SINK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the logger writes to, a record at a time.
+struct Lines;
+
+impl Write for Lines {
+    fn write(&mut self, record: &[u8]) -> std::io::Result<usize> {
+        let mut sink = sink();
+        if sink.holds > 0 || sink.flushing {
+            if sink.waiting.len() + record.len() <= WAITING_MAX {
+                sink.waiting.extend_from_slice(record);
+            }
+        } else {
+            let file = sink.file.clone();
+            drop(sink);
+            write(file, record)?;
+        }
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::read_to_string;
+
+    use super::*;
+
+    /// One test: there is one log.
+    #[test]
+    fn what_is_logged_waits_for_the_end_of_the_hold_and_a_log_that_takes_nothing_holds_nobody_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        sink().file = Some(open(&path).unwrap());
+        let line = |text: &str| Lines.write_all(text.as_bytes()).unwrap();
+        line("1 ");
+        let (outer, inner) = (Held::new(), Held::new());
+        line("2 ");
+        line("3 ");
+        drop(inner);
+        assert_eq!(read_to_string(&path).unwrap(), "1 ");
+        drop(outer);
+        assert_eq!(stands_still(), None);
+        line("4 ");
+        assert_eq!(read_to_string(&path).unwrap(), "1 2 3 4 ");
+
+        let (reader, writer) = std::io::pipe().unwrap();
+        let full = rustix::pipe::fcntl_getpipe_size(&writer).unwrap();
+        (&writer).write_all(&vec![b'.'; full]).unwrap();
+        sink().file = Some(Arc::new(File::from(std::os::fd::OwnedFd::from(writer))));
+        drop({
+            let held = Held::new();
+            line("5 ");
+            held
+        });
+        assert!(stands_still().unwrap().contains("the log takes nothing"));
+        line("6 ");
+        line(&"7".repeat(WAITING_MAX));
+        line("8 ");
+        let mut text = vec![0; full + 6];
+        std::io::Read::read_exact(&mut &reader, &mut text).unwrap();
+        assert_eq!(&text[full..], b"5 6 8 ");
+        assert_eq!(stands_still(), None);
+        sink().file = None;
+    }
+}
