@@ -106,14 +106,15 @@ fn exec(plan: ExecPlan) -> String {
     };
     let (args, env) = image.pointers();
     let back = Return { binary: inherited.old, args, env };
-    let parked = if crate::test_hooks::skip_park() { None } else { Some(park::park(release, &timeline, back)) };
-    let helper = match parked.transpose() {
+    let parked = match () {
+        () if crate::test_hooks::skip_park() => Ok(None),
+        () if crate::test_hooks::fail_park() => Err(std::io::Error::from_raw_os_error(libc::EAGAIN)),
+        () => park::park(release, &timeline, back).map(Some),
+    };
+    let helper = match parked {
         Ok(pid) => pid,
-        Err(error) => {
-            // The update goes on: only the pause is longer.
-            log::warn!("cannot park the old address space, its tear-down will be part of the pause: {error}");
-            None
-        }
+        // Without a helper nobody would bring the guest back from an image that is killed or hangs.
+        Err(error) => return format!("cannot park the old address space: {error}: raise pids.max or RLIMIT_NPROC"),
     };
     timeline.set_helper(helper.unwrap_or(0).unsigned_abs());
     // From here on the guest may be the helper's at any moment, should we get stuck. A panic is as good as an error.

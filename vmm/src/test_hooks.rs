@@ -9,6 +9,8 @@
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
 //! | `skip-park` | no helper keeps the old address space: its tear-down is part of the pause |
+//! | `fail-park` | the helper cannot be started |
+//! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
 //! | `skip-reinjection` | after a roll back no vector is signalled |
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
@@ -68,6 +70,16 @@ mod hooks {
 
     pub fn skip_park() -> bool {
         path("skip-park").is_some()
+    }
+
+    pub fn fail_park() -> bool {
+        path("fail-park").is_some()
+    }
+
+    pub fn vcpu_panic() {
+        if path("vcpu-panic").is_some_and(|file| std::fs::remove_file(file).is_ok()) {
+            panic!("panic of a thread (test)");
+        }
     }
 
     pub fn skip_reinjection() -> bool {
@@ -178,6 +190,12 @@ mod hooks {
     pub fn skip_park() -> bool {
         false
     }
+
+    pub fn fail_park() -> bool {
+        false
+    }
+
+    pub fn vcpu_panic() {}
 
     pub fn skip_reinjection() -> bool {
         false

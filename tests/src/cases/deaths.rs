@@ -5,18 +5,34 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    cases::note,
+    cases::{
+        failures::{End, unharmed},
+        note,
+    },
     harness::{
         hooks::Switch,
         lab::Nic,
         proc,
         report::{Report, update_body},
-        rig::Rig,
+        rig::{self, Rig},
         vm::Vm,
         wait_for,
     },
     proto::{MemoryStats, Request},
 };
+
+/// No helper, no update: nobody would bring the guest back from an image that is killed. And a panic that is not the main thread's.
+pub fn helper_missing_and_vcpu_panic() -> Result<()> {
+    rig::shared(|rig| {
+        for (hook, words) in [("fail-park", "cannot park"), ("vcpu-panic", "panic of a thread (test)")] {
+            unharmed(rig, End::RolledBack, &[words], |rig| {
+                let _hook = Switch::on(&rig.vm.dir, hook)?;
+                rig.vm.ask_update(&rig.vm.other_build()?)
+            })?;
+        }
+        Ok(())
+    })
+}
 
 /// A cgroup below L1's root with memory for one guest, as an orchestrator makes it. This process is in it until [`SmallMemory::leave`], and
 /// its children stay.

@@ -98,6 +98,7 @@ const CASES: &[Case] = &[
     shared("fails_older_state_version", failures::older_state_version),
     shared("fails_downgrade", failures::downgrade),
     shared("fails_exec", failures::exec_fails),
+    shared("fails_park_and_vcpu_thread", deaths::helper_missing_and_vcpu_panic),
     shared("fails_old_binary_deleted", failures::old_binary_deleted),
     shared("state_used_again", failures::state_used_again),
     shared("meets_its_deadline", meetings::deadline_race),

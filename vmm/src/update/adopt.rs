@@ -134,9 +134,6 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     if let Some(helper) = &helper {
         helper.let_go();
     }
-    if way == Way::Forward && helper.is_none() {
-        log::warn!("the old address space could not be parked, its tear-down was part of the pause");
-    }
     if way == Way::BackByHelper {
         supervisor.pid_changed();
     }

@@ -9,6 +9,7 @@ pub mod placement;
 mod signal;
 mod thread;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -38,6 +39,10 @@ pub enum VcpuError {
     Spawn { index: u32, source: std::io::Error },
     #[error("{missing} of {all} vCPUs did not stop within {within:?}: is a device of theirs hung?")]
     Stuck { missing: usize, all: usize, within: Duration },
+    #[error("{missing} of {all} vCPUs have not answered within {within:?}: is the host out of memory or time?")]
+    Silent { missing: usize, all: usize, within: Duration },
+    #[error("vCPU {index}: {panic}")]
+    Panicked { index: u32, panic: String },
     #[error("a vCPU thread has ended")]
     Gone,
 }
@@ -68,15 +73,54 @@ enum Command {
     RestoreLate,
     Run,
     Pause,
-    Save,
+    /// Numbered: the answer to one that was given up may come later.
+    Save(u64),
     End,
 }
 
 enum Event {
-    /// Created, or restored late.
+    /// Created, or restored late; the error may be the last word of a thread that has panicked.
     Ready(Result<(), VcpuError>),
     Paused,
-    Saved(Result<Box<VcpuState>, VcpuError>),
+    Saved(u64, Result<Box<VcpuState>, VcpuError>),
+}
+
+/// Waits for so many vCPUs to stop; the error is how many have not.
+fn await_paused(events: &Receiver<Event>, expected: usize, deadline: Instant) -> Result<(), usize> {
+    let mut done = 0;
+    while done < expected {
+        match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::Paused) => done += 1,
+            // The answer to what was given up before.
+            Ok(Event::Ready(_) | Event::Saved(..)) => {}
+            Err(_) => return Err(expected - done),
+        }
+    }
+    Ok(())
+}
+
+/// The states that `all` vCPUs have saved when they were asked for the `turn`th time.
+fn await_saved(events: &Receiver<Event>, turn: u64, all: usize, within: Duration) -> Result<Vec<VcpuState>, VcpuError> {
+    let deadline = Instant::now() + within;
+    let (mut states, mut failed) = (Vec::with_capacity(all), None);
+    let mut answers = 0;
+    while answers < all {
+        match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::Saved(of, saved)) if of == turn => {
+                answers += 1;
+                match saved {
+                    Ok(state) => states.push(*state),
+                    Err(error) => failed = Some(error),
+                }
+            }
+            Ok(Event::Ready(Err(error))) => return Err(error),
+            Ok(_) => {}
+            Err(RecvTimeoutError::Timeout) => return Err(VcpuError::Silent { missing: all - answers, all, within }),
+            Err(RecvTimeoutError::Disconnected) => return Err(VcpuError::Gone),
+        }
+    }
+    states.sort_by_key(|state| state.index);
+    failed.map_or(Ok(states), Err)
 }
 
 /// One thread as its owner sees it.
@@ -129,7 +173,7 @@ impl Starting {
     /// All vCPUs exist, and are stopped.
     pub fn wait(self) -> Result<Vcpus, VcpuError> {
         let Self { waiting, events } = self;
-        let mut vcpus = Vcpus { handles: Vec::new(), events, running: false, late: 0 };
+        let mut vcpus = Vcpus { handles: Vec::new(), events, running: false, late: 0, saves: Cell::new(0) };
         for Newcomer { index, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok((tid, exit_flag)) = introduced.recv() {
@@ -150,6 +194,8 @@ pub struct Vcpus {
     running: bool,
     /// Acknowledgements of abandoned pauses that are still to come.
     late: usize,
+    /// How often their state was asked for.
+    saves: Cell<u64>,
 }
 
 impl Vcpus {
@@ -170,7 +216,7 @@ impl Vcpus {
             };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || body.main(start, &introduce))
+                .spawn(move || body.guarded(|body| body.main(start, &introduce)))
                 .map_err(|source| VcpuError::Spawn { index, source })?;
             starting.waiting.push(Newcomer { index, pauses, commands, thread, introduced });
         }
@@ -180,7 +226,10 @@ impl Vcpus {
     fn ready(&self) -> Result<(), VcpuError> {
         match self.events.recv_timeout(ANSWER) {
             Ok(Event::Ready(result)) => result,
-            _ => Err(VcpuError::Gone),
+            Ok(Event::Paused | Event::Saved(..)) | Err(RecvTimeoutError::Disconnected) => Err(VcpuError::Gone),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(VcpuError::Silent { missing: 1, all: self.handles.len(), within: ANSWER })
+            }
         }
     }
 
@@ -216,17 +265,11 @@ impl Vcpus {
             return Err(VcpuError::Gone);
         }
         let expected = all + std::mem::take(&mut self.late);
-        for done in 0..expected {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Paused) => {}
-                Ok(_) | Err(RecvTimeoutError::Disconnected) => return Err(VcpuError::Gone),
-                Err(RecvTimeoutError::Timeout) => {
-                    self.late = expected - done;
-                    // Whoever is late takes the pause, and then this, from its queue.
-                    self.handles.iter().try_for_each(|handle| handle.send(Command::Run))?;
-                    return Err(VcpuError::Stuck { missing: self.late.min(all), all, within });
-                }
-            }
+        if let Err(missing) = await_paused(&self.events, expected, deadline) {
+            self.late = missing;
+            // Whoever is late takes the pause, and then this, from its queue.
+            self.handles.iter().for_each(|handle| drop(handle.send(Command::Run)));
+            return Err(VcpuError::Stuck { missing: missing.min(all), all, within });
         }
         self.running = false;
         Ok(())
@@ -234,20 +277,12 @@ impl Vcpus {
 
     /// The state of all (paused) vCPUs, read in parallel, in order of their index.
     pub fn save(&self) -> Result<Vec<VcpuState>, VcpuError> {
+        let turn = self.saves.get() + 1;
+        self.saves.set(turn);
         for handle in &self.handles {
-            handle.send(Command::Save)?;
+            handle.send(Command::Save(turn))?;
         }
-        let mut states = Vec::with_capacity(self.handles.len());
-        let mut failed = None;
-        for _ in &self.handles {
-            match self.events.recv_timeout(ANSWER) {
-                Ok(Event::Saved(Ok(state))) => states.push(*state),
-                Ok(Event::Saved(Err(error))) => failed = Some(error),
-                _ => return Err(VcpuError::Gone),
-            }
-        }
-        states.sort_by_key(|state| state.index);
-        failed.map_or(Ok(states), Err)
+        await_saved(&self.events, turn, self.handles.len(), ANSWER)
     }
 
     pub fn is_running(&self) -> bool {
@@ -270,5 +305,36 @@ impl Drop for Vcpus {
                 log::error!("the thread of vCPU {} had panicked", handle.index);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn answers_to_what_was_given_up_count_for_nothing() {
+        let (sender, events) = channel();
+        let say = |event| sender.send(event).unwrap();
+        let saved = |turn, index| Event::Saved(turn, Err(VcpuError::Panicked { index, panic: String::new() }));
+        say(saved(1, 0));
+        let silent = await_saved(&events, 1, 2, SOON);
+        assert!(matches!(silent, Err(VcpuError::Silent { missing: 1, all: 2, .. })));
+        // The second one answers when nobody listens any more; then both stop and save anew.
+        [saved(1, 1), Event::Paused, Event::Paused].into_iter().for_each(say);
+        assert_eq!(await_paused(&events, 2, Instant::now() + SOON), Ok(()));
+        [saved(1, 1), saved(2, 7), saved(2, 8)].into_iter().for_each(say);
+        assert!(matches!(await_saved(&events, 2, 2, SOON), Err(VcpuError::Panicked { index: 8, .. })));
+        say(Event::Paused);
+        assert_eq!(await_paused(&events, 3, Instant::now() + SOON), Err(2));
+    }
+
+    #[test]
+    fn the_last_word_of_a_thread_is_the_reason() {
+        let (sender, events) = channel();
+        sender.send(Event::Ready(Err(VcpuError::Panicked { index: 3, panic: "panic: x".into() }))).unwrap();
+        assert_eq!(await_saved(&events, 1, 2, SOON).err().unwrap().to_string(), "vCPU 3: panic: x");
     }
 }

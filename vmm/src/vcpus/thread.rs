@@ -1,5 +1,6 @@
 //! The body of a vCPU thread.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
@@ -10,6 +11,7 @@ use theseus_hypervisor::{Exit, Vcpu, VcpuState};
 
 use super::{Command, Event, Shared, Start, VcpuError, signal};
 use crate::boot;
+use crate::update::back::panic_text;
 
 pub(super) struct Body {
     pub index: u32,
@@ -20,7 +22,16 @@ pub(super) struct Body {
 }
 
 impl Body {
-    pub(super) fn main(self, start: Start, introduce: &Sender<(libc::pid_t, ExitFlag)>) {
+    /// The thread's life. A panic in it is told to whoever waits, and to the guest's owner: with a vCPU less no guest can go on.
+    pub(super) fn guarded(self, life: impl FnOnce(&Self)) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| life(&self))) {
+            let panic = panic_text(&*panic);
+            self.fail(format!("vCPU {}: {panic}", self.index));
+            self.tell(Event::Ready(Err(VcpuError::Panicked { index: self.index, panic })));
+        }
+    }
+
+    pub(super) fn main(&self, start: Start, introduce: &Sender<(libc::pid_t, ExitFlag)>) {
         signal::unblock_kick();
         let (mut vcpu, state) = match self.create(start) {
             Ok(created) => created,
@@ -40,9 +51,9 @@ impl Body {
                     self.pauses.fetch_sub(1, Ordering::SeqCst);
                     self.tell(Event::Paused);
                 }
-                Command::Save => {
+                Command::Save(turn) => {
                     let saved = vcpu.save().map_err(|source| self.error(source));
-                    self.tell(Event::Saved(saved));
+                    self.tell(Event::Saved(turn, saved));
                 }
                 Command::End => return,
             }
@@ -83,6 +94,7 @@ impl Body {
         let new = || Vcpu::new(&self.shared.vm, self.index).map_err(|source| self.error(source));
         match start {
             Start::Restore(state, _) => {
+                crate::test_hooks::vcpu_panic();
                 let mut vcpu = new()?;
                 vcpu.restore_early(&state).map_err(|source| self.error(source))?;
                 Ok((vcpu, Some(state)))

@@ -67,5 +67,9 @@ mod tests {
         let mut cut = tempfile::NamedTempFile::new().unwrap();
         cut.write_all(&me[..80]).unwrap();
         assert!(inspect(cut.path()).is_err());
+        let mut foreign = tempfile::NamedTempFile::new().unwrap();
+        // e_machine, EM_AARCH64.
+        foreign.write_all(&[&me[..18], &183_u16.to_le_bytes(), &me[20..]].concat()).unwrap();
+        assert!(inspect(foreign.path()).unwrap_err().contains("another kind of machine (ELF machine 183)"));
     }
 }
