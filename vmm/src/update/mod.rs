@@ -29,7 +29,6 @@ use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport, UpdateRequest};
 
 use crate::build_info;
 use crate::events::EventStream;
-use crate::logging::Held;
 use crate::machine::{Host, Machine};
 use crate::main_thread::MainThread;
 use crate::supervisor::Supervisor;
@@ -107,7 +106,6 @@ pub fn run(mut subject: Subject<'_>, request: &UpdateRequest, caller: Option<Con
 fn in_pause(subject: &mut Subject<'_>, prepared: Prepared, caller: Option<ConnId>, deadline: Duration) -> String {
     let text = |error: crate::machine::MachineError| error.to_string();
     let update = || {
-        let _held = Held::new();
         Paused::new(subject, prepared, caller, deadline)
             .and_then(|paused| paused.save().map_err(text))
             .and_then(|saved| saved.invalidate())

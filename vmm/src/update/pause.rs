@@ -13,6 +13,7 @@ use super::prepare::{Prepared, handover};
 use super::saved::{self, ApiSlots, Sealed};
 use super::timeline::Phase;
 use crate::build_info;
+use crate::logging::Held;
 use crate::machine::state::Depth;
 use crate::machine::{Host, Machine, MachineError};
 use crate::main_thread::{ExecPlan, MainThread};
@@ -48,9 +49,10 @@ impl Release {
 }
 
 /// The guest's vCPUs are stopped with nothing pending, its interrupts wait in their eventfds, and the API stands still.
-/// Dropped in the order of the fields: the guest runs again first, then the API.
+/// Dropped in the order of the fields: the guest runs again first, then the log and the API.
 pub struct Paused<'a> {
     guest: Option<StoppedGuest<'a>>,
+    _held: Held,
     _frozen: Option<Frozen<'a>>,
     host: &'a Host,
     main: &'a MainThread,
@@ -98,6 +100,7 @@ impl<'a> Paused<'a> {
         prepared.timeline.start_deadline(deadline);
         prepared.timeline.pass(Phase::Freeze)?;
 
+        let held = Held::new();
         let guest = match subject.machine.as_deref_mut() {
             Some(machine) => {
                 let was_running = machine.vcpus.is_running();
@@ -117,6 +120,7 @@ impl<'a> Paused<'a> {
         prepared.timeline.pass(Phase::Pause)?;
         Ok(Self {
             guest,
+            _held: held,
             _frozen: frozen,
             host: subject.host,
             main: subject.main,
