@@ -183,10 +183,9 @@ impl Builder {
         if self.verbose {
             args.push("-v".into());
         }
-        let update_dir = self.update_dir.iter().map(|folder| folder.display().to_string());
-        args.extend(update_dir.flat_map(|folder| ["--update-dir".into(), folder]));
-        let log_file = self.log_file.iter().map(|path| path.display().to_string());
-        args.extend(log_file.flat_map(|path| ["--log-file".into(), path]));
+        for (option, path) in [("--update-dir", &self.update_dir), ("--log-file", &self.log_file)] {
+            args.extend(path.iter().flat_map(|path| [option.into(), path.display().to_string()]));
+        }
         args.extend(self.fault.iter().flat_map(|fault| ["--fault".into(), fault.clone()]));
         let setting = Setting {
             serial: true,

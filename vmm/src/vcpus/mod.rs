@@ -125,7 +125,6 @@ fn await_saved(events: &Receiver<Event>, turn: u64, all: usize, within: Duration
 
 /// One thread as its owner sees it.
 struct Handle {
-    index: u32,
     tid: libc::pid_t,
     /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a flag that is taken back
     /// before a slow thread has looked would leave its command in the queue.
@@ -156,7 +155,6 @@ impl Handle {
 
 /// A thread that has not said yet whether it has a vCPU.
 struct Newcomer {
-    index: u32,
     pauses: Arc<AtomicU32>,
     commands: Sender<Command>,
     thread: JoinHandle<()>,
@@ -174,10 +172,10 @@ impl Starting {
     pub fn wait(self) -> Result<Vcpus, VcpuError> {
         let Self { waiting, events } = self;
         let mut vcpus = Vcpus { handles: Vec::new(), events, running: false, late: 0, saves: Cell::new(0) };
-        for Newcomer { index, pauses, commands, thread, introduced } in waiting {
+        for Newcomer { pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok((tid, exit_flag)) = introduced.recv() {
-                vcpus.handles.push(Handle { index, tid, pauses, exit_flag, commands, thread: Some(thread) });
+                vcpus.handles.push(Handle { tid, pauses, exit_flag, commands, thread: Some(thread) });
             } else {
                 drop(commands);
                 let _ = thread.join();
@@ -218,7 +216,7 @@ impl Vcpus {
                 .name(format!("vcpu{index}"))
                 .spawn(move || body.guarded(|body| body.main(start, &introduce)))
                 .map_err(|source| VcpuError::Spawn { index, source })?;
-            starting.waiting.push(Newcomer { index, pauses, commands, thread, introduced });
+            starting.waiting.push(Newcomer { pauses, commands, thread, introduced });
         }
         Ok(starting)
     }
@@ -301,9 +299,8 @@ impl Drop for Vcpus {
             let _ = handle.interrupt(Command::End);
         }
         for handle in &mut self.handles {
-            if handle.thread.take().is_some_and(|thread| thread.join().is_err()) {
-                log::error!("the thread of vCPU {} had panicked", handle.index);
-            }
+            // What it may have panicked of was told when it did.
+            let _ = handle.thread.take().map(JoinHandle::join);
         }
     }
 }
