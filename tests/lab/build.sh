@@ -27,15 +27,15 @@ build_all() {
     hash=$(sources_hash)
     if [[ $(cat "$OUT/built" 2>/dev/null) == "$hash" ]]; then return 0; fi
     rm -f "$OUT/built"
-    cargo_build --release -p theseus-tests --bin agent --bin l1-tests || return
-    cargo_build --release -p theseus-api --bin ch-remote || return
-    for name in agent l1-tests ch-remote; do place "$BIN/release/$name" "$OUT/$name" || return; done
+    # All packages in one call: cargo unites the features of dependencies over what is built together, so a call for each
+    # would compile most of them again. The tag is seen by the crate theseus-vmm alone.
     for tag in b a; do
-        THESEUS_BUILD_TAG=$tag cargo_build --release -p theseus-vmm --features test-hooks --bin theseus || return
+        THESEUS_BUILD_TAG=$tag cargo_build --release --workspace --bins --features theseus-vmm/test-hooks || return
         place "$BIN/release/theseus" "$OUT/theseus-$tag" || return
         version=$("$OUT/theseus-$tag" -V) || return
         versions+=("$version")
     done
+    for name in agent l1-tests ch-remote; do place "$BIN/release/$name" "$OUT/$name" || return; done
     [[ ${versions[0]} != "${versions[1]}" ]] || {
         echo "error: theseus-a and theseus-b are the same build: $version" >&2
         return 1
@@ -48,8 +48,7 @@ build_all() {
 build_release() {
     local dist=$TARGET/dist name
     mkdir -p "$dist"
-    cargo_build --release -p theseus-vmm --bin theseus || return
-    cargo_build --release -p theseus-api --bin ch-remote || return
+    cargo_build --release -p theseus-vmm -p theseus-api --bins || return
     for name in theseus ch-remote; do
         place "$BIN/release/$name" "$dist/$name" && is_static "$dist/$name" && printf '%s\n' "$dist/$name" || return
     done
