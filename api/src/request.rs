@@ -31,6 +31,8 @@ pub enum Request {
 pub enum Body {
     /// 204
     Empty,
+    /// 200 without a text, which is what clients expect of vmm.shutdown.
+    EmptyOk,
     /// 200
     Json(Value),
 }

@@ -92,7 +92,7 @@ fn read_response(stream: &mut UnixStream) -> (String, String) {
         head.push(byte[0]);
     }
     let head = String::from_utf8(head).unwrap();
-    let length = head.lines().find_map(|l| l.strip_prefix("content-length: ")).map_or(0, |n| n.parse().unwrap());
+    let length = head.lines().find_map(|l| l.strip_prefix("Content-Length: ")).map_or(0, |n| n.parse().unwrap());
     let mut body = vec![0; length];
     stream.read_exact(&mut body).unwrap();
     (head, String::from_utf8(body).unwrap())
@@ -195,7 +195,7 @@ fn bodies_in_pieces() {
     raw.write_all(body).unwrap();
     raw.write_all(b"\r\n0\r\n\r\n").unwrap();
     let (head, _) = read_response(&mut raw);
-    assert!(head.starts_with("HTTP/1.1 200") && head.contains("connection: close"), "{head}");
+    assert!(head.starts_with("HTTP/1.1 200") && head.contains("Connection: close"), "{head}");
 }
 
 #[test]
@@ -397,7 +397,7 @@ fn a_caller_that_sent_ahead_loses_nothing() {
     let kept = vec![KeptConnection { stream: dup(frozen.caller().unwrap()), answer: Some(refusal) }];
     let next = Fixture::successor(frozen.listener(), kept);
     let (head, body) = read_response(&mut caller);
-    assert!(head.starts_with("HTTP/1.1 409 Conflict") && body == r#"["no"]"#, "{head}{body}");
+    assert!(head.starts_with("HTTP/1.1 409 ") && body == r#"["no"]"#, "{head}{body}");
     assert!(read_response(&mut caller).0.starts_with("HTTP/1.1 200"));
     next.stop();
 }

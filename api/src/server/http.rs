@@ -1,10 +1,15 @@
 //! HTTP on one connection: bodies in, answers out.
+//!
+//! Answers look as the narrowest readers want them, those of Cloud Hypervisor's own clients: all that follows `HTTP/1.1 ` on the status
+//! line is taken for a number, so the reason phrase is empty (RFC 9112, 4, allows that); headers are looked up in title case; and the
+//! text is decoded in pieces of 256 bytes, which only ASCII survives.
 
 use std::convert::Infallible;
 use std::error::Error;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Bytes, Incoming};
+use hyper::ext::ReasonPhrase;
 use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -38,6 +43,7 @@ pub(super) async fn serve(entry: Registered, answer: Option<Reply>) {
         // `Socket` has its own: hyper's would also run out on a connection that is idle.
         .header_read_timeout(None)
         .max_buf_size(MAX_HEAD)
+        .title_case_headers(true)
         // A client may close its side and still wait for the answer.
         .half_close(true)
         .serve_connection(TokioIo::new(Socket::new(conn.clone())), service_fn(|request| handle(&entry, request)))
@@ -116,9 +122,23 @@ async fn read_body(mut body: Incoming, expects: bool) -> Result<Vec<u8>, ApiErro
 fn render(reply: &Reply) -> (u16, String) {
     match reply {
         Ok(Body::Empty) => (204, String::new()),
-        Ok(Body::Json(value)) => (200, value.to_string()),
-        Err(e) => (e.status, serde_json::Value::from(e.causes.clone()).to_string()),
+        Ok(Body::EmptyOk) => (200, String::new()),
+        Ok(Body::Json(value)) => (200, ascii(&value.to_string())),
+        Err(e) => (e.status, ascii(&serde_json::Value::from(e.causes.clone()).to_string())),
     }
+}
+
+/// JSON text with `\uXXXX` for all that is not ASCII; such characters stand in strings only.
+fn ascii(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c.is_ascii() {
+            text.push(c);
+        } else {
+            c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| text.push_str(&format!("\\u{unit:04x}")));
+        }
+    }
+    text
 }
 
 fn response(reply: &Reply) -> Response<Full<Bytes>> {
@@ -126,6 +146,7 @@ fn response(reply: &Reply) -> Response<Full<Bytes>> {
     let has_body = !text.is_empty();
     let mut response = Response::new(Full::new(Bytes::from(text)));
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.extensions_mut().insert(ReasonPhrase::from_static(b""));
     if has_body {
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     }
@@ -136,12 +157,16 @@ fn response(reply: &Reply) -> Response<Full<Bytes>> {
 fn encode(reply: &Reply, keep_alive: bool) -> Vec<u8> {
     let (status, text) = render(reply);
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut head = format!("HTTP/1.1 {} {}\r\n", status.as_u16(), status.canonical_reason().unwrap_or("Unknown"));
+    let mut head = format!("HTTP/1.1 {} \r\n", status.as_u16());
     if !text.is_empty() {
-        head.push_str(&format!("content-type: application/json\r\ncontent-length: {}\r\n", text.len()));
+        head.push_str("Content-Type: application/json\r\n");
+    }
+    // A 204 has no length (RFC 9110, 8.6).
+    if status != StatusCode::NO_CONTENT {
+        head.push_str(&format!("Content-Length: {}\r\n", text.len()));
     }
     if !keep_alive {
-        head.push_str("connection: close\r\n");
+        head.push_str("Connection: close\r\n");
     }
     [head.as_bytes(), b"\r\n", text.as_bytes()].concat()
 }

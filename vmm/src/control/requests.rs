@@ -44,7 +44,7 @@ impl Control {
             Request::Ping => Ok(Body::Json(to_json(&ping())?)),
             Request::VmmShutdown => {
                 self.exit = Some(crate::EXIT_OK);
-                Ok(Body::Empty)
+                Ok(Body::EmptyOk)
             }
             Request::Create(config) => {
                 self.vm = Vm::Created(*config);
