@@ -33,6 +33,21 @@ impl Routing {
     pub(crate) fn new() -> Self {
         Self { msi: BTreeMap::new() }
     }
+
+    /// Routes `gsi` by `write`, which gives the kernel the whole table. If that fails the table is the kernel's again, which keeps its old one
+    /// (kvm_set_irq_routing): so that the same route is tried the next time, and no later table contains what was refused.
+    fn change(&mut self, gsi: u32, route: MsiRoute, write: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        let before = self.msi.insert(gsi, Some(route));
+        if before == Some(Some(route)) {
+            return Ok(());
+        }
+        write(self).inspect_err(|_| {
+            match before {
+                Some(before) => self.msi.insert(gsi, before),
+                None => self.msi.remove(&gsi),
+            };
+        })
+    }
 }
 
 impl Vm {
@@ -61,11 +76,7 @@ impl Vm {
 
     /// Routes one GSI; the kernel takes the whole table each time.
     pub fn route_msi(&self, gsi: u32, route: MsiRoute) -> Result<()> {
-        let mut routing = self.routing();
-        if routing.msi.insert(gsi, Some(route)) == Some(Some(route)) {
-            return Ok(());
-        }
-        self.write_table(&routing)
+        self.routing().change(gsi, route, |routing| self.write_table(routing))
     }
 
     /// Notes routes without telling KVM, for a restore: [`Vm::commit_routes`] then sets all of them in one call.
@@ -130,4 +141,34 @@ fn msi_entry(gsi: u32, route: MsiRoute) -> kvm_irq_routing_entry {
         ..Default::default()
     };
     entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(_: &Routing) -> Result<()> {
+        Err(Error::Exhausted("memory"))
+    }
+
+    #[test]
+    fn a_route_that_failed_is_tried_again_and_spoils_no_other() {
+        let mut routing = Routing::new();
+        let route = |data| MsiRoute { address: 0xFEE0_1000, data };
+        routing.msi.insert(24, None);
+        assert!(routing.change(24, route(1), refused).is_err());
+        assert!(routing.change(25, route(9), refused).is_err());
+        assert_eq!(routing.msi, BTreeMap::from([(24, None)]));
+        let mut written = 0;
+        let mut write = |routing: &Routing| {
+            written += 1;
+            assert_eq!(routing.msi, BTreeMap::from([(24, Some(route(1)))]));
+            Ok(())
+        };
+        routing.change(24, route(1), &mut write).unwrap();
+        routing.change(24, route(1), &mut write).unwrap();
+        assert_eq!(written, 1, "the kernel has it already");
+        assert!(routing.change(24, route(2), refused).is_err());
+        assert_eq!(routing.msi, BTreeMap::from([(24, Some(route(1)))]));
+    }
 }

@@ -41,6 +41,14 @@ struct Wire {
     attached: bool,
 }
 
+impl Wire {
+    fn detach(&mut self, msi: &dyn Msi) -> Result<(), MsiError> {
+        msi.detach(self.gsi, self.eventfd.as_fd())?;
+        self.attached = false;
+        Ok(())
+    }
+}
+
 /// See the module.
 pub struct Msix {
     name: String,
@@ -52,6 +60,8 @@ pub struct Msix {
     /// One for each vector, or none yet.
     wires: Vec<Wire>,
     quiesced: bool,
+    /// The host has refused something: [`Msix::settle`] tries again.
+    dirty: bool,
     complaints: Complaints,
 }
 
@@ -96,6 +106,7 @@ impl Msix {
             control: 0,
             wires: Vec::new(),
             quiesced: false,
+            dirty: false,
             complaints: Complaints::default(),
         }
     }
@@ -110,7 +121,12 @@ impl Msix {
     }
 
     pub fn enabled(&self) -> bool {
-        self.control & ENABLE != 0
+        Self::enables(self.control)
+    }
+
+    /// Whether this value of message control turns MSI-X on.
+    pub fn enables(control: u16) -> bool {
+        control & ENABLE != 0
     }
 
     /// The vectors' eventfds, in order, made now if there are none yet: what the device is to signal.
@@ -142,7 +158,7 @@ impl Msix {
     pub fn set_control(&mut self, control: u16) {
         let was_enabled = self.enabled();
         self.control = control & (ENABLE | FUNCTION_MASK);
-        let _ = self.reconcile(0..self.vectors());
+        let _ = self.reconcile_all();
         if was_enabled && !self.enabled() {
             // Nothing is pending in a function that is off.
             for wire in &self.wires {
@@ -199,8 +215,8 @@ impl Msix {
     }
 
     /// Brings irqfds and routes of some vectors in line with the table: detach, then route, then attach, each for all of them.
-    /// What the host refuses is logged, as the guest has no way to be told, and the first irqfd that could not be attached or detached returned. A
-    /// message that cannot be routed is the guest's own fault.
+    /// State changes after success only: what the host refuses is logged, as the guest has no way to be told, tried again by [`Msix::settle`], and
+    /// the first of it returned. A message that is no route to KVM (EINVAL) is the guest's own fault: that waits for another one.
     fn reconcile(&mut self, range: Range<usize>) -> Result<(), MsixError> {
         let on = self.enabled() && !self.quiesced;
         let range = range.start.min(self.wires.len())..range.end.min(self.wires.len());
@@ -209,21 +225,29 @@ impl Msix {
         let Some(wires) = self.wires.get_mut(range) else { return Ok(()) };
         for (wire, (wanted, _)) in wires.iter_mut().zip(&plan) {
             if wire.attached && !wanted {
-                // Taken as detached even if not: it may then inject once too often, but no event is lost.
-                wire.attached = false;
-                failed.extend(self.msi.detach(wire.gsi, wire.eventfd.as_fd()).err());
+                failed.extend(wire.detach(&*self.msi).err());
             }
         }
         for (wire, (wanted, message)) in wires.iter_mut().zip(&plan) {
             if *wanted && wire.routed != Some(*message) {
                 match self.msi.route(wire.gsi, *message) {
                     Ok(()) => wire.routed = Some(*message),
-                    Err(e) => self.complaints.warn(|| format!("{}: MSI-X: {e}", self.name)),
+                    Err(e) => {
+                        if e.source.raw_os_error() == Some(libc::EINVAL) {
+                            self.complaints.warn(|| format!("{}: MSI-X: {e}", self.name));
+                        } else {
+                            failed.push(e);
+                        }
+                        // What comes waits in the eventfd: where it would go now nobody expects it any more.
+                        if wire.attached {
+                            failed.extend(wire.detach(&*self.msi).err());
+                        }
+                    }
                 }
             }
         }
-        for (wire, (wanted, _)) in wires.iter_mut().zip(&plan) {
-            if *wanted && !wire.attached && wire.routed.is_some() {
+        for (wire, (wanted, message)) in wires.iter_mut().zip(&plan) {
+            if *wanted && !wire.attached && wire.routed == Some(*message) {
                 match self.msi.attach(wire.gsi, wire.eventfd.as_fd()) {
                     Ok(()) => wire.attached = true,
                     Err(e) => failed.push(e),
@@ -233,20 +257,36 @@ impl Msix {
         for error in &failed {
             self.complaints.warn(|| format!("{}: MSI-X: {error}", self.name));
         }
+        self.dirty |= !failed.is_empty();
         failed.into_iter().next().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// For eventfds that were made after MSI-X was turned on.
+    pub fn attach_missing(&mut self) -> Result<(), MsixError> {
+        self.reconcile_all()
+    }
+
+    fn reconcile_all(&mut self) -> Result<(), MsixError> {
+        self.dirty = false;
+        self.reconcile(0..self.vectors())
+    }
+
+    /// Tries again what the host has refused, if anything.
+    pub fn settle(&mut self) -> Result<(), MsixError> {
+        if self.dirty { self.reconcile_all() } else { Ok(()) }
     }
 
     /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`], after an error too.
     pub fn quiesce_irqfds(&mut self) -> Result<(), MsixError> {
         self.quiesced = true;
-        self.reconcile(0..self.vectors())
+        self.reconcile_all()
     }
 
     /// Attaches the irqfds of all unmasked vectors, which injects what has come meanwhile: in the old image after an update
     /// that did not happen, in the new one once all LAPICs and the GSI routes are in place.
     pub fn resume_irqfds(&mut self) -> Result<(), MsixError> {
         self.quiesced = false;
-        self.reconcile(0..self.vectors())
+        self.reconcile_all()
     }
 
     /// Signals every vector that can fire, once: after an image died in between, whose end drained the eventfds. A spurious
@@ -267,7 +307,7 @@ impl Msix {
     }
 
     pub fn save(&self) -> MsixState {
-        let Self { name: _, msi: _, vault: _, table, control, wires, quiesced: _, complaints: _ } = self;
+        let Self { name: _, msi: _, vault: _, table, control, wires, quiesced: _, dirty: _, complaints: _ } = self;
         let wires = wires.iter().map(|wire| {
             let Wire { eventfd, gsi, routed, attached: _ } = wire;
             WireState { slot: eventfd.slot(), gsi: *gsi, routed: *routed }
@@ -304,6 +344,7 @@ impl Msix {
             control,
             wires: wires?,
             quiesced: true,
+            dirty: false,
             complaints: Complaints::default(),
         })
     }

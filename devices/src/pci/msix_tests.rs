@@ -17,6 +17,20 @@ struct Inner {
     injected: Vec<MsiMessage>,
     calls: Vec<&'static str>,
     freed: usize,
+    /// What is refused, and how.
+    refused: Option<(&'static str, i32)>,
+}
+
+impl Inner {
+    fn call(&mut self, name: &'static str) -> Result<(), MsiError> {
+        self.calls.push(name);
+        match self.refused {
+            Some((refused, errno)) if refused == name => {
+                Err(MsiError { what: name.into(), source: std::io::Error::from_raw_os_error(errno) })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl FakeMsi {
@@ -26,6 +40,11 @@ impl FakeMsi {
 
     pub fn attached(&self) -> usize {
         self.0.lock().unwrap().attached.len()
+    }
+
+    /// From now on; `""`: nothing.
+    pub fn refuse(&self, name: &'static str, errno: i32) {
+        self.0.lock().unwrap().refused = Some((name, errno));
     }
 
     fn calls(&self) -> Vec<&'static str> {
@@ -50,14 +69,14 @@ impl Msi for FakeMsi {
 
     fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), MsiError> {
         let mut inner = self.0.lock().unwrap();
-        inner.calls.push("route");
+        inner.call("route")?;
         inner.routes.insert(gsi, message);
         Ok(())
     }
 
     fn attach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
         let mut inner = self.0.lock().unwrap();
-        inner.calls.push("attach");
+        inner.call("attach")?;
         assert!(inner.attached.insert(gsi, eventfd.as_raw_fd()).is_none(), "EBUSY");
         if readable(eventfd) {
             let message = inner.routes[&gsi];
@@ -68,7 +87,7 @@ impl Msi for FakeMsi {
 
     fn detach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
         let mut inner = self.0.lock().unwrap();
-        inner.calls.push("detach");
+        inner.call("detach")?;
         assert_eq!(inner.attached.remove(&gsi), Some(eventfd.as_raw_fd()));
         let _ = rustix::io::read(eventfd, &mut [0; 8]);
         Ok(())
@@ -166,11 +185,8 @@ fn a_refused_update_loses_nothing() {
     assert_eq!((msi.injected(), msi.attached()), (vec![0x41], 2));
 }
 
-#[test]
-fn an_event_in_the_pause_is_injected_in_the_new_image() {
-    let (mut msix, _, vault) = enabled();
-    program(&mut msix, 2, 0x42, true);
-    msix.quiesce_irqfds().unwrap();
+/// The same in a new image.
+fn carried(msix: &mut Msix, vault: &Vault) -> (Msix, Arc<FakeMsi>) {
     let state = msix.save();
     assert_eq!(state, msix.save(), "save is pure");
     let mut records = vault.manifest();
@@ -178,12 +194,21 @@ fn an_event_in_the_pause_is_injected_in_the_new_image() {
     for (record, fd) in records.iter_mut().zip(msix.eventfds().unwrap()) {
         record.fd = std::os::fd::IntoRawFd::into_raw_fd(fd.try_clone_to_owned().unwrap());
     }
-    signal(&mut msix, 0);
     // SAFETY: the duplicates were made for this and have no other owner.
     let (vault, mut claims) = unsafe { Vault::adopt(records) }.unwrap();
     let msi = Arc::new(FakeMsi::default());
-    let mut new = Msix::restore("nic0", state, msi.clone(), vault, &mut claims).unwrap();
+    let new = Msix::restore("nic0", state, msi.clone(), vault, &mut claims).unwrap();
     claims.finish().unwrap();
+    (new, msi)
+}
+
+#[test]
+fn an_event_in_the_pause_is_injected_in_the_new_image() {
+    let (mut msix, _, vault) = enabled();
+    program(&mut msix, 2, 0x42, true);
+    msix.quiesce_irqfds().unwrap();
+    let (mut new, msi) = carried(&mut msix, &vault);
+    signal(&mut msix, 0);
     assert!(msi.calls().is_empty(), "routes are staged, irqfds wait");
     assert_eq!(pba(&new), 1);
     new.resume_irqfds().unwrap();
@@ -205,4 +230,79 @@ fn odd_accesses_do_no_harm() {
     assert_eq!(data, [0; 8]);
     msix.pba_read(u64::MAX - 3, &mut data);
     assert_eq!(data, [0; 8]);
+}
+
+/// Each call to KVM fails once: nothing is taken for done, nothing injected to where it should no longer go, and nothing is lost.
+#[test]
+fn what_the_host_refuses_is_tried_again() {
+    let (mut msix, msi, _vault) = enabled();
+    // A new message for an attached vector.
+    msi.refuse("route", libc::ENOMEM);
+    program(&mut msix, 0, 0x50, false);
+    signal(&mut msix, 0);
+    assert_eq!((msi.injected(), pba(&msix)), (vec![], 1), "it waits");
+    msi.refuse("attach", libc::ENOMEM);
+    assert!(msix.settle().is_err());
+    assert_eq!((msi.injected(), pba(&msix)), (vec![], 1));
+    msi.refuse("", 0);
+    msix.settle().unwrap();
+    assert_eq!((msi.injected(), msi.attached(), pba(&msix)), (vec![0x50], 2, 0));
+    msi.calls();
+    msix.settle().unwrap();
+    assert!(msi.calls().is_empty(), "all is done");
+    // A mask: the irqfd stays what it is.
+    msi.refuse("detach", libc::ENOMEM);
+    program(&mut msix, 0, 0x50, true);
+    assert_eq!(msi.attached(), 2);
+    assert!(msix.quiesce_irqfds().is_err(), "no update with an irqfd of the old VM");
+    msi.refuse("", 0);
+    msix.resume_irqfds().unwrap();
+    assert_eq!(msi.attached(), 1, "masked, at last");
+    program(&mut msix, 0, 0x50, false);
+    assert_eq!(msi.attached(), 2);
+}
+
+#[test]
+fn a_success_elsewhere_does_not_hide_a_failure() {
+    let (mut msix, msi, _vault) = enabled();
+    program(&mut msix, 0, 0x40, true);
+    msi.refuse("attach", libc::ENOMEM);
+    program(&mut msix, 0, 0x40, false);
+    msi.refuse("", 0);
+    program(&mut msix, 1, 0x51, false);
+    assert_eq!(msi.attached(), 1);
+    msix.settle().unwrap();
+    assert_eq!(msi.attached(), 2);
+}
+
+#[test]
+fn a_message_that_cannot_be_is_the_guest_s_own_fault() {
+    let (mut msix, msi, _vault) = enabled();
+    msi.refuse("route", libc::EINVAL);
+    program(&mut msix, 0, 0x66, false);
+    msi.refuse("", 0);
+    msi.calls();
+    msix.settle().unwrap();
+    msix.quiesce_irqfds().unwrap();
+    msi.refuse("route", libc::EINVAL);
+    msix.resume_irqfds().unwrap();
+    assert_eq!(msi.attached(), 1, "no update is refused for it, nor is the old message sent");
+    msi.refuse("", 0);
+    program(&mut msix, 0, 0x67, false);
+    assert_eq!(msi.attached(), 2);
+}
+
+/// A save between the failure and the next try: the table is what the guest wants, and the new image makes it true.
+#[test]
+fn what_is_refused_still_goes_over() {
+    let (mut msix, msi, vault) = enabled();
+    msi.refuse("route", libc::ENOMEM);
+    program(&mut msix, 0, 0x50, false);
+    signal(&mut msix, 0);
+    msix.quiesce_irqfds().unwrap();
+    let (new, msi) = carried(&mut msix, &vault);
+    let mut new = new;
+    assert_eq!(pba(&new), 1);
+    new.resume_irqfds().unwrap();
+    assert_eq!((msi.injected(), msi.attached()), (vec![0x50], 2));
 }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use super::container::{Container, MapSource};
 use super::device::{DeviceError, PAGE, Region, VfioDevice};
 use super::pci::Wiring;
 use super::pci_regs::*;
+use super::signals;
 use crate::bus::{BusDevice, SharedDevice};
 use crate::pci::complaints::Complaints;
 use crate::pci::msix::Msix;
@@ -72,6 +73,14 @@ pub struct Bar {
     /// (offset in the BAR, size, who answers)
     trapped: Vec<(u64, u64, SharedDevice)>,
     active: Option<Active>,
+    leftover: Leftover,
+}
+
+/// What could not be taken away when the BAR was: tried again by [`Bar::settle`].
+#[derive(Debug, Default)]
+struct Leftover {
+    slots: Vec<u32>,
+    dma: Vec<u64>,
 }
 
 /// What a BAR is built on.
@@ -103,6 +112,7 @@ impl Bar {
             direct: direct.collect::<Result<_, DeviceError>>()?,
             trapped: trapped.collect(),
             active: None,
+            leftover: Leftover::default(),
         })
     }
 
@@ -112,6 +122,23 @@ impl Bar {
 
     pub fn active(&self) -> &Option<Active> {
         &self.active
+    }
+
+    /// iovas of peer-to-peer mappings that could not be taken away yet, for the saved state. (Memslots end with their VM.)
+    pub fn leftover_dma(&self) -> &[u64] {
+        &self.leftover.dma
+    }
+
+    pub fn set_leftover_dma(&mut self, iovas: Vec<u64>) {
+        self.leftover.dma = iovas;
+    }
+
+    /// Takes away what could not be taken away before. False if something is left still.
+    pub fn settle(&mut self, container: &Container, wiring: &Wiring) -> bool {
+        let Leftover { slots, dma } = &mut self.leftover;
+        slots.retain(|slot| wiring.memslots.remove(*slot).is_err());
+        dma.retain(|iova| container.unmap(*iova).is_err());
+        slots.is_empty() && dma.is_empty()
     }
 
     /// Where this process has `offset..offset + size` of the BAR mapped.
@@ -158,10 +185,11 @@ impl Bar {
         Ok(())
     }
 
-    fn withdraw(&self, active: &Active, wiring: &Wiring) {
+    fn withdraw(&mut self, active: &Active, wiring: &Wiring) {
         for slot in &active.slots {
             if let Err(e) = wiring.memslots.remove(*slot) {
                 log::error!("BAR {}: memslot {slot} cannot be removed: {e}", self.register.index);
+                self.leftover.slots.push(*slot);
             }
         }
         let bus = if self.register.is_io() { &wiring.pio } else { &wiring.mmio };
@@ -184,15 +212,17 @@ impl Bar {
         }
     }
 
-    /// Takes the BAR away from the guest and from the other devices.
-    pub fn unmap(&mut self, container: &Container, wiring: &Wiring) {
-        let Some(active) = self.active.take() else { return };
+    /// Takes the BAR away from the guest and from the other devices. False if something of it is left.
+    pub fn unmap(&mut self, container: &Container, wiring: &Wiring) -> bool {
+        let Some(active) = self.active.take() else { return true };
         self.withdraw(&active, wiring);
         for iova in &active.dma {
             if let Err(e) = container.unmap(*iova) {
                 log::error!("BAR {}: {e}", self.region);
+                self.leftover.dma.push(*iova);
             }
         }
+        self.leftover.slots.is_empty() && self.leftover.dma.is_empty()
     }
 
     /// Takes the BAR away from this image's guest only.
@@ -200,6 +230,7 @@ impl Bar {
         if let Some(active) = self.active.take() {
             self.withdraw(&active, wiring);
         }
+        self.leftover.slots.retain(|slot| wiring.memslots.remove(*slot).is_err());
     }
 }
 
@@ -261,6 +292,13 @@ enum Target {
 }
 
 impl Trap {
+    /// What the host has refused is tried again at each access.
+    fn msix(&self) -> MutexGuard<'_, Msix> {
+        let mut msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = signals::settle(&self.device, &mut msix);
+        msix
+    }
+
     fn target(&self, at: u64) -> Target {
         let inside = |range: &Option<Range<u64>>| range.as_ref().filter(|r| r.contains(&at)).map(|r| at - r.start);
         match (inside(&self.table), inside(&self.pba)) {
@@ -293,7 +331,7 @@ impl Trap {
 
 impl BusDevice for Trap {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
+        let msix = self.msix();
         for (at, range) in self.pieces(offset, data.len()) {
             let data = &mut data[range];
             match self.target(at) {
@@ -305,7 +343,7 @@ impl BusDevice for Trap {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let mut msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut msix = self.msix();
         // All of an access to the table is one write: an unmask must not be seen before the message beside it.
         if let (Some((at, _)), true) = (self.pieces(offset, data.len()).first(), data.len() == 8)
             && let (Target::Table(first), Target::Table(_)) = (self.target(*at), self.target(at.saturating_add(4)))

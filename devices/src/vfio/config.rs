@@ -1,7 +1,7 @@
 //! The configuration space as the guest sees it: the device's own, with some bits answered by us.
 //!
 //! Emulated: BARs (the guest's addresses are not the host's), the expansion ROM and the interrupt pin (hidden), the
-//! multi-function bit, the MSI-X control word. Capabilities that cannot work in a guest are taken out of the chains. All the rest
+//! multi-function bit, the MSI-X control word, DisINTx (set in the device, as nobody handles its INTx). Capabilities that cannot work in a guest are taken out of the chains. All the rest
 //! goes to VFIO, which virtualises what must not reach the hardware (`vfio_pci_config.c`).
 
 use std::collections::BTreeMap;
@@ -100,6 +100,7 @@ impl ConfigFilter {
         this.emulate(EXPANSION_ROM, &[0; 4], 0xFF, 0);
         this.emulate(INTERRUPT_PIN, &[0], 0xFF, 0);
         this.emulate(BAR0, &[0; 24], 0xFF, 0);
+        this.emulate_intx_disable(0);
         this.filter_capabilities(space);
         this.filter_extended(space);
         if this.msix == 0 {
@@ -114,6 +115,26 @@ impl ConfigFilter {
             self.bytes
                 .insert(offset, Byte { offset, value: value & emulated, emulated, writable: writable & emulated });
         }
+    }
+
+    /// What the guest reads of the bit is what it wrote. `high`: the upper byte of COMMAND as it has it now.
+    fn emulate_intx_disable(&mut self, high: u8) {
+        self.emulate(COMMAND + 1, &[high], DISABLE_INTX, DISABLE_INTX);
+    }
+
+    /// For a filter that an older build has made: the guest's bit is VFIO's. Whether it was such a one.
+    pub fn adopt_intx_disable(&mut self, space: &dyn ConfigSpace) -> bool {
+        let is_old = !self.bytes.contains_key(&(COMMAND + 1));
+        if is_old {
+            self.emulate_intx_disable(u8_at(space, COMMAND + 1));
+        }
+        is_old
+    }
+
+    /// As an older build would have made it.
+    #[cfg(test)]
+    pub fn forget_intx_disable(&mut self) {
+        self.bytes.remove(&(COMMAND + 1));
     }
 
     /// Relinks the chain that starts at 0x34 without the hidden capabilities (PCI 3.0, 6.7).

@@ -175,7 +175,10 @@ fn msix_control_is_ours() {
 fn the_rest_is_passed_on_and_emulated_bits_beside_it_are_not() {
     let space = igb();
     let (mut filter, _) = ConfigFilter::new(&space).unwrap();
-    write(&mut filter, &space, COMMAND, &[0x06, 0x04]);
+    write(&mut filter, &space, COMMAND, &[0x06, 0x05]);
+    assert_eq!(space.0.borrow()[0x04..0x06], [0x06, 0x01], "DisINTx is ours");
+    space.put(COMMAND + 1, &[0x04]);
+    write(&mut filter, &space, COMMAND, &[0x06, 0x00]);
     assert_eq!(space.0.borrow()[0x04..0x06], [0x06, 0x04]);
     write(&mut filter, &space, 0x3C, &[0x05, 0x77, 0, 0]);
     assert_eq!(space.0.borrow()[0x3C..0x3E], [0x05, 0x01], "the pin behind the hidden one is not written");

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::vault::{Claims, VaultError};
@@ -9,6 +10,7 @@ use theseus_resources::{KeptFd, Purpose, Slot, Vault};
 use vfio_bindings::bindings::vfio::*;
 
 use super::ioctl;
+use super::pci_regs::{COMMAND, DISABLE_INTX};
 
 pub const PAGE: u64 = 4096;
 
@@ -32,18 +34,35 @@ pub struct DeviceState {
     bars: Vec<Region>,
     config: Region,
     vectors: u32,
+    /// None of a build that did not look: as the guest has it.
+    #[serde(default)]
+    signals: Option<bool>,
+}
+
+/// VFIO_DEVICE_SET_IRQS, apart so that what follows from it can be tested without a device.
+pub(super) trait Irqs: Send + Sync {
+    /// As [`ioctl::set_irqs`].
+    fn set(&self, index: u32, eventfds: &[BorrowedFd<'_>]) -> io::Result<u32>;
+}
+
+impl Irqs for KeptFd {
+    fn set(&self, index: u32, eventfds: &[BorrowedFd<'_>]) -> io::Result<u32> {
+        ioctl::set_irqs(self.as_fd(), index, eventfds)
+    }
 }
 
 /// See the module. Dropping it only closes the fd.
-#[derive(Debug)]
 pub struct VfioDevice {
     bdf: String,
+    irqs: Box<dyn Irqs>,
     fd: KeptFd,
     /// Regions 0 to 5.
     bars: Vec<Region>,
     config: Region,
     /// MSI-X vectors, 0 without MSI-X.
     vectors: u32,
+    /// VFIO has MSI-X on.
+    signals: AtomicBool,
 }
 
 /// A request to the device that failed; the caller adds the device's name.
@@ -79,7 +98,8 @@ impl VfioDevice {
         let irq =
             ioctl::irq_info(fd.as_fd(), VFIO_PCI_MSIX_IRQ_INDEX).map_err(os("VFIO_DEVICE_GET_IRQ_INFO of MSI-X"))?;
         let vectors = if irq.flags & VFIO_IRQ_INFO_EVENTFD != 0 { irq.count } else { 0 };
-        Ok(Self { bdf: bdf.to_owned(), fd, bars, config, vectors })
+        let irqs = Box::new(fd.clone());
+        Ok(Self { bdf: bdf.to_owned(), irqs, fd, bars, config, vectors, signals: AtomicBool::new(false) })
     }
 
     pub fn bdf(&self) -> &str {
@@ -135,44 +155,86 @@ impl VfioDevice {
         at.ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
+    /// Whether the device signals eventfds: it does not where VFIO has refused to.
+    pub fn signals(&self) -> bool {
+        self.signals.load(Ordering::Relaxed)
+    }
+
     /// Enables MSI-X with an eventfd for each vector; they stay the kernel's until [`VfioDevice::disable_msix`].
     pub fn enable_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
-        let got = ioctl::set_irqs(self.fd.as_fd(), VFIO_PCI_MSIX_IRQ_INDEX, eventfds)
-            .map_err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)"))?;
+        let set = |fds| self.irqs.set(VFIO_PCI_MSIX_IRQ_INDEX, fds);
+        let mut done = set(eventfds).map_err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)"));
         // Nothing is enabled then (vfio_msi_enable). Go on with what the host has, as a driver there would.
-        if let Some(fewer) = eventfds.get(..got as usize).filter(|_| got > 0) {
+        if let Ok(got @ 1..) = done
+            && let Some(fewer) = eventfds.get(..got as usize)
+        {
             log::warn!(
                 "device {}: the host has only {got} of {} MSI-X vectors: the rest stay silent",
                 self.bdf,
                 eventfds.len()
             );
-            ioctl::set_irqs(self.fd.as_fd(), VFIO_PCI_MSIX_IRQ_INDEX, fewer)
-                .map_err(os("cannot enable MSI-X with the vectors the host has"))?;
+            done = set(fewer).map_err(os("cannot enable MSI-X with the vectors the host has"));
         }
-        Ok(())
+        match done {
+            Ok(_) => self.signals.store(true, Ordering::Relaxed),
+            // A try that failed leaves INTx as the end of MSI-X does.
+            Err(_) if !self.signals() => self.silence_intx(),
+            Err(_) => {}
+        }
+        done.map(drop)
     }
 
     pub fn disable_msix(&self) -> Result<(), DeviceError> {
-        ioctl::set_irqs(self.fd.as_fd(), VFIO_PCI_MSIX_IRQ_INDEX, &[])
-            .map(drop)
-            .map_err(os("cannot disable MSI-X (VFIO_DEVICE_SET_IRQS)"))
+        let done = self.irqs.set(VFIO_PCI_MSIX_IRQ_INDEX, &[]);
+        done.map_err(os("cannot disable MSI-X (VFIO_DEVICE_SET_IRQS)"))?;
+        self.signals.store(false, Ordering::Relaxed);
+        self.silence_intx();
+        Ok(())
+    }
+
+    /// Sets DisINTx in the device. Nobody here handles its INTx, and a line that nobody handles the host's kernel switches off in the end, for
+    /// all who share it.
+    ///
+    /// To be called whenever MSI-X has ended: that clears the physical bit (pci_intx_for_msi, which vfio_msi_disable does not undo). VFIO lets it
+    /// follow its virtual one only when that changes (vfio_basic_config_write): so clear and set. A reset of the function keeps it (pci_dev_restore).
+    pub fn silence_intx(&self) {
+        let at = u64::from(COMMAND) + 1;
+        let mut high = [0];
+        self.read(&self.config, at, &mut high);
+        self.write(&self.config, at, &[high[0] & !DISABLE_INTX]);
+        self.write(&self.config, at, &[high[0] | DISABLE_INTX]);
     }
 
     #[cfg(test)]
-    pub(super) fn with(bdf: &str, fd: KeptFd, bars: Vec<Region>, config: Region, vectors: u32) -> Self {
-        Self { bdf: bdf.to_owned(), fd, bars, config, vectors }
+    pub(super) fn with(
+        bdf: &str,
+        fd: KeptFd,
+        irqs: Box<dyn Irqs>,
+        bars: Vec<Region>,
+        config: Region,
+        vectors: u32,
+    ) -> Self {
+        Self { bdf: bdf.to_owned(), irqs, fd, bars, config, vectors, signals: AtomicBool::new(false) }
     }
 
     pub(super) fn save(&self) -> DeviceState {
-        let Self { bdf, fd, bars, config, vectors } = self;
-        DeviceState { bdf: bdf.clone(), slot: fd.slot(), bars: bars.clone(), config: config.clone(), vectors: *vectors }
+        let Self { bdf, irqs: _, fd, bars, config, vectors, signals: _ } = self;
+        DeviceState {
+            bdf: bdf.clone(),
+            slot: fd.slot(),
+            bars: bars.clone(),
+            config: config.clone(),
+            vectors: *vectors,
+            signals: Some(self.signals()),
+        }
     }
 
-    /// Touches nothing in the kernel: the device is in use.
-    pub(super) fn restore(state: DeviceState, claims: &mut Claims) -> Result<Self, VaultError> {
-        let DeviceState { bdf, slot, bars, config, vectors } = state;
+    /// Touches nothing in the kernel: the device is in use. `enabled`: whether the guest has MSI-X on.
+    pub(super) fn restore(state: DeviceState, enabled: bool, claims: &mut Claims) -> Result<Self, VaultError> {
+        let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
         let fd = claims.claim(slot, Purpose::VfioDevice)?;
-        Ok(Self { bdf, fd, bars, config, vectors })
+        let signals = AtomicBool::new(signals.unwrap_or(enabled));
+        Ok(Self { bdf, irqs: Box::new(fd.clone()), fd, bars, config, vectors, signals })
     }
 }
 

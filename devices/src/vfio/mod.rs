@@ -8,6 +8,7 @@
 //! | [`group`], [`device`] | the fds of groups and devices |
 //! | [`pci`] | [`VfioPci`]: the device on the guest's bus |
 //! | [`config`], [`bars`] | its configuration space and its BARs |
+//! | [`signals`] | its MSI-X and VFIO's in line |
 //!
 //! The fds are the device: a group can be opened only once, so they survive exec in the Vault and the new image builds its
 //! objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
@@ -25,6 +26,7 @@ pub mod pci;
 mod pci_regs;
 mod placement;
 pub mod registry;
+mod signals;
 
 pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
 pub use group::Group;

@@ -26,6 +26,7 @@ use super::group::Group;
 use super::pci_regs::*;
 use super::placement::{Decoded, discover_bars, place, reserve, vacate};
 use super::registry::Passthrough;
+use super::signals;
 use crate::bus::Bus;
 use crate::carried::{Carried, CarryError};
 use crate::interrupt::{Memslots, Msi};
@@ -68,6 +69,10 @@ pub struct VfioPci {
     command: u16,
     /// In D3hot, where the device decodes nothing whatever COMMAND says (PCI PM 1.2, 5.4.1).
     asleep: bool,
+    /// Memslots or mappings of BARs that were refused: tried again by [`VfioPci::settle`].
+    dirty: bool,
+    /// Of a build that has left DisINTx to the guest.
+    is_loud: bool,
     wiring: Wiring,
     complaints: Complaints,
 }
@@ -92,6 +97,8 @@ struct BarState {
     register: BarRegister,
     region: u32,
     active: Option<Active>,
+    #[serde(default)]
+    leftover_dma: Vec<u64>,
 }
 
 /// What [`VfioPci`] needs of the new image.
@@ -134,6 +141,8 @@ impl VfioPci {
         }
         // The BARs below are put before the guest when it asks for it, and not where the host has them.
         ConfigSpace::write(&device, COMMAND, &[0, 0]);
+        // VFIO clears it at open (vfio_pci_core_enable).
+        device.silence_intx();
 
         place(windows, &mut registers)?;
         filter.set_bars(&registers);
@@ -157,6 +166,8 @@ impl VfioPci {
             decoded,
             command: 0,
             asleep: false,
+            dirty: false,
+            is_loud: false,
             wiring,
             complaints: Complaints::default(),
         })
@@ -204,7 +215,7 @@ impl VfioPci {
     /// The orderly end of a device that no other image has taken over: interrupts off, bus mastering off, unmapped, its
     /// addresses given back.
     pub fn release(&mut self, windows: &mut Windows) {
-        if self.msix().enabled()
+        if self.device.signals()
             && let Err(e) = self.device.disable_msix()
         {
             log::warn!("device '{}': {e}", self.id);
@@ -215,7 +226,7 @@ impl VfioPci {
             bar.unmap(&container, &self.wiring);
             vacate(windows, &[bar.register]);
         }
-        ConfigSpace::write(&*self.device, COMMAND, &[0, 0]);
+        ConfigSpace::write(&*self.device, COMMAND, &[0, DISABLE_INTX]);
         self.command = 0;
     }
 
@@ -230,7 +241,7 @@ impl VfioPci {
     fn unmap_stale(&mut self) {
         for n in 0..self.bars.len() {
             if self.bars[n].address() != self.wanted(&self.bars[n]) {
-                self.bars[n].unmap(self.group.container(), &self.wiring);
+                self.dirty |= !self.bars[n].unmap(self.group.container(), &self.wiring);
             }
         }
     }
@@ -242,36 +253,45 @@ impl VfioPci {
             let Some(address) = wanted.filter(|_| bar.address().is_none()) else { continue };
             match bar.map(address, &self.wiring) {
                 Ok(()) => bar.map_dma(&self.id, self.group.container(), &mut self.complaints),
-                Err(e) => self.complaints.warn(|| format!("device '{}': BAR {n} at {address:#x}: {e}", self.id)),
+                Err(e) => {
+                    self.dirty = true;
+                    self.complaints.warn(|| format!("device '{}': BAR {n} at {address:#x}: {e}", self.id));
+                }
             }
         }
     }
 
+    /// Tries again what the host has refused: at each access to the device, before a save, and when the guest goes on. In a new image only once the
+    /// guest is its own, as it asks things of VFIO.
+    pub fn settle(&mut self) {
+        let msix = self.msix.clone();
+        let mut msix = msix.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(e) = signals::settle(&self.device, &mut msix) {
+            self.complaints.warn(|| format!("device '{}': {e}", self.id));
+        }
+        drop(msix);
+        if std::mem::take(&mut self.is_loud) && !self.device.signals() {
+            self.device.silence_intx();
+        }
+        if std::mem::take(&mut self.dirty) {
+            for bar in &mut self.bars {
+                self.dirty |= !bar.settle(self.group.container(), &self.wiring);
+            }
+            self.map_missing();
+        }
+    }
+
     fn set_msix_control(&mut self, control: u16) {
-        let (on, was) = (control & MSIX_ENABLE != 0, self.msix().enabled());
-        let done = match (was, on) {
-            (false, true) => self.enable_msix(),
-            // The device stops first, so that nothing signals the eventfds any more when they are drained.
-            (true, false) => self.device.disable_msix().map_err(|e| e.to_string()),
-            _ => Ok(()),
-        };
-        // The guest cannot be told: it sees MSI-X on, and no interrupt.
+        let done = signals::set_control(&self.device, &mut self.msix(), control);
         if let Err(e) = done {
             self.complaints.warn(|| format!("device '{}': {e}", self.id));
         }
-        self.msix().set_control(control);
-    }
-
-    fn enable_msix(&self) -> Result<(), String> {
-        let mut msix = self.msix();
-        let eventfds = msix.eventfds().map_err(|e| e.to_string())?;
-        let usable = eventfds.len().min(self.device.vectors() as usize);
-        self.device.enable_msix(&eventfds[..usable]).map_err(|e| e.to_string())
     }
 }
 
 impl PciDevice for VfioPci {
     fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        self.settle();
         if u64::from(offset).saturating_add(data.len() as u64) > self.device.config().size {
             data.fill(0xFF);
             return;
@@ -283,6 +303,7 @@ impl PciDevice for VfioPci {
         if u64::from(offset).saturating_add(data.len() as u64) > self.device.config().size {
             return;
         }
+        self.settle();
         let control = self.filter.msix_control();
         let physical = self.filter.write(&*self.device, offset, data);
         self.command = merged(self.command, COMMAND, offset, data);
@@ -326,6 +347,8 @@ impl Carried for VfioPci {
             decoded,
             command,
             asleep,
+            dirty: _,
+            is_loud: _,
             wiring: _,
             complaints: _,
         } = self;
@@ -333,6 +356,7 @@ impl Carried for VfioPci {
             register: bar.register,
             region: bar.region(),
             active: bar.active().clone(),
+            leftover_dma: bar.leftover_dma().to_vec(),
         });
         Ok(VfioPciState {
             id: id.clone(),
@@ -350,12 +374,14 @@ impl Carried for VfioPci {
 
     /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
     fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, CarryError> {
-        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, asleep } = state;
+        let VfioPciState { id, group, device, mut filter, layout, msix, bars, decoded, command, asleep } = state;
         let VfioPciParts { claims, passthrough, windows, wiring } = parts;
         let wrong = |what: String| CarryError::State(what);
         let group =
             passthrough.group(group).ok_or_else(|| wrong(format!("group {group} is not in the saved state")))?;
-        let device = Arc::new(VfioDevice::restore(device, claims)?);
+        let enabled = filter.msix_control() & MSIX_ENABLE != 0;
+        let device = Arc::new(VfioDevice::restore(device, enabled, claims)?);
+        let is_loud = filter.adopt_intx_disable(&*device);
         let msix = Msix::restore(&id, msix, wiring.msi.clone(), wiring.vault.clone(), claims);
         let msix = Arc::new(Mutex::new(msix.map_err(|e| wrong(e.to_string()))?));
         let mut this = Self {
@@ -369,11 +395,13 @@ impl Carried for VfioPci {
             decoded,
             command,
             asleep,
+            dirty: true,
+            is_loud,
             wiring,
             complaints: Complaints::default(),
         };
         let parts = BarParts { device: &device, msix: &msix, layout: &layout };
-        for BarState { register, region: index, active } in bars {
+        for BarState { register, region: index, active, leftover_dma } in bars {
             reserve(windows, &register).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
             let region = device.bars().iter().find(|region| region.index == index);
             let region = region.ok_or_else(|| wrong(format!("BAR {index} has no region")))?;
@@ -382,6 +410,7 @@ impl Carried for VfioPci {
             if let Some(active) = active {
                 bar.map_again(active, &this.wiring).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
             }
+            bar.set_leftover_dma(leftover_dma);
             this.bars.push(bar);
         }
         Ok(this)

@@ -3,6 +3,8 @@
 pub const COMMAND: u16 = 0x04;
 pub const COMMAND_IO: u16 = 1 << 0;
 pub const COMMAND_MEMORY: u16 = 1 << 1;
+/// Interrupt Disable, in the register's upper byte (PCI 3.0, 6.2.2): the device does not assert INTx.
+pub const DISABLE_INTX: u8 = 1 << 2;
 pub const STATUS: u16 = 0x06;
 pub const STATUS_CAPABILITIES: u16 = 1 << 4;
 pub const HEADER_TYPE: u16 = 0x0E;

@@ -2,27 +2,36 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::IntoRawFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use theseus_resources::{Purpose, StateReader, StateWriter};
 
 use super::super::container::{MapSource, Type1};
-use super::super::device::Region;
+use super::super::device::{Irqs, Region};
 use super::*;
 use crate::pci::msix::tests::FakeMsi;
 
-/// slot -> (gpa, size, hva)
+/// slot -> (gpa, size, hva); the next slot; whether all is refused
 #[derive(Default)]
-pub struct FakeMemslots(Mutex<BTreeMap<u32, (u64, u64, u64)>>, AtomicU32);
+pub struct FakeMemslots(Mutex<BTreeMap<u32, (u64, u64, u64)>>, AtomicU32, AtomicBool);
 
 impl FakeMemslots {
     pub fn count(&self) -> usize {
         self.0.lock().unwrap().len()
     }
+
+    fn refuse(&self, refused: bool) {
+        self.2.store(refused, Ordering::Relaxed);
+    }
+
+    fn check(&self) -> std::io::Result<()> {
+        if self.2.load(Ordering::Relaxed) { Err(std::io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
+    }
 }
 
 impl Memslots for FakeMemslots {
     unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32> {
+        self.check()?;
         let mut slots = self.0.lock().unwrap();
         if slots.values().any(|(other, len, _)| gpa < other + len && *other < gpa + size) {
             return Err(std::io::Error::from_raw_os_error(libc::EEXIST));
@@ -33,7 +42,34 @@ impl Memslots for FakeMemslots {
     }
 
     fn remove(&self, slot: u32) -> std::io::Result<()> {
+        self.check()?;
         self.0.lock().unwrap().remove(&slot).map(drop).ok_or(std::io::ErrorKind::NotFound.into())
+    }
+}
+
+/// VFIO's interrupts as far as they change the device: the end of MSI-X clears DisINTx (pci_intx_for_msi).
+#[derive(Default)]
+struct FakeIrqs {
+    file: Option<std::os::fd::OwnedFd>,
+    on: AtomicBool,
+    refused: AtomicBool,
+    asked: AtomicU32,
+}
+
+impl Irqs for Arc<FakeIrqs> {
+    fn set(&self, _: u32, eventfds: &[std::os::fd::BorrowedFd<'_>]) -> std::io::Result<u32> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let refused = self.refused.load(Ordering::Relaxed);
+        let on = !eventfds.is_empty() && !refused;
+        if refused && eventfds.is_empty() {
+            return Err(std::io::ErrorKind::OutOfMemory.into());
+        }
+        assert!(on || refused || self.on.load(Ordering::Relaxed), "EINVAL: it is off");
+        self.on.store(on, Ordering::Relaxed);
+        if let Some(file) = self.file.as_ref().filter(|_| !on) {
+            rustix::io::pwrite(file, &[0], CONFIG + 5).unwrap();
+        }
+        if refused { Err(std::io::ErrorKind::OutOfMemory.into()) } else { Ok(0) }
     }
 }
 
@@ -62,6 +98,7 @@ struct Rig {
     windows: Windows,
     memslots: Arc<FakeMemslots>,
     msi: Arc<FakeMsi>,
+    irqs: Arc<FakeIrqs>,
     wiring: Wiring,
 }
 
@@ -102,13 +139,14 @@ fn rig() -> Rig {
         small(5, 0, 0),
     ];
     let fd = vault.keep("device 0000:01:00.0", Purpose::VfioDevice, file.try_clone().unwrap());
-    let device = VfioDevice::with("0000:01:00.0", fd, bars, small(7, 0x1000, CONFIG), 3);
+    let irqs = Arc::new(FakeIrqs { file: Some(file.try_clone().unwrap()), ..Default::default() });
+    let device = VfioDevice::with("0000:01:00.0", fd, Box::new(irqs.clone()), bars, small(7, 0x1000, CONFIG), 3);
     let passthrough = Passthrough::with(&vault, Box::new(AnyType1));
     let (wiring, memslots, msi) = wiring(&vault);
     let mut windows = Windows::new(1 << 30, 40);
     let group = passthrough.group(7).unwrap();
     let pci = VfioPci::new("nic0", device, group, wiring.clone(), &mut windows).unwrap();
-    Rig { pci, passthrough, file, windows, memslots, msi, wiring }
+    Rig { pci, passthrough, file, windows, memslots, msi, irqs, wiring }
 }
 
 impl Rig {
@@ -236,13 +274,16 @@ fn the_table_is_ours_and_the_bytes_beside_it_are_the_device_s() {
     assert_eq!(rig.msi.attached(), 0);
 }
 
-#[test]
-fn a_moved_and_running_device_goes_over_whole() {
-    let mut rig = rig();
-    rig.write(0x10, &0xD000_0000u32.to_le_bytes());
-    enable_vector0(&mut rig);
-    rig.pci.quiesce_irqfds().unwrap();
-    let (slots, dma) = (rig.slots(), rig.dma());
+/// The same in a new image, which finds the device as VFIO has it.
+fn carried(mut rig: Rig) -> Rig {
+    let before: Vec<u8> = (0..64).flat_map(|n| rig.read32(n * 4).to_le_bytes()).collect();
+    let mut new = carried_untouched(rig);
+    let after: Vec<u8> = (0..64).flat_map(|n| new.read32(n * 4).to_le_bytes()).collect();
+    assert_eq!(before, after);
+    new
+}
+
+fn carried_untouched(rig: Rig) -> Rig {
     let mut writer = StateWriter::new("test");
     writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &rig.passthrough.save().unwrap()).unwrap();
     writer.add("nic0", VfioPci::KIND, VfioPci::VERSION, &rig.pci.save().unwrap()).unwrap();
@@ -251,14 +292,8 @@ fn a_moved_and_running_device_goes_over_whole() {
     let vfio = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION).unwrap();
     let state = reader.take("nic0", VfioPci::KIND, VfioPci::VERSION).unwrap();
     let mut records = rig.wiring.vault.manifest();
-    let msix_fd = rig.pci.msix().eventfds().unwrap()[0].try_clone_to_owned().unwrap();
     duplicate(&mut records);
-    let before: Vec<u8> = (0..64).flat_map(|n| rig.read32(n * 4).to_le_bytes()).collect();
     drop(rig.pci);
-    assert_eq!(rig.memslots.0.lock().unwrap().len(), 0, "no memslot outlives its mapping");
-    assert_eq!(rig.passthrough.containers()[0].maps().len(), 3, "but DMA does");
-    rustix::io::write(&msix_fd, &1u64.to_ne_bytes()).unwrap();
-
     // SAFETY: the duplicates were made for this and have no other owner.
     let (vault, mut claims) = unsafe { Vault::adopt(records) }.unwrap();
     let (wiring, memslots, msi) = wiring(&vault);
@@ -268,10 +303,23 @@ fn a_moved_and_running_device_goes_over_whole() {
         VfioPciParts { claims: &mut claims, passthrough: &passthrough, windows: &mut windows, wiring: wiring.clone() };
     let pci = VfioPci::restore(state, parts).unwrap();
     claims.finish().unwrap();
-    let mut new = Rig { pci, passthrough, file: rig.file, windows, memslots, msi, wiring };
+    Rig { pci, passthrough, file: rig.file, windows, memslots, msi, irqs: rig.irqs, wiring }
+}
+
+#[test]
+fn a_moved_and_running_device_goes_over_whole() {
+    let mut rig = rig();
+    rig.write(0x10, &0xD000_0000u32.to_le_bytes());
+    enable_vector0(&mut rig);
+    rig.pci.quiesce_irqfds().unwrap();
+    let (slots, dma, memslots) = (rig.slots(), rig.dma(), rig.memslots.clone());
+    let msix_fd = rig.pci.msix().eventfds().unwrap()[0].try_clone_to_owned().unwrap();
+    let asked = rig.irqs.asked.load(Ordering::Relaxed);
+    let mut new = carried(rig);
+    assert_eq!(memslots.0.lock().unwrap().len(), 0, "no memslot outlives its mapping");
+    assert_eq!(new.passthrough.containers()[0].maps().len(), 3, "but DMA does");
+    rustix::io::write(&msix_fd, &1u64.to_ne_bytes()).unwrap();
     assert_eq!((new.slots(), new.dma()), (slots, dma));
-    let after: Vec<u8> = (0..64).flat_map(|n| new.read32(n * 4).to_le_bytes()).collect();
-    assert_eq!(before, after);
     for map in new.passthrough.containers()[0].maps() {
         let MapSource::Bar { region, offset, .. } = map.source else { panic!("{map:?}") };
         assert!(new.pci.bar_vaddr(region, offset, map.size).is_some());
@@ -280,6 +328,112 @@ fn a_moved_and_running_device_goes_over_whole() {
     new.pci.attach_irqfds().unwrap();
     assert_eq!(new.msi.injected(), [0x41], "what came in the pause");
     assert_eq!(new.windows.mmio32.allocate(0x1_0000), Some(0xC002_0000), "the addresses stay taken");
+    new.pci.settle();
+    assert_eq!(new.irqs.asked.load(Ordering::Relaxed), asked, "nothing is asked of VFIO");
+}
+
+#[test]
+fn memslots_that_were_refused_are_tried_again() {
+    let mut rig = rig();
+    rig.memslots.refuse(true);
+    rig.write(COMMAND, ON);
+    assert_eq!(rig.slots(), []);
+    rig.memslots.refuse(false);
+    rig.read32(0);
+    assert_eq!((rig.slots().len(), rig.dma().len()), (3, 3));
+    // One that cannot be removed is not forgotten, nor its number given to nobody.
+    rig.memslots.refuse(true);
+    rig.write(COMMAND, &[0, 0]);
+    assert_eq!((rig.slots().len(), rig.dma().len()), (3, 0));
+    rig.memslots.refuse(false);
+    rig.read32(0);
+    assert_eq!(rig.slots(), []);
+    // A save in between: what the guest wants is in the registers.
+    rig.memslots.refuse(true);
+    rig.write(COMMAND, ON);
+    let mut new = carried(rig);
+    assert_eq!(new.slots().len(), 3, "at the first access");
+    new.pci.release(&mut new.windows);
+}
+
+#[test]
+fn vfio_that_refused_msix_is_asked_again() {
+    let mut rig = rig();
+    let signals = |rig: &Rig| (rig.irqs.on.load(Ordering::Relaxed), rig.pci.device.signals());
+    rig.irqs.refused.store(true, Ordering::Relaxed);
+    enable_vector0(&mut rig);
+    assert_eq!(signals(&rig), (false, false));
+    assert_eq!(rig.read32(0x50) >> 16, 0x8002, "the guest cannot be told");
+    rig.irqs.refused.store(false, Ordering::Relaxed);
+    // An access to the table is one, too.
+    rig.wiring.mmio.read(BAR3, &mut [0; 4]);
+    assert_eq!((signals(&rig), rig.msi.attached()), ((true, true), 1));
+    assert_eq!(rig.msi.injected(), [0; 0], "a count after the attach is KVM's to inject");
+    assert_eq!(readable_count(&mut rig), 1, "what was missed is made up for by a spurious one");
+    rig.irqs.refused.store(true, Ordering::Relaxed);
+    rig.write(0x52, &[0, 0]);
+    assert_eq!(signals(&rig), (true, true));
+    rig.irqs.refused.store(false, Ordering::Relaxed);
+    rig.read32(0);
+    assert_eq!(signals(&rig), (false, false));
+    // What VFIO does not do goes over as such.
+    rig.irqs.refused.store(true, Ordering::Relaxed);
+    rig.write(0x52, &[0, 0x80]);
+    let new = carried(rig);
+    assert_eq!((new.pci.device.signals(), new.pci.msix().enabled()), (false, true));
+}
+
+fn readable_count(rig: &mut Rig) -> u64 {
+    let mut count = [0; 8];
+    rustix::io::read(rig.pci.msix().eventfds().unwrap()[0], &mut count).unwrap();
+    u64::from_ne_bytes(count)
+}
+
+/// Whatever the guest writes, and whatever VFIO does at the end of MSI-X.
+#[test]
+fn intx_stays_off_in_the_device() {
+    let mut rig = rig();
+    let physical = |rig: &Rig| {
+        let mut high = [0];
+        rustix::io::pread(&rig.file, &mut high, CONFIG + 5).unwrap();
+        high[0]
+    };
+    assert_eq!(physical(&rig), DISABLE_INTX, "before the guest runs");
+    assert_eq!(rig.read32(COMMAND) & 0x400, 0, "the guest sees it as after a reset");
+    for (offset, data) in [(COMMAND, &[7, 4][..]), (COMMAND, &[7, 0]), (COMMAND + 1, &[5]), (COMMAND + 1, &[1])] {
+        rig.write(offset, data);
+        let last = data[data.len() - 1];
+        assert_eq!(rig.read32(COMMAND) >> 8 & 0xFF, u32::from(last));
+        assert_eq!(physical(&rig), last | DISABLE_INTX);
+    }
+    rig.write(COMMAND, &0x1000_0007u32.to_le_bytes());
+    assert_eq!(physical(&rig), DISABLE_INTX);
+    enable_vector0(&mut rig);
+    rig.write(0x52, &[0, 0]);
+    assert_eq!(physical(&rig), DISABLE_INTX, "after MSI-X");
+    rig.irqs.refused.store(true, Ordering::Relaxed);
+    rig.write(0x52, &[0, 0x80]);
+    assert_eq!(physical(&rig), DISABLE_INTX, "after MSI-X that could not be enabled");
+    rig.pci.release(&mut rig.windows);
+    assert_eq!(physical(&rig), DISABLE_INTX);
+}
+
+/// An older build has left the bit to the guest.
+#[test]
+fn intx_of_an_older_build_is_silenced_once_the_guest_is_ours() {
+    let mut rig = rig();
+    rig.pci.filter.forget_intx_disable();
+    rustix::io::pwrite(&rig.file, &[0], CONFIG + 5).unwrap();
+    let mut new = carried_untouched(rig);
+    let physical = |rig: &Rig| {
+        let mut high = [0];
+        rustix::io::pread(&rig.file, &mut high, CONFIG + 5).unwrap();
+        high[0]
+    };
+    assert_eq!(physical(&new), 0, "not before the commit");
+    new.pci.settle();
+    assert_eq!(physical(&new), DISABLE_INTX);
+    assert_eq!(new.read32(COMMAND) & 0x400, 0);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use super::device::VfioDevice;
 use super::group::{Group, GroupError, GroupState};
 use super::invalidate::{InvalidateError, Invalidated, invalidate_all};
 use super::pci::{PassthroughError, VfioPci, Wiring};
+use super::pci_regs::{COMMAND, DISABLE_INTX, INTERRUPT_PIN};
 use crate::carried::{Carried, CarryError};
 
 /// The container of devices that name none.
@@ -135,6 +136,13 @@ impl Passthrough {
         let fd = group.open_device(&bdf)?;
         let device = VfioDevice::new(&self.vault, &bdf, fd).map_err(PassthroughError::from)?;
         let device = VfioPci::new(&config.id, device, group, wiring, windows)?;
+        if can_storm(&config.path) {
+            log::warn!(
+                "device '{}': it cannot be kept from asserting INTx (it knows no DisINTx): while the guest has its MSI-X off it can make the \
+                 host switch off an interrupt line that it shares",
+                config.id
+            );
+        }
         Ok(Arc::new(Mutex::new(device)))
     }
 
@@ -288,6 +296,13 @@ fn identify(path: &Path) -> Result<(String, u32), AttachReason> {
     Ok((bdf.to_owned(), number))
 }
 
+/// Whether a device has an interrupt pin and has not taken DisINTx, which is of PCI 2.3. sysfs shows the physical registers.
+fn can_storm(path: &Path) -> bool {
+    let Ok(config) = std::fs::read(path.join("config")) else { return false };
+    let byte = |at: u16| config.get(usize::from(at)).copied();
+    byte(INTERRUPT_PIN).is_some_and(|pin| pin != 0) && byte(COMMAND + 1).is_some_and(|high| high & DISABLE_INTX == 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -303,6 +318,18 @@ mod tests {
         std::os::unix::fs::symlink(&device, &link).unwrap();
         assert_eq!(identify(&link).unwrap(), ("0000:01:00.0".to_owned(), 12));
         assert!(matches!(identify(&dir.path().join("none")), Err(AttachReason::Path(_))));
+    }
+
+    #[test]
+    fn a_device_that_does_not_take_the_bit_can_storm() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |pin: u8, high: u8| {
+            let mut config = [0; 64];
+            (config[0x3D], config[5]) = (pin, high);
+            std::fs::write(dir.path().join("config"), config).unwrap();
+            can_storm(dir.path())
+        };
+        assert_eq!([with(1, 0), with(1, 4), with(0, 0)], [true, false, false]);
     }
 
     #[test]

@@ -70,7 +70,10 @@ impl Control {
             }
             Request::Info => self.info(),
             Request::Pause => self.on_machine(|machine| Ok(machine.vcpus.pause(PAUSE)?)),
-            Request::Resume => self.on_machine(|machine| Ok(machine.vcpus.resume()?)),
+            Request::Resume => self.on_machine(|machine| {
+                machine.passthrough.settle(&machine.vm);
+                Ok(machine.vcpus.resume()?)
+            }),
             Request::Nmi => self.on_machine(|machine| machine.nmi()),
             Request::PowerButton => self.on_machine(|machine| {
                 lock(&machine.devices.pm).press_power_button();

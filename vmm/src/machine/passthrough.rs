@@ -126,6 +126,7 @@ impl PassthroughDevices {
     /// vCPUs are stopped: from now on interrupts wait in their eventfds, and the old VM is off the groups, so that its late release
     /// does not clear their VM pointer under the new one. Undone by [`Self::resume`].
     pub fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
+        self.settle(vm);
         for plugged in &self.plugged {
             let device = lock(&plugged.device);
             device.quiesce_irqfds().map_err(|error| failed(format!("{}: {error}", device.id())))?;
@@ -133,10 +134,16 @@ impl PassthroughDevices {
         self.registry.group_fds().iter().try_for_each(|group| Ok(vm.vfio_del(group.as_fd())?))
     }
 
-    pub fn resume(&self, vm: &Vm) {
+    /// Tries again what the host has refused before: see [`VfioPci::settle`].
+    pub fn settle(&self, vm: &Vm) {
         if let Err(error) = self.tell_kvm(vm) {
-            log::error!("after an update that did not happen: {error}");
+            log::error!("{error}");
         }
+        self.plugged.iter().for_each(|plugged| lock(&plugged.device).settle());
+    }
+
+    pub fn resume(&self, vm: &Vm) {
+        self.settle(vm);
         for plugged in &self.plugged {
             let device = lock(&plugged.device);
             if let Err(error) = device.attach_irqfds() {

@@ -128,6 +128,9 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
 
     // From here on the guest runs, and no error is worth losing it.
     back.committed();
+    if let Some(machine) = &machine {
+        machine.passthrough.settle(&machine.vm);
+    }
     let supervisor = std::mem::take(&mut handover.supervisor);
     let helper = timeline.helper().filter(|_| way != Way::BackByHelper);
     let helper = helper.map(|pid| Helper { pid: pid as libc::pid_t, release });
