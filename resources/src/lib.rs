@@ -1,9 +1,10 @@
 //! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved state's
-//! envelope ([`state`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]).
+//! envelope ([`state`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]). Beside it [`rate`], which all use.
 
 pub mod alloc;
 pub mod layout;
 pub mod ram;
+pub mod rate;
 pub mod state;
 pub mod vault;
 

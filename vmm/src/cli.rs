@@ -44,6 +44,9 @@ pub struct Cli {
     /// The only folder (with those below it) that a build to update to may be in.
     #[arg(long)]
     pub update_dir: Option<PathBuf>,
+    /// What a guest's reset is: the guest is booted again in this process, or the process ends with exit code 3.
+    #[arg(long, value_enum, default_value_t)]
+    pub on_reset: OnReset,
     /// More log: -v info, -vv debug, -vvv trace.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -57,6 +60,13 @@ pub struct Cli {
     /// Reads a saved state from standard input and says whether this build could take it over. Used by the update.
     #[arg(long, hide = true)]
     pub check_update: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnReset {
+    #[default]
+    Reboot,
+    Exit,
 }
 
 impl Cli {

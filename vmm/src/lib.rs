@@ -31,7 +31,7 @@ use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::Vault;
 
-use cli::Cli;
+use cli::{Cli, OnReset};
 use control::{Control, Inbox, Queue, Vm};
 use events::EventStream;
 use logging::LogConfig;
@@ -47,9 +47,9 @@ pub const EXIT_OK: i32 = 0;
 /// The guest has powered itself off.
 pub const EXIT_POWER_OFF: i32 = 0;
 pub const EXIT_FAILURE: i32 = 1;
-/// The guest has reset itself (or crashed so that a real machine would have).
+/// The guest has reset itself (or crashed so that a real machine would have), and the VMM was told to end then.
 pub const EXIT_RESET: i32 = 3;
-/// A vCPU cannot go on, and it is not the guest that asked for it: KVM or the VMM has failed it.
+/// The guest cannot go on, and did not ask for it: KVM or the VMM has failed it, or cannot boot it again after a reset.
 pub const EXIT_GUEST_FAILED: i32 = 4;
 /// An update failed after exec, and so did the way back in this process; a parked helper may still bring the guest back in another.
 pub const EXIT_LOST: i32 = 70;
@@ -173,9 +173,8 @@ impl Parts {
             vm: Vm::None,
             helper: None,
             hurry: None,
-            asked: None,
+            resets: Default::default(),
             watched: None,
-            backlog: Default::default(),
             exit: None,
         }
     }
@@ -195,13 +194,18 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
         "nothing to do: give --kernel for a guest, --api-socket for an API, or both"
     );
     let server = cli.api_socket.as_ref().map(|socket| serve_api(socket, &parts.queue)).transpose()?;
-    let supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone());
+    let ends_on_reset = cli.on_reset == OnReset::Exit;
+    let supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone(), ends_on_reset);
     supervisor.write_pid_file()?;
     let events = EventStream::open(cli.event_monitor.as_ref(), &host.vault)?;
     let mut control = parts.control(host, server, supervisor, events);
+    let say = |control: &Control, source, event| control.events.say(source, event, serde_json::json!({}));
+    say(&control, "vmm", "starting");
     if let Some(config) = config {
-        control.boot_config(config).context("the guest cannot be booted")?;
-        control.events.say("vm", "booted", serde_json::json!({}));
+        say(&control, "vm", "created");
+        say(&control, "vm", "booting");
+        control.boot_config(config, true).context("the guest cannot be booted")?;
+        say(&control, "vm", "booted");
     }
     control.supervisor.ready();
     Ok(control)

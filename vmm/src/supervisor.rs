@@ -17,12 +17,18 @@ use serde::{Deserialize, Serialize};
 pub struct Supervisor {
     pid_file: Option<PathBuf>,
     update_dir: Option<PathBuf>,
+    /// A guest's reset ends the process, instead of the guest being booted again.
+    ends_on_reset: bool,
 }
 
 impl Supervisor {
     /// `update_dir`: where builds to update to must be; anywhere if there is none.
-    pub fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>) -> Self {
-        Self { pid_file, update_dir }
+    pub fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>, ends_on_reset: bool) -> Self {
+        Self { pid_file, update_dir, ends_on_reset }
+    }
+
+    pub fn ends_on_reset(&self) -> bool {
+        self.ends_on_reset
     }
 
     pub fn update_dir(&self) -> Option<&Path> {
@@ -76,11 +82,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
         std::fs::write(&path, "1234567890123\n").unwrap();
-        let supervisor = Supervisor::new(Some(path.clone()), None);
+        let supervisor = Supervisor::new(Some(path.clone()), None, false);
         supervisor.write_pid_file().unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        let nowhere = Supervisor::new(Some("/nowhere/pid".into()), None);
+        let nowhere = Supervisor::new(Some("/nowhere/pid".into()), None, false);
         assert!(format!("{:#}", nowhere.write_pid_file().unwrap_err()).contains("/nowhere/pid"));
     }
 }

@@ -44,5 +44,9 @@ mod test_parts {
         fn ask(&self, request: GuestRequest) {
             self.0.lock().unwrap().push(request);
         }
+
+        fn pending(&self) -> bool {
+            !self.0.lock().unwrap().is_empty()
+        }
     }
 }

@@ -1,6 +1,13 @@
 //! Warnings that a guest can provoke: a few are of use, a million fill the host's disk.
 
-/// Logs the first hundred, then one more that says so.
+use std::time::Duration;
+
+use theseus_resources::rate::Rate;
+
+/// Of all devices together: a guest that reboots itself has new ones each time.
+static ALL: Rate = Rate::new(200, Duration::from_secs(10));
+
+/// Logs the first hundred of a device, then one more that says so.
 #[derive(Debug)]
 pub struct Complaints {
     left: u32,
@@ -16,8 +23,8 @@ impl Complaints {
     pub fn warn(&mut self, message: impl FnOnce() -> String) {
         match self.left {
             0 => return,
-            1 => log::warn!("{} (further warnings of this kind are not logged)", message()),
-            _ => log::warn!("{}", message()),
+            1 => ALL.warn(|| format!("{} (further warnings of this kind are not logged)", message())),
+            _ => ALL.warn(message),
         }
         self.left -= 1;
     }

@@ -6,9 +6,11 @@
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
+use theseus_resources::rate::Rate;
 
 use super::config::{BarRegister, MsixLayout};
 use super::container::{Container, MapSource};
@@ -19,6 +21,9 @@ use super::signals;
 use crate::bus::{BusDevice, SharedDevice};
 use crate::pci::complaints::Complaints;
 use crate::pci::msix::Msix;
+
+/// A guest moves its BARs as often as it likes.
+static STUCK: Rate = Rate::new(10, Duration::from_secs(60));
 
 /// A mapping of a piece of a BAR in this process.
 #[derive(Debug)]
@@ -188,7 +193,7 @@ impl Bar {
     fn withdraw(&mut self, active: &Active, wiring: &Wiring) {
         for slot in &active.slots {
             if let Err(e) = wiring.memslots.remove(*slot) {
-                log::error!("BAR {}: memslot {slot} cannot be removed: {e}", self.register.index);
+                STUCK.warn(|| format!("BAR {}: memslot {slot} cannot be removed: {e}", self.register.index));
                 self.leftover.slots.push(*slot);
             }
         }
@@ -218,7 +223,7 @@ impl Bar {
         self.withdraw(&active, wiring);
         for iova in &active.dma {
             if let Err(e) = container.unmap(*iova) {
-                log::error!("BAR {}: {e}", self.region);
+                STUCK.warn(|| format!("BAR {}: {e}", self.region));
                 self.leftover.dma.push(*iova);
             }
         }

@@ -121,14 +121,17 @@ pub fn other_requests() -> Result<()> {
     Ok(())
 }
 
-/// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends as without it. So it is while the update
-/// is prepared, and once the API stands still and the vCPUs are about to be stopped.
+/// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends, or boots it again, as without the
+/// update. So it is while the update is prepared, and once the API stands still and the vCPUs are about to be stopped.
 pub fn guest_ends() -> Result<()> {
     // Late enough for the update to be held before that: meanwhile the control thread, which reads the console too, does nothing else.
     const AFTER_MS: u64 = 5000;
     let (off, reset) = (Request::PowerOff { after_ms: AFTER_MS }, Request::Reboot { after_ms: AFTER_MS });
-    for (phase, request, code) in [("prepare", &off, 0), ("freeze", &off, 0), ("freeze", &reset, 3)] {
-        let mut vm = Vm::builder().verbose().boot()?;
+    let cases =
+        [("prepare", &off, Some(0)), ("freeze", &off, Some(0)), ("freeze", &reset, Some(3)), ("freeze", &reset, None)];
+    for (phase, request, code) in cases {
+        let builder = Vm::builder().verbose();
+        let mut vm = if code.is_none() { builder.reboots() } else { builder }.boot()?;
         let mut hold = Hold::arm(&vm.dir, phase)?;
         let mut caller = vm.api.connect()?;
         vm.agent()?.call::<()>(request)?;
@@ -144,8 +147,16 @@ pub fn guest_ends() -> Result<()> {
         let report: Report = answer.json()?;
         let reasons = report.reasons.join(" ");
         ensure!(report.outcome == "rolled_back" && reasons.contains("power-off or reset"), "{report:?}");
-        let status = vm.wait_exit(Duration::from_secs(30))?;
-        ensure!(status.code() == Some(code), "{phase}: {request:?}: {status}");
+        if code.is_some() {
+            let status = vm.wait_exit(Duration::from_secs(30))?;
+            ensure!(status.code() == code, "{phase}: {request:?}: {status}");
+            continue;
+        }
+        drop(hold);
+        vm.wait_event("vm rebooted", 1, Duration::from_secs(60))?;
+        vm.reconnect()?;
+        ensure!(vm.ping()?.pid == vm.pid(), "another process");
+        vm.update()?;
     }
     Ok(())
 }

@@ -90,12 +90,9 @@ pub fn ch_remote() -> Result<()> {
     let status = vm.wait_exit(Duration::from_secs(20))?;
     ensure!(status.success(), "{status}");
     fs::remove_file(&installed)?;
-    let named = |event: &serde_json::Value| {
-        [&event["source"], &event["event"]].map(|word| word.as_str().unwrap_or("?").to_owned()).join(" ")
-    };
-    let told: Vec<String> = vm.events()?.iter().map(named).collect();
-    let story = "vm created, vm booted, vm paused, vm resumed, update ready, update prepared, update updated, update refused, \
-                 vm rebooted, vm shutdown, vm deleted, vmm shutdown";
+    let told = vm.story()?;
+    let story = "vmm starting, vm created, vm booting, vm booted, vm pausing, vm paused, vm resuming, vm resumed, update ready, \
+                 update prepared, update updated, update refused, vm rebooting, vm rebooted, vm shutdown, vm deleted, vmm shutdown";
     ensure!(told.join(", ") == story, "the event stream tells {told:?}");
     Ok(())
 }
@@ -153,6 +150,18 @@ pub fn reboot_with_nic() -> Result<()> {
     create(&rig.vm, &config)?;
     rig.vm.api.order("vm.boot")?;
     works(&mut rig)
+}
+
+/// A guest with a passed-through NIC that resets itself comes up again in the same process, with the NIC, and updates go on as before.
+pub fn reset_with_nic() -> Result<()> {
+    let mut rig = Rig::boot(Vm::builder().cpus(2).reboots(), &[(Nic::IgbA, None)])?;
+    for round in 1..=2 {
+        rig.agent()?.call::<()>(&Request::Reboot { after_ms: 300 })?;
+        rig.vm.wait_event("vm rebooted", round, Duration::from_secs(60))?;
+        works(&mut rig).with_context(|| format!("reset {round}"))?;
+        ensure!(rig.vm.ping()?.pid == rig.vm.pid(), "another process");
+    }
+    Ok(())
 }
 
 fn create(vm: &Vm, config: &serde_json::Value) -> Result<()> {

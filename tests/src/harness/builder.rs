@@ -30,6 +30,7 @@ pub struct Builder {
     may_lock: Option<u64>,
     ignores_children: bool,
     log_file: Option<PathBuf>,
+    reboots: bool,
     patience: Duration,
 }
 
@@ -49,6 +50,7 @@ impl Default for Builder {
             may_lock: None,
             ignores_children: false,
             log_file: None,
+            reboots: false,
             patience: BOOT_DEADLINE,
         }
     }
@@ -132,6 +134,13 @@ impl Builder {
         self
     }
 
+    /// A guest that resets itself, or crashes, is booted again in its VMM, as without the option `--on-reset exit`. That is given to all others:
+    /// their end is seen at once, and by nobody taken for a guest that goes on.
+    pub fn reboots(mut self) -> Self {
+        self.reboots = true;
+        self
+    }
+
     /// Passes `nic` through, in the container of that name if one is given.
     pub fn device(mut self, nic: lab::Nic, container: Option<&str>) -> Result<Self> {
         self.devices.push((nic.bdf()?, container.map(Into::into)));
@@ -182,6 +191,9 @@ impl Builder {
         }
         if self.verbose {
             args.push("-v".into());
+        }
+        if !self.reboots {
+            args.extend(["--on-reset".into(), "exit".into()]);
         }
         for (option, path) in [("--update-dir", &self.update_dir), ("--log-file", &self.log_file)] {
             args.extend(path.iter().flat_map(|path| [option.into(), path.display().to_string()]));

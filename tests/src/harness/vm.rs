@@ -262,6 +262,25 @@ impl Vm {
         text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
+    /// Source and name of each of them.
+    pub fn story(&self) -> Result<Vec<String>> {
+        let word = |word: &serde_json::Value| word.as_str().unwrap_or("?").to_owned();
+        let events = self.events()?;
+        Ok(events.iter().map(|event| format!("{} {}", word(&event["source"]), word(&event["event"]))).collect())
+    }
+
+    /// Waits until `event` has been told so many times.
+    pub fn wait_event(&mut self, event: &str, times: usize, deadline: Duration) -> Result<()> {
+        wait_for(&format!("{times} times the event '{event}'"), deadline, || {
+            if let Some(status) = self.process.try_wait()? {
+                bail!("the VMM has ended ({status}):\n{}", logs::tail(&self.log));
+            }
+            // The line that is being written may be half there.
+            let told = self.story().unwrap_or_default();
+            Ok((told.iter().filter(|told| *told == event).count() >= times).then_some(()))
+        })
+    }
+
     /// After a roll back that may have changed the PID, which is said where a supervisor looks.
     pub fn follow(&mut self, pid: u32) -> Result<()> {
         let written = fs::read_to_string(self.dir.join("pid"))?;

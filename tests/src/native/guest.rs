@@ -105,6 +105,32 @@ pub fn write(path: &Path, size: u64) -> Result<()> {
     write_image(path, &code(size))
 }
 
+/// A guest whose vCPUs wait until the byte at 0x51008 is not 0, and then write the 8042's reset command for ever, counting what they write in
+/// the dword at 0x51000.
+pub fn flood() -> Vec<u8> {
+    // For the other vCPUs, in real mode at 0x50000: cli; mov ax, 0x5000; mov ds, ax; wait: cmp byte [0x1008], 0; je wait;
+    // write: lock inc dword [0x1000]; mov al, 0xFE; out 0x64, al; jmp write
+    const OTHERS: [u8; 25] = [
+        0xFA, 0xB8, 0x00, 0x50, 0x8E, 0xD8, 0x80, 0x3E, 0x08, 0x10, 0x00, 0x74, 0xF9, 0xF0, 0x66, 0xFF, 0x06, 0x00,
+        0x10, 0xB0, 0xFE, 0xE6, 0x64, 0xEB, 0xF4,
+    ];
+    let mut code = Vec::new();
+    for (at, byte) in OTHERS.iter().enumerate() {
+        // mov byte [0x50000 + at], byte
+        code.extend([0xC6, 0x04, 0x25, at as u8, 0x00, 0x05, 0x00, *byte]);
+    }
+    // mov eax, 0xFEE00000; mov dword [rax + 0x300], all but self: INIT; and then SIPI to 0x50000 (SDM 3A, 11.6.1)
+    code.extend([0xB8, 0x00, 0x00, 0xE0, 0xFE]);
+    for command in [0x000C_4500_u32, 0x000C_4650] {
+        code.extend([0xC7, 0x80, 0x00, 0x03, 0x00, 0x00]);
+        code.extend(command.to_le_bytes());
+    }
+    // The same in long mode: wait: cmp byte [0x51008], 0; je wait; write: lock inc dword [0x51000]; mov al, 0xFE; out 0x64, al; jmp write
+    code.extend([0x80, 0x3C, 0x25, 0x08, 0x10, 0x05, 0x00, 0x00, 0x74, 0xF6]);
+    code.extend([0xF0, 0xFF, 0x04, 0x25, 0x00, 0x10, 0x05, 0x00, 0xB0, 0xFE, 0xE6, 0x64, 0xEB, 0xF2]);
+    code
+}
+
 /// A bzImage of 64-bit `code`, with just what the boot protocol asks for.
 pub fn write_image(path: &Path, code: &[u8]) -> Result<()> {
     let mut file = vec![0_u8; IMAGE + ENTRY];

@@ -1,23 +1,18 @@
 //! The control thread: one event loop that owns the machine. API requests and what the guest asks of the machine arrive in its queue.
 
 mod admit;
+mod guest;
+mod queue;
 mod requests;
 mod vm;
 
-use std::collections::VecDeque;
-use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use theseus_api::server::{Backend, ReplyTo, Server};
-use theseus_api::{ApiError, Request};
-use theseus_devices::interrupt::{GuestRequest, GuestRequests};
+use theseus_api::server::Server;
 use theseus_devices::legacy::serial::SerialDevice;
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::events::EventStream;
@@ -27,63 +22,9 @@ use crate::main_thread::MainThread;
 use crate::signals::Signals;
 use crate::supervisor::Supervisor;
 use crate::update::adopt::Helper;
+pub use guest::Resets;
+pub use queue::{Inbox, Queue, queue};
 pub use vm::Vm;
-
-enum Message {
-    Api(Request, ReplyTo),
-    Guest(GuestRequest),
-}
-
-/// The way into the control thread's queue.
-#[derive(Clone)]
-pub struct Queue {
-    sender: Sender<Message>,
-    wake: Arc<EventFd>,
-    updating: Arc<AtomicBool>,
-}
-
-pub struct Inbox {
-    receiver: Receiver<Message>,
-    wake: Arc<EventFd>,
-    /// An update is under way: every other request is told so at once, as nobody would answer it before the exec.
-    updating: Arc<AtomicBool>,
-}
-
-pub fn queue() -> std::io::Result<(Queue, Inbox)> {
-    let (sender, receiver) = channel();
-    let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
-    let updating = Arc::new(AtomicBool::new(false));
-    let queue = Queue { sender, wake: wake.clone(), updating: updating.clone() };
-    Ok((queue, Inbox { receiver, wake, updating }))
-}
-
-impl Queue {
-    fn push(&self, message: Message) {
-        // A full counter wakes as well as one that goes up; a control thread that is gone ends the process.
-        let _ = self.sender.send(message);
-        let _ = self.wake.write(1);
-    }
-}
-
-fn update_under_way() -> ApiError {
-    ApiError::busy("an update is under way: try again in a moment")
-}
-
-impl Backend for Queue {
-    fn submit(&self, request: Request, reply: ReplyTo) {
-        if self.updating.load(Ordering::SeqCst) {
-            return reply.send(Err(update_under_way()));
-        }
-        self.push(Message::Api(request, reply));
-    }
-}
-
-impl GuestRequests for Queue {
-    fn ask(&self, request: GuestRequest) {
-        log::info!("the guest asks: {request:?}");
-        self.push(Message::Guest(request));
-    }
-}
 
 /// See the module.
 pub struct Control {
@@ -99,12 +40,9 @@ pub struct Control {
     pub helper: Option<Helper>,
     /// When that helper has been at idle priority for long enough; None before the loop stands.
     pub hurry: Option<TimerFd>,
-    /// What the guest has asked for and nobody has acted on: put aside while an update looks into the queue.
-    pub asked: Option<GuestRequest>,
+    pub resets: Resets,
     /// The serial console in the event loop; changes with the machine.
     pub watched: Option<WatchedConsole>,
-    /// API requests that were in the queue when a guest's were taken out of it.
-    pub backlog: VecDeque<(Request, ReplyTo)>,
     pub exit: Option<i32>,
 }
 
@@ -143,47 +81,12 @@ impl Control {
     fn drain(&mut self) {
         let _ = self.inbox.wake.read();
         while self.exit.is_none() {
-            if let Some(request) = self.asked.take() {
-                self.guest_asked(request);
+            if self.act_for_guest() {
                 continue;
             }
-            if let Some((request, reply)) = self.backlog.pop_front() {
-                self.serve_request(request, reply);
-                continue;
-            }
-            match self.inbox.receiver.try_recv() {
-                Ok(Message::Guest(request)) => self.guest_asked(request),
-                Ok(Message::Api(request, reply)) => self.serve_request(request, reply),
-                Err(_) => return,
-            }
-        }
-    }
-
-    fn guest_asked(&mut self, request: GuestRequest) {
-        let nothing = serde_json::json!({});
-        let (event, properties, what, code) = match request {
-            GuestRequest::PowerOff => {
-                ("powered_off", nothing, "the guest has powered off".to_owned(), crate::EXIT_POWER_OFF)
-            }
-            GuestRequest::Reset => ("reset", nothing, "the guest has asked for a reset".to_owned(), crate::EXIT_RESET),
-            GuestRequest::Failed(reason) => {
-                let what = format!("the guest cannot go on: {reason}");
-                ("failed", serde_json::json!({ "reason": reason }), what, crate::EXIT_GUEST_FAILED)
-            }
-        };
-        self.events.say("vm", event, properties);
-        log::info!("{what}");
-        // Not println!, which panics where nobody listens any more.
-        let _ = writeln!(std::io::stdout(), "theseus: {what}");
-        self.exit = Some(code);
-    }
-
-    /// What a guest asked for that is gone is not meant for the next one.
-    fn forget_guest(&mut self) {
-        self.asked = None;
-        for message in self.inbox.receiver.try_iter() {
-            if let Message::Api(request, reply) = message {
-                self.backlog.push_back((request, reply));
+            match self.inbox.call() {
+                Some((request, reply)) => self.serve_request(request, reply),
+                None => return,
             }
         }
     }
@@ -228,6 +131,7 @@ const QUEUE: u32 = 0;
 const SIGNAL: u32 = 1;
 const CONSOLE: u32 = 2;
 const HURRY: u32 = 3;
+const RESET: u32 = 4;
 
 /// How long the tear-down of an old address space may take at idle priority. On a host whose CPUs are all busy it would never end.
 const IDLE: Duration = Duration::from_secs(2);
@@ -242,6 +146,7 @@ impl MutEventSubscriber for Control {
             self.exit = Some(crate::EXIT_FAILURE);
         }
         self.watch_helper(ops);
+        self.resets.watch(ops);
         self.watch_console(ops);
         // What came before this loop stood.
         let _ = self.inbox.wake.write(1);
@@ -262,6 +167,10 @@ impl MutEventSubscriber for Control {
                 }
                 self.helper.iter().for_each(Helper::hurry);
             }
+            RESET => {
+                self.resets.due();
+                self.drain();
+            }
             other => log::error!("event from an unknown source {other}"),
         }
         self.watch_console(ops);
@@ -275,8 +184,7 @@ impl Control {
                 libc::SIGCHLD => self.reap_helper(Duration::ZERO),
                 signal => {
                     log::info!("signal {signal}: shutting down");
-                    self.events.say("vmm", "shutdown", serde_json::json!({ "signal": signal }));
-                    self.exit = Some(crate::EXIT_OK);
+                    self.end(crate::EXIT_OK, serde_json::json!({ "signal": signal }));
                 }
             }
         }

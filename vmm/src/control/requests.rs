@@ -9,7 +9,8 @@ use theseus_api::types::{PingInfo, UpdateOutcome, UpdateRequest, VmConfig, VmInf
 use theseus_api::{ApiError, Body, Reply, Request};
 
 use super::admit::admit;
-use super::{Control, Message, Vm, update_under_way};
+use super::queue::update_under_way;
+use super::{Control, Vm};
 use crate::build_info;
 use crate::machine::devices::lock;
 use crate::machine::{Machine, MachineError};
@@ -29,10 +30,13 @@ impl Control {
         match request {
             Request::Update(request) => self.update(&request, reply),
             other => {
-                let event = event_of(&other);
+                if let Some(event) = event_before(&other) {
+                    self.events.say("vm", event, json!({}));
+                }
+                let event = event_after(&other);
                 let answer = self.carry_out(other);
-                if let Some((source, event)) = event.filter(|_| answer.is_ok()) {
-                    self.events.say(source, event, json!({}));
+                if let Some(event) = event.filter(|_| answer.is_ok()) {
+                    self.events.say("vm", event, json!({}));
                 }
                 reply.send(answer);
             }
@@ -43,7 +47,7 @@ impl Control {
         match request {
             Request::Ping => Ok(Body::Json(to_json(&ping())?)),
             Request::VmmShutdown => {
-                self.exit = Some(crate::EXIT_OK);
+                self.end(crate::EXIT_OK, json!({}));
                 Ok(Body::EmptyOk)
             }
             Request::Create(config) => {
@@ -52,7 +56,10 @@ impl Control {
             }
             Request::Boot => self.boot(),
             Request::Delete => {
-                self.shut_down();
+                if self.vm.machine().is_some() {
+                    self.shut_down();
+                    self.events.say("vm", "shutdown", json!({}));
+                }
                 self.vm = Vm::None;
                 Ok(Body::Empty)
             }
@@ -89,26 +96,29 @@ impl Control {
         act(machine).map(|()| Body::Empty).map_err(|error| ApiError::chain(500, &error))
     }
 
-    fn shut_down(&mut self) {
+    pub(super) fn shut_down(&mut self) {
         self.vm = match std::mem::replace(&mut self.vm, Vm::None) {
             // The machine goes first: a new one may need the same devices.
             Vm::Booted(machine) => Vm::ShutDown(machine.shut_down()),
             other => other,
         };
-        self.forget_guest();
+        // What a guest asked for that is gone is not meant for the next one; its vCPUs can ask no more.
+        self.inbox.forget_guest();
     }
 
     fn boot(&mut self) -> Reply {
         let config = self.vm.config().cloned().ok_or_else(|| ApiError::not_found("there is no VM"))?;
-        self.boot_config(config).map(|()| Body::Empty).map_err(|error| ApiError::chain(500, &error))
+        self.boot_config(config, true).map(|()| Body::Empty).map_err(|error| ApiError::chain(500, &error))
     }
 
-    /// Boots `config`; on failure the VM stays as it was.
-    pub fn boot_config(&mut self, config: VmConfig) -> Result<(), MachineError> {
+    /// Boots `config`, or leaves it before its first instruction; on failure the VM stays as it was.
+    pub fn boot_config(&mut self, config: VmConfig, run: bool) -> Result<(), MachineError> {
         // The helper of an update has the devices' fds open until it has run once more.
         self.reap_helper(HELPER_PATIENCE);
         let mut machine = Machine::build(config, &self.host)?;
-        machine.vcpus.resume()?;
+        if run {
+            machine.vcpus.resume()?;
+        }
         self.vm = Vm::Booted(Box::new(machine));
         Ok(())
     }
@@ -141,20 +151,15 @@ impl Control {
         }
         let was_shut_down = matches!(self.vm, Vm::ShutDown(_));
         let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
-        let (receiver, asked) = (&self.inbox.receiver, &mut self.asked);
-        self.inbox.updating.store(true, Ordering::SeqCst);
-        let seen = std::cell::RefCell::new(None);
+        let inbox = &self.inbox;
+        inbox.updating.store(true, Ordering::SeqCst);
         let guest_asked = || {
-            for message in receiver.try_iter() {
-                match message {
-                    Message::Guest(request) => *seen.borrow_mut() = Some(request),
-                    Message::Api(_, reply) => reply.send(Err(update_under_way())),
-                }
+            while let Some((_, reply)) = inbox.call() {
+                reply.send(Err(update_under_way()));
             }
-            seen.borrow().is_some()
+            inbox.guest_has_asked()
         };
         // What came together with this request.
-        self.backlog.drain(..).for_each(|(_, reply)| reply.send(Err(update_under_way())));
         guest_asked();
         let (devices, containers) = self.vm.machine().map_or_else(Default::default, |machine| {
             (machine.passthrough.ids(), machine.passthrough.container_names())
@@ -171,7 +176,6 @@ impl Control {
             guest_asked: &guest_asked,
         };
         let result = update::run(subject, request, Some(reply.connection()));
-        *asked = seen.take().or(asked.take());
         self.inbox.updating.store(false, Ordering::SeqCst);
         let outcome = result.outcome;
         let report = result.report(devices, containers);
@@ -183,17 +187,27 @@ impl Control {
     }
 }
 
-/// What the event stream says of a request that was carried out.
-fn event_of(request: &Request) -> Option<(&'static str, &'static str)> {
+/// What the event stream says of the VM before a request is carried out.
+fn event_before(request: &Request) -> Option<&'static str> {
     Some(match request {
-        Request::Create(_) => ("vm", "created"),
-        Request::Boot => ("vm", "booted"),
-        Request::Pause => ("vm", "paused"),
-        Request::Resume => ("vm", "resumed"),
-        Request::Shutdown => ("vm", "shutdown"),
-        Request::Reboot => ("vm", "rebooted"),
-        Request::Delete => ("vm", "deleted"),
-        Request::VmmShutdown => ("vmm", "shutdown"),
+        Request::Boot => "booting",
+        Request::Pause => "pausing",
+        Request::Resume => "resuming",
+        Request::Reboot => "rebooting",
+        _ => return None,
+    })
+}
+
+/// And once it was.
+fn event_after(request: &Request) -> Option<&'static str> {
+    Some(match request {
+        Request::Create(_) => "created",
+        Request::Boot => "booted",
+        Request::Pause => "paused",
+        Request::Resume => "resumed",
+        Request::Shutdown => "shutdown",
+        Request::Reboot => "rebooted",
+        Request::Delete => "deleted",
         _ => return None,
     })
 }

@@ -2,9 +2,14 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use theseus_devices::interrupt::{IrqLine, Memslots, Msi, MsiError, MsiMessage};
 use theseus_hypervisor::{Error, MsiRoute, Vm};
+use theseus_resources::rate::Rate;
+
+/// A guest can provoke as many as it likes.
+static LOST: Rate = Rate::new(10, Duration::from_secs(60));
 
 /// An IOAPIC pin.
 pub struct Pin {
@@ -15,7 +20,7 @@ pub struct Pin {
 impl IrqLine for Pin {
     fn pulse(&self) {
         if let Err(error) = self.vm.pulse_irq(self.gsi) {
-            log::error!("an interrupt is lost: {error}");
+            LOST.warn(|| format!("an interrupt is lost: {error}"));
         }
     }
 }

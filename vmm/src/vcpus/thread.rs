@@ -115,10 +115,11 @@ impl Body {
         }
     }
 
-    /// In the guest until a pause is asked for, or until it cannot go on.
+    /// In the guest until a pause is asked for, until it cannot go on, or until its machine is about to end: a vCPU that has asked for that
+    /// waits like one that is stopped, and so do the others from their next exit on.
     fn run(&self, vcpu: &mut Vcpu) {
         self.clear_exit_flag(vcpu);
-        loop {
+        while !self.shared.requests.pending() {
             match vcpu.run() {
                 Ok(Exit::IoIn(port, size, data)) => {
                     data.chunks_mut(size).for_each(|one| self.shared.pio.read(port.into(), one));

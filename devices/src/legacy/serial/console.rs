@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use theseus_resources::vault::{KeptFd, Purpose, Vault};
 
+use super::TROUBLE;
 use super::stream::{Input, Stream};
 use super::tty::RawMode;
 
@@ -170,12 +171,13 @@ impl Console {
                     *client = Some(stream);
                     self.deaf = false;
                 }
-                Err(error) => log::error!("serial socket {}: client refused: {error}", path.display()),
+                Err(error) => TROUBLE.warn(|| format!("serial socket {}: client refused: {error}", path.display())),
             },
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => self.deaf = false,
             Err(error) => {
                 if !self.deaf {
-                    log::error!("serial socket {}: accept: {error}: trying again at the next output", path.display());
+                    let path = path.display();
+                    TROUBLE.warn(|| format!("serial socket {path}: accept: {error}: trying again at the next output"));
                 }
                 self.deaf = true;
             }

@@ -20,7 +20,9 @@ use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use theseus_resources::rate::Rate;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
@@ -48,6 +50,9 @@ const IIR_ID: u8 = 0x0F;
 const IIR_NONE: u8 = 0x01;
 const IIR_RECEIVED: u8 = 0x04;
 const MCR_LOOPBACK: u8 = 0x10;
+
+/// What a guest, or whoever is at the other end of the line, can provoke as often as they like.
+static TROUBLE: Rate = Rate::new(10, Duration::from_secs(60));
 
 struct Line(Arc<dyn IrqLine>);
 
@@ -133,7 +138,7 @@ impl SerialDevice {
         if let Input::Bytes(count) = input
             && let Err(error) = self.uart.enqueue_raw_bytes(buf.get(..count).unwrap_or_default())
         {
-            log::error!("serial: input lost: {error}");
+            TROUBLE.warn(|| format!("serial: input lost: {error}"));
         }
         input
     }
@@ -173,7 +178,7 @@ impl SerialDevice {
 
     fn write_register(&mut self, register: u8, value: u8) {
         if let Err(error) = self.uart.write(register, value) {
-            log::error!("serial: register {register}: {error}");
+            TROUBLE.warn(|| format!("serial: register {register}: {error}"));
         }
         if !self.uart.writer().is_empty() {
             let waits = |console: &Console| (console.unsent.is_empty(), console.deaf, console.lacks_client());

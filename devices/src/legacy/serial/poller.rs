@@ -55,6 +55,6 @@ impl AsFd for Poller {
 fn report(result: rustix::io::Result<()>) {
     match result {
         Ok(()) | Err(Errno::BADF | Errno::NOENT) => {}
-        Err(error) => log::error!("serial: epoll_ctl: {error}: its input or output may stall"),
+        Err(error) => super::TROUBLE.warn(|| format!("serial: epoll_ctl: {error}: its input or output may stall")),
     }
 }

@@ -1,0 +1,128 @@
+//! What becomes of a guest that ends itself, or cannot go on.
+
+use std::io::Write;
+use std::time::Duration;
+
+use event_manager::{EventOps, EventSet, Events};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::{Value, json};
+use theseus_devices::interrupt::GuestRequest;
+use theseus_resources::rate::Rate;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::{Control, RESET, Vm};
+
+/// How often a guest that resets itself is booted anew: often enough for any that means it, and a guest that does nothing else takes neither
+/// all of a host's CPU nor its disk (each boot is three events, and some lines of a verbose log).
+pub struct Resets {
+    rate: Rate,
+    timer: Option<TimerFd>,
+}
+
+impl Default for Resets {
+    fn default() -> Self {
+        Self { rate: Rate::new(10, Duration::from_secs(1)), timer: None }
+    }
+}
+
+impl Resets {
+    pub(super) fn watch(&mut self, ops: &mut EventOps) {
+        match TimerFd::new() {
+            Ok(timer) => match ops.add(Events::with_data(&timer, RESET, EventSet::IN)) {
+                Ok(()) => self.timer = Some(timer),
+                Err(error) => log::warn!("resets of the guest are not delayed: {error:?}"),
+            },
+            Err(error) => log::warn!("resets of the guest are not delayed: {error}"),
+        }
+    }
+
+    /// Whether one more has to wait; its time is then told by an event.
+    fn too_soon(&mut self) -> bool {
+        let Some(timer) = &mut self.timer else { return false };
+        self.rate.take().is_err_and(|wait| timer.reset(wait.max(Duration::from_millis(1)), None).is_ok())
+    }
+
+    pub(super) fn due(&mut self) {
+        if let Some(timer) = &mut self.timer {
+            let _ = timer.wait();
+        }
+    }
+}
+
+impl Control {
+    /// Acts on what the guest has asked for, if it has, and if the time for that has come.
+    pub(super) fn act_for_guest(&mut self) -> bool {
+        let reboots = !self.supervisor.ends_on_reset();
+        let Some(request) = self.inbox.guest_request() else { return false };
+        if request == GuestRequest::Reset && reboots && self.resets.too_soon() {
+            return false;
+        }
+        match request {
+            GuestRequest::PowerOff => {
+                self.events.say("vm", "powered_off", json!({}));
+                self.end_with("the guest has powered off", crate::EXIT_POWER_OFF);
+            }
+            GuestRequest::Reset if reboots => self.reboot_in_place(),
+            GuestRequest::Reset => {
+                self.events.say("vm", "reset", json!({}));
+                self.end_with("the guest has asked for a reset", crate::EXIT_RESET);
+            }
+            GuestRequest::Failed(reason) => self.guest_failed(&reason),
+        }
+        true
+    }
+
+    /// A new machine in this process, as vm.reboot gives; paused if the guest was.
+    fn reboot_in_place(&mut self) {
+        log::info!("the guest has asked for a reset: it is booted again");
+        self.events.say("vm", "reset", json!({}));
+        self.events.say("vm", "rebooting", json!({}));
+        let runs = self.vm.machine().is_some_and(|machine| machine.vcpus.is_running());
+        self.shut_down();
+        let Some(config) = self.vm.config().cloned() else { return };
+        match self.boot_config(config, runs) {
+            Ok(()) => self.events.say("vm", "rebooted", json!({})),
+            Err(error) => {
+                let reason = format!("it has reset itself, and cannot be booted again: {error}");
+                log::error!("{reason}");
+                self.guest_failed(&reason);
+            }
+        }
+    }
+
+    fn guest_failed(&mut self, reason: &str) {
+        self.events.say("vm", "failed", json!({ "reason": reason }));
+        if self.vm.machine().is_none() {
+            self.events.say("vm", "shutdown", json!({}));
+        }
+        self.end_with(&format!("the guest cannot go on: {reason}"), crate::EXIT_GUEST_FAILED);
+    }
+
+    fn end_with(&mut self, what: &str, code: i32) {
+        log::info!("{what}");
+        self.end(code, json!({}));
+        say(what);
+    }
+
+    /// The end of the guest, if there is one, and of the process. `properties`: of the last event.
+    pub(super) fn end(&mut self, code: i32, properties: Value) {
+        if self.vm.machine().is_some() {
+            self.shut_down();
+            self.events.say("vm", "shutdown", json!({}));
+        }
+        if !matches!(std::mem::replace(&mut self.vm, Vm::None), Vm::None) {
+            self.events.say("vm", "deleted", json!({}));
+        }
+        self.events.say("vmm", "shutdown", properties);
+        self.exit = Some(code);
+    }
+}
+
+/// To standard output, if it takes it now: neither println!, which panics where nobody listens any more, nor a write to a terminal that
+/// stands still.
+fn say(what: &str) {
+    let stdout = std::io::stdout();
+    if rustix::event::poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(&Timespec::default())) == Ok(1) {
+        let _ = writeln!(stdout.lock(), "theseus: {what}");
+    }
+}
