@@ -195,7 +195,8 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
     );
     let server = cli.api_socket.as_ref().map(|socket| serve_api(socket, &parts.queue)).transpose()?;
     let ends_on_reset = cli.on_reset == OnReset::Exit;
-    let supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone(), ends_on_reset);
+    let mut supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone(), ends_on_reset);
+    supervisor.is_started_from(update::target::started_from());
     supervisor.write_pid_file()?;
     let events = EventStream::open(cli.event_monitor.as_ref(), &host.vault)?;
     let mut control = parts.control(host, server, supervisor, events);

@@ -2,9 +2,10 @@
 //!
 //! It has no seccomp filter and sees no guest data: the new image inherits what this thread is.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Command, ExitStatus};
+use std::process::Command;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use theseus_resources::Vault;
 use crate::update::arbiter::Way;
 use crate::update::back::{HANDOVER_VARIABLE, Image, Inherited};
 use crate::update::park::{self, Return};
-use crate::update::target::run_child;
+use crate::update::target::{Ended, Target, run_child};
 use crate::update::timeline::{Phase, Timeline};
 
 /// How long a helper that was let go after a failed exec may take; it has nothing to tear down.
@@ -22,15 +23,15 @@ const HELPER_END: Duration = Duration::from_secs(5);
 /// An exec, ready to go.
 pub struct ExecPlan {
     /// The verified target.
-    pub target: OwnedFd,
+    pub target: Arc<Target>,
     pub inherited: Inherited,
     pub release: RawFd,
     pub vault: Vault,
-    pub timeline: std::sync::Arc<Timeline>,
+    pub timeline: Arc<Timeline>,
 }
 
 enum Order {
-    Spawn(Box<Command>, Duration, Sender<std::io::Result<Option<ExitStatus>>>),
+    Spawn(Box<Command>, Duration, Sender<std::io::Result<Option<Ended>>>),
     Exec(Box<ExecPlan>, Sender<String>),
     Quit(i32),
 }
@@ -41,7 +42,7 @@ pub struct MainThread(Sender<Order>);
 
 impl MainThread {
     /// Runs a child to its end; `None` if it was killed because it took too long.
-    pub fn spawn(&self, command: Command, patience: Duration) -> std::io::Result<Option<ExitStatus>> {
+    pub fn spawn(&self, command: Command, patience: Duration) -> std::io::Result<Option<Ended>> {
         let (sender, receiver) = channel();
         let gone = |_| std::io::Error::other("the main thread has ended");
         self.0.send(Order::Spawn(Box::new(command), patience, sender)).map_err(|_| gone(()))?;
@@ -120,7 +121,9 @@ fn exec(plan: ExecPlan) -> String {
     // From here on the guest may be the helper's at any moment, should we get stuck. A panic is as good as an error.
     let reason = catch_unwind(AssertUnwindSafe(|| {
         timeline.pass(Phase::Park)?;
-        let fd = if crate::test_hooks::fail_exec() { -1 } else { target.as_raw_fd() };
+        // Whoever comes from here on waits, or meets the exec itself.
+        target.unchanged()?;
+        let fd = if crate::test_hooks::fail_exec() { -1 } else { target.file.as_raw_fd() };
         Err(format!("exec failed: {}", image.exec(fd)))
     }));
     let reason = match reason {

@@ -19,16 +19,26 @@ pub struct Supervisor {
     update_dir: Option<PathBuf>,
     /// A guest's reset ends the process, instead of the guest being booted again.
     ends_on_reset: bool,
+    started_from: Option<PathBuf>,
 }
 
 impl Supervisor {
     /// `update_dir`: where builds to update to must be; anywhere if there is none.
     pub fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>, ends_on_reset: bool) -> Self {
-        Self { pid_file, update_dir, ends_on_reset }
+        Self { pid_file, update_dir, ends_on_reset, started_from: None }
     }
 
     pub fn ends_on_reset(&self) -> bool {
         self.ends_on_reset
+    }
+
+    /// The name of the file that runs, as it was given.
+    pub fn is_started_from(&mut self, name: Option<PathBuf>) {
+        self.started_from = name;
+    }
+
+    pub fn started_from(&self) -> Option<&Path> {
+        self.started_from.as_deref()
     }
 
     pub fn update_dir(&self) -> Option<&Path> {

@@ -41,7 +41,7 @@ pub(super) enum End {
 }
 
 impl End {
-    fn reasons(self, answer: &Answer) -> Result<String> {
+    pub(super) fn reasons(self, answer: &Answer) -> Result<String> {
         if self == Self::Refused {
             ensure!(answer.status == 409, "a refusal is answered 409: {answer:?}");
             return Ok(answer.causes()?.join(": "));

@@ -14,6 +14,7 @@ mod operator;
 mod resources;
 pub mod rollback;
 mod serial;
+mod target;
 mod time;
 mod traffic;
 mod update;
@@ -77,6 +78,8 @@ const CASES: &[Case] = &[
     plain("serial_terminal_gone", serial::terminal_gone),
     plain("fault_by_option", deaths::fault_by_option),
     plain("ch_remote", operator::ch_remote),
+    plain("target_rewritten", target::rewritten),
+    plain("target_of_the_own_name", target::own_name),
     plain("meets_another_update", meetings::two_updates_at_once),
     plain("meets_boot", meetings::guest_boots),
     plain("meets_other_requests", meetings::other_requests),
@@ -101,6 +104,7 @@ const CASES: &[Case] = &[
     shared("fails_older_state_version", failures::older_state_version),
     shared("fails_downgrade", failures::downgrade),
     shared("fails_exec", failures::exec_fails),
+    shared("target_of_others", target::of_others),
     shared("fails_park_and_vcpu_thread", deaths::helper_missing_and_vcpu_panic),
     shared("fails_old_binary_deleted", failures::old_binary_deleted),
     shared("state_used_again", failures::state_used_again),
@@ -110,6 +114,7 @@ const CASES: &[Case] = &[
     shared("one_packet_while_invalidated_igb", held::igb),
     with(&[Nic::IgbA], "meets_driver_probe", meetings::driver_probes),
     with(&[Nic::IgbA], "refused_by_bounds", bounds::of_the_vmm),
+    with(&[Nic::IgbA], "target_with_fewer_rights", target::with_fewer_rights),
     with(&[Nic::IgbA], "log_stands_still", bounds::log_stands_still),
     unwired(&[Nic::IgbA], "device_without_wire", operator::device_without_wire),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),

@@ -29,6 +29,7 @@ pub struct Builder {
     update_dir: Option<PathBuf>,
     may_lock: Option<u64>,
     ignores_children: bool,
+    user: Option<(u32, &'static [u32])>,
     log_file: Option<PathBuf>,
     reboots: bool,
     patience: Duration,
@@ -49,6 +50,7 @@ impl Default for Builder {
             update_dir: None,
             may_lock: None,
             ignores_children: false,
+            user: None,
             log_file: None,
             reboots: false,
             patience: BOOT_DEADLINE,
@@ -68,7 +70,7 @@ impl Builder {
         self
     }
 
-    /// Which build to start with.
+    /// Which build to start with: a name among the builds, or a path.
     pub fn binary(mut self, name: &str) -> Self {
         self.binary = name.into();
         self
@@ -125,6 +127,12 @@ impl Builder {
     /// SIGCHLD is ignored when the VMM starts.
     pub fn ignores_children(mut self) -> Self {
         self.ignores_children = true;
+        self
+    }
+
+    /// The VMM runs as this user, whose programs have these capabilities.
+    pub fn user(mut self, user: u32, capabilities: &'static [u32]) -> Self {
+        self.user = Some((user, capabilities));
         self
     }
 
@@ -205,6 +213,7 @@ impl Builder {
             notify_socket: self.notify_socket.as_deref(),
             may_lock: self.may_lock,
             ignores_children: self.ignores_children,
+            user: self.user,
             terminal: None,
         };
         let mut vm = Vm::spawn(&self.binary, &args, &setting)?;

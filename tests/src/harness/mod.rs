@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod builder;
+pub mod capabilities;
 pub mod clock;
 pub mod hooks;
 pub mod http;

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::harness::wait_for;
+use crate::harness::{capabilities::CAP_IPC_LOCK, wait_for};
 
 /// What an update must not let grow.
 #[derive(Debug, Clone, PartialEq)]
@@ -249,11 +249,10 @@ fn parse_map(line: &str) -> Option<(u64, u64, u64, String)> {
 
 /// Before an exec: the program has no CAP_IPC_LOCK, and may lock so many bytes.
 pub fn bound_locking(bytes: u64) -> io::Result<()> {
-    const CAP_IPC_LOCK: libc::c_ulong = 14;
     let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the limit lives during the call, and prctl takes numbers only.
     let done = unsafe {
-        libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0) == 0
+        libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(CAP_IPC_LOCK), 0, 0, 0) == 0
             && libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) == 0
     };
     if done { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::harness::{
     agent::Agent,
     builder::Builder,
-    hooks,
+    capabilities, hooks,
     http::{Answer, Api},
     lab, logs, proc,
     process::Process,
@@ -48,6 +48,8 @@ pub(super) struct Setting<'a> {
     pub may_lock: Option<u64>,
     /// SIGCHLD is ignored, as by a careless supervisor.
     pub ignores_children: bool,
+    /// The user that it runs as, who has these capabilities.
+    pub user: Option<(u32, &'static [u32])>,
     /// Its standard input.
     pub terminal: Option<&'a File>,
 }
@@ -60,6 +62,7 @@ impl Default for Setting<'_> {
             notify_socket: None,
             may_lock: None,
             ignores_children: false,
+            user: None,
             terminal: None,
         }
     }
@@ -129,6 +132,10 @@ impl Vm {
         if setting.ignores_children {
             // SAFETY: a system call only.
             unsafe { command.pre_exec(proc::ignore_children) };
+        }
+        if let Some((user, capabilities)) = setting.user {
+            // SAFETY: system calls only.
+            unsafe { command.pre_exec(move || capabilities::become_user(user, capabilities)) };
         }
         command
             .stdin(setting.terminal.map(File::try_clone).transpose()?.map_or_else(Stdio::null, Stdio::from))

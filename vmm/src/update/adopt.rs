@@ -131,7 +131,10 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     if let Some(machine) = &machine {
         machine.passthrough.settle(&machine.vm);
     }
-    let supervisor = std::mem::take(&mut handover.supervisor);
+    let mut supervisor = std::mem::take(&mut handover.supervisor);
+    if way == Way::Forward {
+        supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));
+    }
     let helper = timeline.helper().filter(|_| way != Way::BackByHelper);
     let helper = helper.map(|pid| Helper { pid: pid as libc::pid_t, release });
     if let Some(helper) = &helper {

@@ -16,6 +16,7 @@ pub mod park;
 mod pause;
 mod preflight;
 mod prepare;
+mod rights;
 mod room;
 pub mod saved;
 pub mod target;

@@ -197,17 +197,13 @@ impl Invalidated<'_> {
     pub fn exec(self) -> String {
         let Saved { paused, state } = &self.saved;
         let kept = &paused.prepared.kept;
-        let target = match paused.prepared.target.file.as_fd().try_clone_to_owned() {
-            Ok(target) => target,
-            Err(error) => return format!("cannot hold on to the target: {error}"),
-        };
         // The state travels like every other kept fd, but is not in the manifest that it contains.
         let state = match state.try_clone() {
             Ok(state) => paused.host.vault.keep("saved state", Purpose::State, state),
             Err(error) => return format!("cannot hold on to the state: {error}"),
         };
         let plan = ExecPlan {
-            target,
+            target: Arc::clone(&paused.prepared.target),
             inherited: Inherited {
                 state: state.as_raw_fd(),
                 old: kept.old_binary.as_raw_fd(),

@@ -5,16 +5,13 @@ use std::io;
 use rustix::process::{Resource, getrlimit};
 
 use super::room::Room;
-use crate::vcpus::placement::{Placement, Rights};
+use crate::vcpus::placement::Placement;
 
 /// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, the old
 /// binary, the target, timeline and helper, and duplicates of the API's connections, of which there are 64 at most.
 const MORE_FDS: u64 = 96;
 /// For the new image itself beside the guest's page tables.
 const IMAGE: u64 = 32 << 20;
-/// Bit of CAP_IPC_LOCK in the capability masks (capabilities(7)).
-const CAP_IPC_LOCK: u64 = 1 << 14;
-const CAP_SYS_NICE: u64 = 1 << 23;
 
 /// What the guest makes an update need.
 #[derive(Clone, Debug, Default)]
@@ -29,11 +26,6 @@ pub struct Needs {
 /// What this process may have, in bytes and numbers. None: no limit.
 #[derive(Clone, Debug)]
 struct Limits {
-    /// Pinned for DMA now, and to be charged to the new image.
-    locked: u64,
-    memlock: Option<u64>,
-    may_lock: bool,
-    scheduling: Rights,
     open_fds: u64,
     max_fds: Option<u64>,
     room: Room,
@@ -56,24 +48,12 @@ pub fn remedy(error: &io::Error) -> &'static str {
 }
 
 fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
-    let Limits { locked, memlock, may_lock, scheduling, open_fds, max_fds, room } = limits;
+    let Limits { open_fds, max_fds, room } = limits;
     let mut reasons = Vec::new();
-    // vfio_iommu_type1 charges what is pinned to the new address space (vfio_change_dma_owner).
-    if let Some(limit) = memlock.filter(|limit| !may_lock && *limit < locked) {
-        reasons.push(format!(
-            "RLIMIT_MEMLOCK is {} KiB, {} KiB are pinned for DMA and would be charged to the new image: raise it (prlimit --memlock) or \
-             give CAP_IPC_LOCK",
-            limit >> 10,
-            locked >> 10
-        ));
-    }
     if let Some(limit) = max_fds.filter(|limit| *limit < open_fds.saturating_add(MORE_FDS)) {
         reasons.push(format!(
             "RLIMIT_NOFILE is {limit}, {open_fds} fds are open and an update takes up to {MORE_FDS} more: raise it (prlimit --nofile)"
         ));
-    }
-    for (index, placement) in needs.placements.iter().enumerate() {
-        reasons.extend(scheduling.lack_for(placement).map(|lack| format!("the thread of vCPU {index} has {lack}")));
     }
     // 8 bytes a page: the new image's page tables and its second stage, while the parked old ones are still there.
     let tables = if needs.small_pages { needs.ram / 512 * 2 } else { 0 };
@@ -91,16 +71,7 @@ fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
 
 impl Limits {
     fn of_this_process() -> io::Result<Self> {
-        let status = std::fs::read_to_string("/proc/self/status")?;
-        let missing = |key: &str| io::Error::other(format!("no {key}"));
-        let kib = |text: &str, key: &str| Some(field(text, key)?.parse::<u64>().ok()?.saturating_mul(1024));
-        let capabilities = field(&status, "CapEff:").and_then(|mask| u64::from_str_radix(mask, 16).ok());
-        let capabilities = capabilities.ok_or_else(|| missing("CapEff"))?;
         Ok(Self {
-            locked: kib(&status, "VmLck:").ok_or_else(|| missing("VmLck"))?,
-            memlock: getrlimit(Resource::Memlock).current,
-            may_lock: capabilities & CAP_IPC_LOCK != 0,
-            scheduling: Rights::of_this_process(capabilities & CAP_SYS_NICE != 0),
             open_fds: std::fs::read_dir("/proc/self/fd")?.count() as u64,
             max_fds: getrlimit(Resource::Nofile).current,
             room: Room::of_this_process()?,
@@ -118,15 +89,7 @@ mod tests {
     use super::*;
 
     fn good() -> Limits {
-        Limits {
-            locked: 1 << 30,
-            memlock: Some(1 << 30),
-            may_lock: false,
-            scheduling: Rights { sys_nice: false, rtprio: 0, nice: 0 },
-            open_fds: 40,
-            max_fds: Some(1024),
-            room: room(1 << 30),
-        }
+        Limits { open_fds: 40, max_fds: Some(1024), room: room(1 << 30) }
     }
 
     fn room(free: u64) -> Room {
@@ -135,19 +98,14 @@ mod tests {
 
     #[test]
     fn all_reasons_at_once() {
-        let fifo = Placement { policy: libc::SCHED_FIFO, priority: 1, ..Default::default() };
-        let needs = &Needs { placements: vec![Placement::default()], ram: 1 << 30, small_pages: true };
-        let realtime = Needs { placements: vec![Placement::default(), fifo], ..needs.clone() };
+        let needs = &Needs { placements: Vec::new(), ram: 1 << 30, small_pages: true };
         assert!(judge(needs, good()).is_empty());
-        assert!(matches!(&judge(&realtime, good())[..], [one] if one.contains("vCPU 1 has realtime priority 1")));
-        let bad = Limits { memlock: Some(8 << 20), max_fds: Some(64), room: room(1 << 20), ..good() };
+        let bad = Limits { max_fds: Some(64), room: room(1 << 20), ..good() };
         let text = judge(needs, bad).join("\n");
-        for part in ["RLIMIT_MEMLOCK is 8192 KiB", "RLIMIT_NOFILE is 64", "the host has 1 MiB of free memory", "36 MiB"]
-        {
+        for part in ["RLIMIT_NOFILE is 64", "the host has 1 MiB of free memory", "36 MiB"] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(judge(needs, Limits { memlock: Some(0), may_lock: true, ..good() }).is_empty());
-        assert!(judge(needs, Limits { memlock: None, max_fds: None, ..good() }).is_empty());
+        assert!(judge(needs, Limits { max_fds: None, ..good() }).is_empty());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Prepare: the guest runs. Everything that is slow or can be refused happens here.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use theseus_api::types::{UpdateOutcome, UpdateRequest};
@@ -8,8 +9,9 @@ use theseus_resources::{KeptFd, Pages, Purpose, StateWriter, Vault};
 
 use super::pause::Release;
 use super::preflight::{self, Needs};
+use super::rights::{Image, Wants};
 use super::saved::Handover;
-use super::target::{self, Target};
+use super::target::{self, Rehearsal, Target};
 use super::timeline::{Phase, Timeline};
 use super::{NotUpdated, Subject};
 use crate::build_info;
@@ -18,7 +20,7 @@ use crate::machine::state::Depth;
 use crate::vcpus::placement::Placement;
 
 pub struct Prepared {
-    pub target: Target,
+    pub target: Arc<Target>,
     pub timeline: Arc<Timeline>,
     pub kept: Kept,
     /// Read here, as that means opening files.
@@ -68,17 +70,34 @@ impl Prepared {
         }
         reasons.extend(preflight::reasons(&needs));
         reasons.extend(crate::logging::stands_still());
-        let target = match Target::open(request, build_info::this(), subject.supervisor.update_dir()) {
+        let target = match Target::open(request, build_info::this(), subject.supervisor) {
             Ok(target) => Some(target),
             Err(more) => {
                 reasons.extend(more);
                 None
             }
         };
+        let mut images = Vec::new();
         if let Some(target) = &target {
             match dry_run(subject, &kept, target) {
-                Ok(state) => reasons.extend(target::ask(target, &state, subject.main).err().unwrap_or_default()),
+                Ok(state) => {
+                    let Rehearsal { reasons: more, capabilities } = target::ask(target, &state, subject.main);
+                    reasons.extend(more);
+                    let image = |has| Image::new("the new image", &target.path, &target.file, has);
+                    images.extend(capabilities.map(image));
+                }
                 Err(reason) => reasons.push(reason),
+            }
+        }
+        match old_image(subject, &kept) {
+            Ok(image) => images.push(image),
+            Err(reason) => reasons.push(reason),
+        }
+        match Wants::of_this_process(&needs.placements) {
+            Ok(wants) => reasons.extend(wants.reasons(&images)),
+            Err(error) => {
+                reasons
+                    .push(format!("the rights of this process cannot be read: {error}: {}", preflight::remedy(&error)));
             }
         }
         match target {
@@ -86,8 +105,8 @@ impl Prepared {
                 log::info!("update to {}: prepared", target::describe(&target.path, &target.build));
                 let placements = needs.placements;
                 crate::heap::warm(placements.len());
-                match timeline.pass(Phase::Prepare) {
-                    Ok(()) => Ok(Self { target, timeline, kept, placements }),
+                match timeline.pass(Phase::Prepare).and_then(|()| target.unchanged()) {
+                    Ok(()) => Ok(Self { target: Arc::new(target), timeline, kept, placements }),
                     Err(reason) => Err(NotUpdated::refused(Some(target.build), vec![reason])),
                 }
             }
@@ -99,11 +118,19 @@ impl Prepared {
     pub fn ready(self) -> NotUpdated {
         NotUpdated {
             outcome: UpdateOutcome::Ready,
-            to: Some(self.target.build),
+            to: Some(self.target.build.clone()),
             reasons: Vec::new(),
             timeline: Some(self.timeline),
         }
     }
+}
+
+/// What a way back leads to.
+fn old_image(subject: &Subject<'_>, kept: &Kept) -> Result<Image, String> {
+    let path = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+    let capabilities = target::capabilities_of(kept.old_binary.as_raw_fd(), subject.main)
+        .map_err(|reason| format!("there would be no way back: the running binary {}: {reason}", path.display()))?;
+    Ok(Image::new("the old binary on a way back", &path, &kept.old_binary, capabilities))
 }
 
 /// The state as it is now, with the guest running: all of it but the vCPUs.
@@ -131,6 +158,7 @@ pub fn handover(
         vault,
         from: build_info::this().clone(),
         to: target.build.clone(),
+        target: Some(target.path.clone()),
         old_binary: kept.old_binary.slot(),
         supervisor: subject.supervisor.clone(),
         events: subject.events.slot(),

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::Deref;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::ptr::NonNull;
 
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -29,6 +30,9 @@ pub struct Handover {
     /// The target, for a report of the way back.
     #[serde(default)]
     pub to: BuildInfo,
+    /// How the target was named, which is where it looks for the next one.
+    #[serde(default)]
+    pub target: Option<PathBuf>,
     /// The binary that is running now, kept for the way back.
     pub old_binary: Slot,
     #[serde(default)]

@@ -4,10 +4,12 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use rustix::process::Pid;
+use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
 use theseus_resources::state::{Section, StateError, readable};
@@ -31,16 +33,30 @@ pub struct Verdict {
     pub writes: Vec<(String, u16)>,
 }
 
+/// What a dry run has shown.
+pub struct Rehearsal {
+    /// Every reason against the target; empty if there is none.
+    pub reasons: Vec<String>,
+    /// Of the target after its exec. None if it did not get that far.
+    pub capabilities: Option<CapabilitySet>,
+}
+
 /// In the running image.
-pub fn ask(target: &Target, state: &[u8], main: &MainThread) -> Result<(), Vec<String>> {
-    let fail = |reason: String| vec![format!("binary {}: dry run: {reason}", target.path.display())];
-    let verdict = converse(target, state, main).map_err(fail)?;
+pub fn ask(target: &Target, state: &[u8], main: &MainThread) -> Rehearsal {
+    let mut capabilities = None;
+    let verdict = converse(target, state, main, &mut capabilities);
+    let reasons = verdict.and_then(|verdict| judge(target, verdict)).err().unwrap_or_default();
+    let tell = |reason| format!("binary {}: dry run: {reason}", target.path.display());
+    Rehearsal { reasons: reasons.into_iter().map(tell).collect(), capabilities }
+}
+
+fn judge(target: &Target, verdict: Verdict) -> Result<(), Vec<String>> {
     if verdict.build_id != target.build.build_id {
         let (note, own) = (&target.build.build_id, &verdict.build_id);
-        return Err(fail(format!("it calls itself build {own}, its file says {note}")));
+        return Err(vec![format!("it calls itself build {own}, its file says {note}")]);
     }
-    let mut reasons: Vec<String> = verdict.reasons.into_iter().flat_map(fail).collect();
-    reasons.extend(one_way(&verdict.writes, &saved::versions()).into_iter().flat_map(fail));
+    let mut reasons = verdict.reasons;
+    reasons.extend(one_way(&verdict.writes, &saved::versions()));
     if reasons.is_empty() { Ok(()) } else { Err(reasons) }
 }
 
@@ -57,30 +73,56 @@ fn version_of(kind: &str, versions: &[(&str, u16)]) -> Option<u16> {
     versions.iter().find_map(|(found, version)| (*found == kind).then_some(*version))
 }
 
-fn converse(target: &Target, state: &[u8], main: &MainThread) -> Result<Verdict, String> {
-    let text = |error: std::io::Error| error.to_string();
+fn converse(
+    target: &Target,
+    state: &[u8],
+    main: &MainThread,
+    capabilities: &mut Option<CapabilitySet>,
+) -> Result<Verdict, Vec<String>> {
+    let text = |error: std::io::Error| vec![error.to_string()];
     let memfd = || {
         let fd = rustix::fs::memfd_create("check-update", rustix::fs::MemfdFlags::CLOEXEC);
-        fd.map(File::from).map_err(|error| error.to_string())
+        fd.map(File::from).map_err(|error| vec![error.to_string()])
     };
     let mut input = memfd()?;
     // A file rather than a pipe: nothing can block on it, whatever the target does.
     let mut output = memfd()?;
     let mut complaints = memfd()?;
     input.write_all(state).and_then(|()| input.rewind()).map_err(text)?;
-    let mut command = Command::new(format!("/proc/self/fd/{}", target.file.as_raw_fd()));
-    command.arg("--check-update").env_clear().envs(crate::test_hooks::environment());
+    let mut command = alone(target.file.as_raw_fd(), "--check-update");
+    command.envs(crate::test_hooks::environment());
     command.stdin(Stdio::from(OwnedFd::from(input))).stdout(output.try_clone().map_err(text)?);
     command.stderr(complaints.try_clone().map_err(text)?);
-    let status = main.spawn(command, PATIENCE).map_err(|error| format!("cannot run it: {error}"))?;
-    let status = status.ok_or_else(|| format!("no verdict within {PATIENCE:?}"))?;
+    let ended = main.spawn(command, PATIENCE).map_err(|error| vec![format!("cannot run it: {error}")])?;
+    let Ended { status, capabilities: had } = ended.ok_or_else(|| vec![format!("no verdict within {PATIENCE:?}")])?;
+    *capabilities = Some(had);
     let mut json = String::new();
     output.rewind().and_then(|()| output.read_to_string(&mut json)).map_err(text)?;
     serde_json::from_str(&json).map_err(|_| {
         let said = complaints.rewind().map(|()| last_line(&mut complaints)).unwrap_or_default();
         let said = if said.is_empty() { said } else { format!(", and said: {said}") };
-        format!("no verdict: it ended with {status}{said}")
+        vec![format!("no verdict: it ended with {status}{said}")]
     })
+}
+
+/// The program that `fd` is open on, with one argument and no environment: executed as an update would, by this process
+/// and this fd.
+fn alone(fd: RawFd, argument: &str) -> Command {
+    let mut command = Command::new(format!("/proc/self/fd/{fd}"));
+    command.arg(argument).env_clear();
+    command
+}
+
+/// Those that a build of Theseus would have after an exec of `fd`.
+pub fn capabilities_of(fd: RawFd, main: &MainThread) -> Result<CapabilitySet, String> {
+    let mut command = alone(fd, "--version");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    match main.spawn(command, PATIENCE) {
+        Ok(Some(Ended { status, capabilities })) if status.success() => Ok(capabilities),
+        Ok(Some(Ended { status, .. })) => Err(format!("it ended with {status} when asked for its version")),
+        Ok(None) => Err(format!("it did not tell its version within {PATIENCE:?}")),
+        Err(error) => Err(format!("it cannot be run: {error}")),
+    }
 }
 
 /// What a program said last, of what is in the first 64 KiB.
@@ -92,15 +134,27 @@ fn last_line(output: &mut File) -> String {
     line.chars().take(500).collect()
 }
 
+/// A child that has run to its end.
+pub struct Ended {
+    pub status: ExitStatus,
+    /// The effective ones that it had: what the kernel has given to its program at exec, as no program that we run
+    /// gives up any.
+    pub capabilities: CapabilitySet,
+}
+
 /// Runs `command` to its end, or kills it when `patience` is over (`None`). On the main thread, which has no filters.
-pub fn run_child(mut command: Command, patience: Duration) -> std::io::Result<Option<ExitStatus>> {
+pub fn run_child(mut command: Command, patience: Duration) -> std::io::Result<Option<Ended>> {
     let mut child = command.spawn()?;
     let ended = ends_within(child.id() as libc::pid_t, patience)?;
     if !ended {
         child.kill()?;
     }
+    // While nobody has reaped it: it still has its credentials then. Not before its end, as the spawn may return in the
+    // middle of its exec.
+    let sets = Pid::from_raw(child.id() as libc::pid_t).map(|pid| rustix::thread::capabilities(Some(pid))).transpose();
     let status = child.wait()?;
-    Ok(ended.then_some(status))
+    let capabilities = sets?.map_or(CapabilitySet::empty(), |sets| sets.effective);
+    Ok(ended.then_some(Ended { status, capabilities }))
 }
 
 /// In the target, as `--check-update`: reads the state from standard input, prints the verdict.
@@ -138,9 +192,47 @@ fn foreign(state: &StateReader<'_>, ours: &[(&str, u16)]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt;
+
     use theseus_resources::StateWriter;
 
     use super::*;
+
+    fn capabilities(file: &File, user: Option<u32>) -> CapabilitySet {
+        let mut command = alone(file.as_raw_fd(), "--version");
+        command.stdout(Stdio::null());
+        user.map(|user| command.uid(user));
+        let ended = run_child(command, Duration::from_secs(60)).unwrap().unwrap();
+        assert!(ended.status.success());
+        ended.capabilities
+    }
+
+    #[test]
+    fn capabilities_are_those_after_the_exec() {
+        let mut copy = tempfile::NamedTempFile::new().unwrap();
+        std::io::copy(&mut File::open("/bin/true").unwrap(), &mut copy).unwrap();
+        rustix::fs::fchmod(&copy, 0o755.into()).unwrap();
+        // No longer open for writing.
+        let path = copy.into_temp_path();
+        let open = || File::open(&path).unwrap();
+        let own = rustix::thread::capabilities(None).unwrap().effective;
+        if !rustix::process::geteuid().is_root() || !own.contains(CapabilitySet::SETFCAP | CapabilitySet::IPC_LOCK) {
+            assert_eq!(
+                capabilities(&open(), None),
+                CapabilitySet::empty(),
+                "no capabilities of the file, and no user who has any"
+            );
+            return;
+        }
+        assert!(capabilities(&open(), None).contains(CapabilitySet::IPC_LOCK), "root gets all of them");
+        assert_eq!(capabilities(&open(), Some(4711)), CapabilitySet::empty());
+        // struct vfs_cap_data, revision 2, effective (include/uapi/linux/capability.h).
+        let lock = CapabilitySet::IPC_LOCK;
+        let words = [0x0200_0001, lock.bits() as u32, 0, 0, 0];
+        let data: Vec<u8> = words.iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+        rustix::fs::setxattr(&*path, "security.capability", &data, rustix::fs::XattrFlags::empty()).unwrap();
+        assert_eq!(capabilities(&open(), Some(4711)), lock);
+    }
 
     #[test]
     fn every_foreign_section_is_named() {

@@ -1,41 +1,41 @@
 //! The build to update to: the file, opened once and from then on known by its fd, and what it says to our state.
 
 pub mod elf;
+mod guard;
 mod handshake;
+mod named;
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use theseus_api::types::{BuildInfo, UpdateRequest};
 
-pub use handshake::{answer, ask, run_child};
+use crate::supervisor::Supervisor;
+
+use guard::Facts;
+pub use handshake::{Ended, Rehearsal, answer, ask, capabilities_of, run_child};
+pub use named::started_from;
 
 pub struct Target {
     pub path: PathBuf,
     /// What is checked here is what is executed: the path is not looked up again.
     pub file: File,
     pub build: BuildInfo,
-}
-
-/// The file this process was started from; where a package upgrade has replaced it, the one that is now at its place.
-pub fn default_path() -> Result<PathBuf, String> {
-    let path = std::fs::read_link("/proc/self/exe").map_err(|error| format!("/proc/self/exe: {error}"))?;
-    Ok(match path.to_str().and_then(|text| text.strip_suffix(" (deleted)")) {
-        Some(original) => original.into(),
-        None => path,
-    })
+    /// Whether it is a lease that keeps it as it was checked.
+    leased: bool,
 }
 
 impl Target {
-    /// Opens and checks the file; on failure all the reasons that could be found.
-    /// `allowed`: the only folder that it may be in, if there is one.
-    pub fn open(request: &UpdateRequest, running: &BuildInfo, allowed: Option<&Path>) -> Result<Self, Vec<String>> {
+    /// Opens and checks the file; on failure all the reasons that could be found. `supervisor`: what is run where the
+    /// request names no file, and the only folder that it may be in.
+    pub fn open(request: &UpdateRequest, running: &BuildInfo, supervisor: &Supervisor) -> Result<Self, Vec<String>> {
         let path = match &request.binary {
             Some(path) => path.clone(),
-            None => default_path().map_err(|reason| vec![reason])?,
+            None => named::default_path(supervisor.started_from()).map_err(|reason| vec![reason])?,
         };
         let say = |reason: String| format!("binary {}: {reason}", path.display());
         // Not blocking: the path may name a FIFO that nobody writes to.
@@ -48,21 +48,28 @@ impl Target {
             return Err(vec![say("is not a regular file".into())]);
         }
         let mut reasons = Vec::new();
-        if let Some(allowed) = allowed
+        if let Some(allowed) = supervisor.update_dir()
             && let Err(reason) = is_below(&file, allowed)
         {
             reasons.push(say(reason));
         }
+        // Before it is read.
+        let facts = Facts::of(&file).map_err(|error| vec![say(error.to_string())])?;
+        let own = rustix::process::geteuid().as_raw();
+        reasons.extend(facts.reasons(own).into_iter().map(say));
+        let leased = facts.wants_lease() && facts.owner == own;
+        let still = match leased {
+            true => guard::lease(&file),
+            false => guard::nobody_writes(&file),
+        };
+        reasons.extend(still.err().map(say));
         let (here, may) = (rustix::fs::CWD, rustix::fs::Access::EXEC_OK);
         if meta.permissions().mode() & 0o111 == 0 {
             reasons.push(say("is not executable: chmod +x".into()));
-        } else if let Err(error) = rustix::fs::accessat(here, &path, may, rustix::fs::AtFlags::EACCESS) {
+        } else if let Err(error) = rustix::fs::accessat(here, by_fd(&file), may, rustix::fs::AtFlags::EACCESS) {
             reasons.push(say(format!(
                 "may not be executed: {error}: by this user, or is its file system mounted noexec?"
             )));
-        }
-        if meta.mode() & 0o002 != 0 {
-            reasons.push(say("is writable by everybody: chmod o-w, or it could change between check and exec".into()));
         }
         let inspected = file.try_clone().map_err(|error| error.to_string()).and_then(elf::inspect_file);
         let build = match inspected {
@@ -83,7 +90,7 @@ impl Target {
                     let (to, from) = (&build.version, &running.version);
                     reasons.push(say(format!("version {to} is older than the running {from}: say allow_downgrade")));
                 }
-                if reasons.is_empty() { Ok(Self { path, file, build }) } else { Err(reasons) }
+                if reasons.is_empty() { Ok(Self { path, file, build, leased }) } else { Err(reasons) }
             }
             Err(reason) => {
                 reasons.push(reason);
@@ -91,13 +98,23 @@ impl Target {
             }
         }
     }
+
+    /// Whether it still is what was checked; the error is a reason.
+    pub fn unchanged(&self) -> Result<(), String> {
+        let held = if self.leased { guard::lease_holds(&self.file) } else { Ok(()) };
+        held.map_err(|reason| format!("binary {}: {reason}", self.path.display()))
+    }
+}
+
+/// A name that leads to the open file itself.
+fn by_fd(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 /// Where the open file really is, whatever links led to it.
 fn is_below(file: &File, folder: &Path) -> Result<(), String> {
-    use std::os::fd::AsRawFd;
     let folder = folder.canonicalize().map_err(|error| format!("--update-dir {}: {error}", folder.display()))?;
-    let real = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(|error| error.to_string())?;
+    let real = std::fs::read_link(by_fd(file)).map_err(|error| error.to_string())?;
     if real.starts_with(&folder) {
         return Ok(());
     }
@@ -140,7 +157,7 @@ mod tests {
     fn open(path: &Path, sha256: Option<&str>) -> Result<Target, Vec<String>> {
         let request =
             UpdateRequest { binary: Some(path.into()), sha256: sha256.map(str::to_owned), ..Default::default() };
-        Target::open(&request, crate::build_info::this(), None)
+        Target::open(&request, crate::build_info::this(), &Supervisor::default())
     }
 
     #[test]
@@ -166,9 +183,13 @@ mod tests {
         for part in ["not executable", "writable by everybody", "SHA-256", "not an ELF"] {
             assert!(reasons.iter().any(|reason| reason.contains(part)), "{part}: {reasons:?}");
         }
-        let me = std::env::current_exe().unwrap();
-        let sum = sha256(&File::open(&me).unwrap()).unwrap();
-        open(&me, Some(&sum.to_uppercase())).unwrap();
+        // Whatever the umask of who built it.
+        let (me, dir) = (std::env::current_exe().unwrap(), tempfile::tempdir().unwrap());
+        let copy = dir.path().join("theseus");
+        std::fs::copy(&me, &copy).unwrap();
+        std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let sum = sha256(&File::open(&copy).unwrap()).unwrap();
+        open(&copy, Some(&sum.to_uppercase())).unwrap().unchanged().unwrap();
     }
 
     #[test]
