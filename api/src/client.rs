@@ -12,6 +12,7 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use crate::API_PREFIX;
+use crate::types::SOCKET_PATH_MAX;
 
 /// Bytes of an answer.
 const MAX_ANSWER: usize = 64 << 20;
@@ -22,6 +23,8 @@ pub enum ClientError {
     Runtime(#[source] std::io::Error),
     #[error("{path}: no connection to the API socket: is theseus running, with this --api-socket?")]
     Connect { path: PathBuf, source: std::io::Error },
+    #[error("{path}: the path is longer than that of a unix socket may be ({SOCKET_PATH_MAX} bytes)")]
+    PathTooLong { path: PathBuf },
     #[error("{0:?}: not an endpoint")]
     Endpoint(String, #[source] hyper::http::Error),
     #[error("the connection broke before the answer was there: has the VMM ended? Its log and its PID file say more")]
@@ -146,6 +149,9 @@ async fn exchange(
 }
 
 async fn connect(path: &Path) -> Result<SendRequest<Full<Bytes>>, ClientError> {
+    if path.as_os_str().len() > SOCKET_PATH_MAX {
+        return Err(ClientError::PathTooLong { path: path.to_owned() });
+    }
     let stream =
         UnixStream::connect(path).await.map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
     let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(ClientError::Broken)?;

@@ -5,7 +5,7 @@ use std::error::Error;
 use serde_json::Value;
 
 use crate::API_PREFIX;
-use crate::types::{UpdateRequest, VmConfig, from_body};
+use crate::types::{UpdateRequest, VmConfig, foreign, from_body};
 
 /// What a client asks for. Bodies are parsed and validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,17 +86,32 @@ impl ApiError {
         self
     }
 
-    /// An error and all its sources.
+    /// An error and all its sources, but for those whose words an outer one has already. Where it is the limit of open
+    /// files, which hits just anywhere, what to do is added.
     pub fn chain(status: u16, error: &dyn Error) -> Self {
-        let mut causes = vec![error.to_string()];
-        let mut source = error.source();
-        while let Some(e) = source {
-            causes.push(e.to_string());
-            source = e.source();
+        let mut causes: Vec<String> = Vec::new();
+        let mut next = Some(error);
+        while let Some(error) = next {
+            let text = error.to_string();
+            if !causes.iter().any(|outer| outer.contains(&text)) {
+                causes.push(text);
+            }
+            next = error.source();
         }
+        let mention = |what: &str| causes.iter().any(|cause| cause.contains(what));
+        let limit = [("(os error 24)", "RLIMIT_NOFILE", NO_FILES), ("(os error 23)", "fs.file-max", NO_FILES_ON_HOST)];
+        let remedy =
+            limit.iter().find(|(errno, remedy, _)| mention(errno) && !mention(remedy)).map(|(_, _, text)| *text);
+        causes.extend(remedy.map(str::to_owned));
         Self { status, causes }
     }
 }
+
+/// EMFILE
+const NO_FILES: &str =
+    "the VMM has as many files open as it may: raise RLIMIT_NOFILE (ulimit -n; LimitNOFILE= of a systemd unit)";
+/// ENFILE
+const NO_FILES_ON_HOST: &str = "this host has as many files open as it may: raise fs.file-max";
 
 /// How the body of an endpoint becomes a request.
 enum Build {
@@ -147,7 +162,7 @@ fn create(body: &[u8]) -> Result<Request, ApiError> {
     config
         .validate()
         .map_err(|problems| ApiError::bad_request("vm.create: the configuration cannot be used").because(problems))?;
-    Ok(Request::Create(Box::new(config)))
+    Ok(Request::Create(Box::new(config.settled())))
 }
 
 fn update(body: &[u8]) -> Result<Request, ApiError> {
@@ -179,7 +194,8 @@ impl Request {
     pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Self, ApiError> {
         let route = path.strip_prefix(API_PREFIX).and_then(|name| ROUTES.iter().find(|r| r.name == name));
         let Some(Route { name, method: wanted, build }) = route else {
-            return Err(ApiError::not_found(format!("{path}: there is no such endpoint in this build")));
+            let error = ApiError::not_found(format!("{path}: there is no such endpoint in this build"));
+            return Err(error.because(path.strip_prefix(API_PREFIX).and_then(foreign::no_endpoint)));
         };
         if method != *wanted {
             return Err(ApiError::bad_request(format!("{name}: the method is {method}: use {wanted}")));
@@ -231,7 +247,13 @@ mod tests {
     fn refusals() {
         let table: &[(&str, &str, &str, u16, &str)] = &[
             ("GET", "/", "", 404, "no such endpoint"),
-            ("PUT", "/api/v1/vm.add-disk", "{}", 404, "no such endpoint"),
+            (
+                "PUT",
+                "/api/v1/vm.add-disk",
+                "{}",
+                404,
+                "no such endpoint in this build: add-disk is not supported by this build",
+            ),
             ("PUT", "/api/v1/vm.boot/", "", 404, "no such endpoint"),
             ("GET", "/api/v1/vm.boot", "", 400, "use PUT"),
             ("PUT", "/api/v1/vm.info", "", 400, "use GET"),
@@ -259,5 +281,21 @@ mod tests {
         struct Outer(#[source] std::num::ParseIntError);
         let error = ApiError::chain(500, &Outer("x".parse::<u8>().unwrap_err()));
         assert_eq!(error.causes, ["outer", "invalid digit found in string"]);
+    }
+
+    #[test]
+    fn nothing_is_said_twice_and_a_full_table_of_files_has_its_remedy() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot open {path}: {source}; give a file that exists")]
+        struct Open {
+            path: &'static str,
+            source: std::io::Error,
+        }
+        let causes = |errno| {
+            let error = Open { path: "/k", source: std::io::Error::from_raw_os_error(errno) };
+            ApiError::chain(500, &error).causes
+        };
+        assert_eq!(causes(2), ["cannot open /k: No such file or directory (os error 2); give a file that exists"]);
+        assert!(causes(24).len() == 2 && causes(24)[1].contains("RLIMIT_NOFILE"), "{:?}", causes(24));
     }
 }

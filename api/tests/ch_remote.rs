@@ -58,6 +58,24 @@ fn commands() {
         ("create", config, 0, "3\n", ""),
         (&format!("create {}", file.display()), "", 0, "3\n", ""),
         ("create -", "{}", 1, "", "  1: payload.kernel is missing"),
+        (
+            "create -",
+            "{\"payload\":{\"kernel\":\"/k\"},}",
+            1,
+            "",
+            "trailing comma at line 1 column 28: nothing follows the comma",
+        ),
+        (
+            "add-disk path=/x,readonly=on",
+            "",
+            1,
+            "",
+            "Error:\n  0: add-disk is not supported by this build: pass a storage",
+        ),
+        ("resize --cpus 2 --memory 1G", "", 1, "", "  0: resize is not supported by this build: "),
+        ("remove-device nic", "", 1, "", "  0: remove-device is not supported by this build: "),
+        ("snapshot file:///x", "", 1, "", "  0: snapshot is not supported by this build: "),
+        ("send-migration --help", "", 1, "", "  0: send-migration is not supported by this build: "),
         ("create /nowhere", "", 1, "", "  0: /nowhere: the configuration cannot be read\n  1: No such file"),
         ("pause", "", 1, "", "Error:\n  0: the VM cannot be paused\n  1: it does not run\n"),
         ("update --dry-run", "", 0, "ready: the update would go ahead", ""),
@@ -73,6 +91,11 @@ fn commands() {
         assert!(stdout.contains(out) && (stdout.is_empty() == out.is_empty()), "{words}: {stdout}");
         assert!(stderr.contains(err) && (stderr.is_empty() == err.is_empty()), "{words}: {stderr}");
     }
+    let output = Command::new(env!("CARGO_BIN_EXE_ch-remote")).arg("ping").output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--api-socket is missing"), "{output:?}");
+    let long = dir.path().join("x".repeat(108));
+    let output = run(&long, "ping", "");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("longer than that of a unix socket"), "{output:?}");
     let output = run(&dir.path().join("none"), "ping", "");
     assert!(String::from_utf8_lossy(&output.stderr).contains("is theseus running"), "{output:?}");
 }

@@ -118,7 +118,7 @@ fn every_status() {
         ("PUT", "vm.create", Some(r#"{"payload":{"kernel":"/k"}}"#), 200, "536870912"),
         ("PUT", "vm.create", Some("not json"), 400, "the body is not what is expected"),
         ("PUT", "vm.create", Some(r#"{"cpus":{"boot_vcpus":"two"}}"#), 400, "cpus.boot_vcpus: invalid type"),
-        ("PUT", "vm.create", Some(r#"{"rng":{}}"#), 400, "`rng` is not supported by this build"),
+        ("PUT", "vm.create", Some(r#"{"rng":{"src":"/x"}}"#), 400, "`rng` is not supported by this build"),
         ("PUT", "vm.create", Some("{}"), 400, "payload.kernel is missing"),
         ("PUT", "vm.create", Some("\u{0}\u{1}"), 400, "expected value"),
         ("GET", "vm.boot", None, 400, "use PUT"),

@@ -71,6 +71,16 @@ pub struct GuestRam {
     _mappings: Vec<Mapping>,
 }
 
+/// What to do where no memfd is to be had.
+fn no_memfd(error: rustix::io::Errno, pages: Pages) -> &'static str {
+    match (error, pages) {
+        (rustix::io::Errno::MFILE, _) => "raise RLIMIT_NOFILE",
+        (rustix::io::Errno::NFILE, _) => "raise fs.file-max",
+        (_, Pages::Huge(_)) => "does this kernel have huge pages of that size?",
+        (_, Pages::Small | Pages::Transparent) => "is there a filter that forbids memfd_create?",
+    }
+}
+
 impl GuestRam {
     pub fn new(vault: &Vault, size: u64, pages: Pages) -> Result<Self, RamError> {
         let create = |source: rustix::io::Errno, remedy| RamError::Create { size, source: source.into(), remedy };
@@ -79,7 +89,7 @@ impl GuestRam {
             Pages::Small | Pages::Transparent => MemfdFlags::empty(),
         };
         let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | flags)
-            .map_err(|error| create(error, "does this kernel have huge pages of that size?"))?;
+            .map_err(|error| create(error, no_memfd(error, pages)))?;
         rustix::fs::ftruncate(&fd, size).map_err(|error| create(error, "is there enough memory?"))?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(|error| create(error, "sealing failed"))?;
@@ -284,6 +294,15 @@ mod tests {
         assert_eq!(ram.ranges()[0].hva % HUGE, 0);
         ram.memory().write_obj(0x1234_5678u32, GuestAddress(0x1000)).unwrap();
         assert_eq!(ram.memory().read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 0x1234_5678);
+    }
+
+    #[test]
+    fn a_full_table_of_files_is_not_laid_on_huge_pages() {
+        use rustix::io::Errno;
+        assert!(no_memfd(Errno::MFILE, Pages::Huge(HUGE)).contains("RLIMIT_NOFILE"));
+        assert!(no_memfd(Errno::MFILE, Pages::Small).contains("RLIMIT_NOFILE"));
+        assert!(no_memfd(Errno::INVAL, Pages::Huge(HUGE)).contains("huge pages"));
+        assert!(!no_memfd(Errno::PERM, Pages::Small).contains("huge pages"));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
-use theseus_api::args::{self, ApiSocket};
+use clap::{Parser, ValueEnum};
+use theseus_api::args::{self, ApiSocket, ForeignOptions};
 use theseus_api::types::{CpusConfig, DeviceConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
 
 /// A VMM that can be replaced under its running guest.
@@ -11,7 +11,7 @@ use theseus_api::types::{CpusConfig, DeviceConfig, MemoryConfig, PayloadConfig, 
 #[command(name = "theseus", disable_version_flag = true)]
 pub struct Cli {
     /// Unix socket of the REST API: a path, path=PATH or fd=N.
-    #[arg(long, value_parser = args::api_socket)]
+    #[arg(long, value_parser = args::socket)]
     pub api_socket: Option<ApiSocket>,
     /// boot=N[,max=N]
     #[arg(long, requires = "kernel", value_parser = args::cpus)]
@@ -29,8 +29,9 @@ pub struct Cli {
     /// off, null, tty, pty, file=PATH or socket=PATH
     #[arg(long, requires = "kernel", value_parser = args::serial)]
     pub serial: Option<SerialConfig>,
-    /// path=/sys/bus/pci/devices/DDDD:BB:DD.F[,id=ID][,container=NAME]; may be given several times.
-    #[arg(long, requires = "kernel", value_parser = args::device)]
+    /// path=/sys/bus/pci/devices/DDDD:BB:DD.F (or DDDD:BB:DD.F)[,id=ID][,container=NAME]; several at once or one after
+    /// the other.
+    #[arg(long, requires = "kernel", num_args = 1.., value_parser = args::device)]
     pub device: Vec<DeviceConfig>,
     /// Where the log goes; default: standard error.
     #[arg(long)]
@@ -47,6 +48,11 @@ pub struct Cli {
     /// What a guest's reset is: the guest is booted again in this process, or the process ends with exit code 3.
     #[arg(long, value_enum, default_value_t)]
     pub on_reset: OnReset,
+    /// There are no seccomp filters yet: whatever is given changes nothing.
+    #[arg(long, value_enum, value_name = "true|false|log")]
+    pub seccomp: Option<Seccomp>,
+    #[command(flatten)]
+    pub foreign: ForeignOptions,
     /// More log: -v info, -vv debug, -vvv trace.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -62,14 +68,29 @@ pub struct Cli {
     pub check_update: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum OnReset {
     #[default]
     Reboot,
     Exit,
 }
 
+/// What Cloud Hypervisor takes for `--seccomp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Seccomp {
+    True,
+    False,
+    Log,
+}
+
 impl Cli {
+    /// What is accepted and does not do what its user may think.
+    pub fn warnings(&self) -> Vec<&'static str> {
+        let no_filters =
+            "--seccomp: this build has no seccomp filters yet: confine the VMM from outside, as by its systemd unit";
+        self.seccomp.filter(|seccomp| *seccomp != Seccomp::False).map(|_| no_filters).into_iter().collect()
+    }
+
     /// The VM that the command line describes, if it names a kernel.
     pub fn vm_config(&self) -> Option<VmConfig> {
         let kernel = self.kernel.clone()?;
@@ -84,5 +105,58 @@ impl Cli {
             serial: self.serial.clone().unwrap_or_default(),
             devices: self.device.clone(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &str) -> Result<Cli, String> {
+        Cli::try_parse_from(words.split_whitespace()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_options_are_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_line_of_cloud_hypervisor() {
+        let words = "theseus --api-socket path=/run/x --kernel /k --initramfs /i --cmdline quiet
+            --cpus boot=2,max=4,max_phys_bits=46 --memory size=1g,shared=on --rng src=/dev/urandom --console off
+            --serial tty --seccomp false --log-file /l -v --platform num_pci_segments=1
+            --device path=/sys/bus/pci/devices/0000:01:00.0/ path=02:00.0,id=b --device path=0000:03:00.0";
+        let cli = parse(words).unwrap();
+        let config = cli.vm_config().unwrap().settled();
+        config.validate().unwrap();
+        let paths: Vec<_> = config.devices.iter().map(|device| device.path.to_str().unwrap()).collect();
+        let sysfs = |bdf: &str| format!("/sys/bus/pci/devices/{bdf}");
+        assert_eq!(paths, [sysfs("0000:01:00.0"), sysfs("0000:02:00.0"), sysfs("0000:03:00.0")]);
+        assert_eq!((config.cpus.max_vcpus, config.memory.size), (Some(2), 1 << 30));
+        assert!(cli.warnings().is_empty());
+    }
+
+    #[test]
+    fn no_filters_are_not_passed_off_as_some() {
+        for word in ["true", "log"] {
+            assert!(parse(&format!("theseus --seccomp {word}")).unwrap().warnings()[0].contains("no seccomp filters"));
+        }
+        assert!(parse("theseus --seccomp maybe").unwrap_err().contains("maybe"));
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_by_name() {
+        for (words, expected) in [
+            ("--disk path=/x", "'--disk <disk>...': not supported by this build: pass a storage controller through"),
+            ("--net tap=t0", "pass a NIC"),
+            ("--firmware /f", "give a kernel"),
+            ("--vsock cid=3,socket=/s", "not supported by this build"),
+            ("--landlock", "not supported by this build"),
+        ] {
+            let error = parse(&format!("theseus --kernel /k {words}")).unwrap_err();
+            assert!(error.contains(expected), "{words}: {error}");
+        }
     }
 }

@@ -27,6 +27,7 @@ use anyhow::Context;
 use clap::Parser;
 use theseus_api::args::ApiSocket;
 use theseus_api::server::{self, KeptConnection, Server};
+use theseus_api::types::VmConfig;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::Vault;
@@ -68,10 +69,15 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(error) => {
-            say(&format!("{error:#}"));
+            say(&text(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, none of them said twice.
+fn text(error: &anyhow::Error) -> String {
+    theseus_api::ApiError::chain(500, error.as_ref()).to_string()
 }
 
 /// To standard error, if there still is one: `eprintln!` would panic.
@@ -94,7 +100,7 @@ fn after_update(inherited: Inherited, started: u64) -> i32 {
     let life = catch_unwind(AssertUnwindSafe(|| run(|parts| take_over(parts, &mut back, started))));
     let cause = match life {
         Ok(Ok(code)) => return code,
-        Ok(Err(error)) => format!("{error:#}"),
+        Ok(Err(error)) => text(&error),
         Err(panic) => panic_text(&*panic),
     };
     lost(&back.go(&cause))
@@ -114,6 +120,7 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     #[cfg(feature = "test-hooks")]
     cli.fault.iter().for_each(|fault| test_hooks::set_fault(fault));
     LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
+    cli.warnings().iter().for_each(|warning| log::warn!("{warning}"));
     run(|parts| boot(parts, cli))
 }
 
@@ -189,6 +196,7 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
     if let Some(config) = &config {
         config.validate().map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
     }
+    let config = config.map(VmConfig::settled);
     anyhow::ensure!(
         config.is_some() || cli.api_socket.is_some(),
         "nothing to do: give --kernel for a guest, --api-socket for an API, or both"

@@ -52,8 +52,7 @@ impl LogConfig {
             _ => log::LevelFilter::Trace,
         };
         let _ = IN_USE.set(self);
-        let target = env_logger::Target::Pipe(Box::new(Lines));
-        env_logger::Builder::new().filter_level(level).target(target).try_init()?;
+        builder(level, Box::new(Lines)).try_init()?;
         // Rust's own hook writes to standard error by itself.
         std::panic::set_hook(Box::new(|info| log::error!("{info}")));
         Ok(())
@@ -63,6 +62,13 @@ impl LogConfig {
     pub fn in_use() -> Self {
         IN_USE.get().cloned().unwrap_or_default()
     }
+}
+
+/// Each record is formed when it is said, with the time of that, however long it may then wait.
+fn builder(level: log::LevelFilter, target: Box<dyn Write + Send>) -> env_logger::Builder {
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level).format_timestamp_millis().target(env_logger::Target::Pipe(target));
+    builder
 }
 
 /// Why an update has to wait for the log: what has waited for the one before is still not written. The thread that tries to could hold an
@@ -195,6 +201,21 @@ mod tests {
     use std::fs::read_to_string;
 
     use super::*;
+
+    #[test]
+    fn a_line_has_the_time_at_which_it_was_said() {
+        use log::Log;
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let logger = builder(log::LevelFilter::Warn, Box::new(writer)).build();
+        let record = log::Record::builder().level(log::Level::Warn).target("vmm").args(format_args!("text")).build();
+        logger.log(&record);
+        drop(logger);
+        let mut line = String::new();
+        std::io::Read::read_to_string(&mut reader, &mut line).unwrap();
+        // [2026-01-02T03:04:05.678Z WARN  vmm] text
+        let shape: String = line.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+        assert_eq!(shape, "[0000-00-00T00:00:00.000Z WARN  vmm] text\n");
+    }
 
     /// One test: there is one log.
     #[test]

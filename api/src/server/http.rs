@@ -123,13 +123,16 @@ fn render(reply: &Reply) -> (u16, String) {
     match reply {
         Ok(Body::Empty) => (204, String::new()),
         Ok(Body::EmptyOk) => (200, String::new()),
-        Ok(Body::Json(value)) => (200, ascii(&value.to_string())),
-        Err(e) => (e.status, ascii(&serde_json::Value::from(e.causes.clone()).to_string())),
+        Ok(Body::Json(value)) => (200, ascii(value.to_string())),
+        Err(e) => (e.status, ascii(serde_json::Value::from(e.causes.clone()).to_string())),
     }
 }
 
 /// JSON text with `\uXXXX` for all that is not ASCII; such characters stand in strings only.
-fn ascii(json: &str) -> String {
+fn ascii(json: String) -> String {
+    if json.is_ascii() {
+        return json;
+    }
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {
         if c.is_ascii() {

@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 /// Name of the VFIO container that devices without one of their own share.
 pub const DEFAULT_CONTAINER: &str = "default";
 
+/// Where sysfs has all PCI devices.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices/";
+
 /// The huge page size supported, in bytes.
 pub const HUGEPAGE_SIZE: u64 = 2 << 20;
 
@@ -28,10 +31,29 @@ pub struct VmConfig {
     pub devices: Vec<DeviceConfig>,
 }
 
+impl VmConfig {
+    /// The same, saying what it comes to: what is accepted and not carried out as asked for shows here and in vm.info.
+    /// For a valid one.
+    pub fn settled(mut self) -> Self {
+        self.cpus.max_vcpus = Some(self.cpus.boot_vcpus);
+        self.memory.shared = true;
+        if self.serial.mode == SerialMode::Pty {
+            self.serial.file = None;
+        }
+        for device in &mut self.devices {
+            if let Some(bdf) = device.bdf() {
+                device.path = format!("{PCI_DEVICES}{bdf}").into();
+            }
+        }
+        self
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpusConfig {
     pub boot_vcpus: u32,
-    /// For those who bring it along: no other value than `boot_vcpus` is accepted, as vCPUs cannot be added later.
+    /// For those who bring it along: as vCPUs cannot be added later, it is taken to be `boot_vcpus`, see
+    /// [`VmConfig::settled`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
 }
@@ -46,7 +68,8 @@ impl Default for CpusConfig {
 pub struct MemoryConfig {
     /// Bytes.
     pub size: u64,
-    /// Guest memory is always a shared memfd, or it could not be carried through an update; `false` is refused.
+    /// Guest memory is always a shared memfd, or it could not be carried through an update: `false` is taken for
+    /// `true`.
     #[serde(default = "yes")]
     pub shared: bool,
     /// Back the guest with hugetlbfs pages.
@@ -103,7 +126,7 @@ pub enum SerialMode {
 pub struct SerialConfig {
     #[serde(default)]
     pub mode: SerialMode,
-    /// For mode File.
+    /// For mode File; in the answer of vm.info also the terminal of mode Pty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
     /// For mode Socket.
@@ -114,7 +137,7 @@ pub struct SerialConfig {
 /// A PCI device passed through with VFIO.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceConfig {
-    /// `/sys/bus/pci/devices/DDDD:BB:DD.F`
+    /// `/sys/bus/pci/devices/DDDD:BB:DD.F`, or what [`DeviceConfig::bdf`] takes for it.
     pub path: PathBuf,
     /// Default: chosen by the VMM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -124,12 +147,23 @@ pub struct DeviceConfig {
     pub container: Option<String>,
 }
 
+/// Bytes of `BB:DD.F`.
+const SHORT_BDF: usize = 7;
+
 impl DeviceConfig {
-    /// The host address `DDDD:BB:DD.F` at the end of the path, or None where the path does not have the shape.
-    pub fn bdf(&self) -> Option<&str> {
-        let name = self.path.to_str()?.strip_prefix("/sys/bus/pci/devices/")?;
+    /// The host address `DDDD:BB:DD.F` of the device, as sysfs writes it. The path may be any of sysfs that ends in it
+    /// (also in a slash: libvirt's), or the address alone, without its domain too (lspci's). None where it has another
+    /// shape.
+    pub fn bdf(&self) -> Option<String> {
+        let path = self.path.to_str()?.trim_end_matches('/');
+        let name = match path.rsplit_once('/') {
+            Some((_, name)) if path.starts_with("/sys/") => name.to_owned(),
+            Some(_) => return None,
+            None if path.len() == SHORT_BDF => format!("0000:{path}"),
+            None => path.to_owned(),
+        };
         let b = name.as_bytes();
-        let shape = b.len() == 12
+        let shape = b.len() == 5 + SHORT_BDF
             && b.iter().enumerate().all(|(i, c)| match i {
                 4 | 7 => *c == b':',
                 10 => *c == b'.',
@@ -138,7 +172,7 @@ impl DeviceConfig {
                 11 => matches!(c, b'0'..=b'7'),
                 _ => c.is_ascii_hexdigit(),
             });
-        shape.then_some(name)
+        shape.then(|| name.to_ascii_lowercase())
     }
 
     /// The container's name, [`DEFAULT_CONTAINER`] where none was given.

@@ -1,10 +1,12 @@
 //! What travels over the API: the configuration of a VM, and the answers.
 //!
-//! What comes in refuses unknown keys: a misspelt or unsupported option must not be taken for granted. What goes out may
-//! grow, so the answers tolerate keys they do not know.
+//! What comes in refuses unknown keys that say something: a misspelt or unsupported option must not be taken for
+//! granted. What goes out may grow, so the answers tolerate keys they do not know.
 
 mod config;
+pub mod foreign;
 mod json;
+mod tree;
 mod update;
 mod validate;
 
@@ -14,7 +16,10 @@ pub use config::{
 };
 pub(crate) use json::from_body;
 pub use update::{BuildInfo, PhaseTime, UpdateMode, UpdateOutcome, UpdateReport, UpdateRequest};
-pub use validate::{MAX_VCPUS, MIN_MEMORY};
+pub use validate::{MAX_VCPUS, MIN_MEMORY, SOCKET_PATH_MAX};
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +53,49 @@ pub struct VmInfo {
     pub state: VmState,
     /// Bytes of guest memory.
     pub memory_actual_size: u64,
+    /// By id.
     #[serde(default)]
-    pub device_tree: serde_json::Value,
+    pub device_tree: BTreeMap<String, DeviceNode>,
+}
+
+/// A device in the answer of `vm.info`, with what Cloud Hypervisor's type has of one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceNode {
+    pub id: String,
+    pub resources: Vec<Resource>,
+    /// There are no buses below the root one.
+    pub parent: Option<String>,
+    pub children: Vec<String>,
+    /// In the guest; None for what is not on its PCI bus.
+    pub pci_bdf: Option<String>,
+    /// Of a passed-through device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_bdf: Option<String>,
+    /// The terminal of a serial port in mode Pty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pty: Option<PathBuf>,
+}
+
+/// What a device has on the guest's buses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Resource {
+    PioAddressRange {
+        base: u16,
+        size: u16,
+    },
+    /// As long as the guest lets it decode.
+    PciBar {
+        index: usize,
+        base: u64,
+        size: u64,
+        type_: PciBarType,
+        prefetchable: bool,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PciBarType {
+    Io,
+    Mmio32,
+    Mmio64,
 }

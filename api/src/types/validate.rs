@@ -10,6 +10,8 @@ pub const MIN_MEMORY: u64 = 128 << 20;
 /// Keeps address arithmetic far from overflow; what the host's address width allows is checked when the VM is made.
 const MAX_MEMORY: u64 = 4 << 40;
 pub const MAX_VCPUS: u32 = 64;
+/// Bytes that the address of a unix socket holds of a path (sun_path, without the NUL).
+pub const SOCKET_PATH_MAX: usize = 107;
 const MAX_NAME: usize = 64;
 
 impl VmConfig {
@@ -25,9 +27,9 @@ impl VmConfig {
             problems.push(format!("cpus.boot_vcpus is {}: give 1 to {MAX_VCPUS}", cpus.boot_vcpus));
         }
         if let Some(max) = cpus.max_vcpus
-            && max != cpus.boot_vcpus
+            && max < cpus.boot_vcpus
         {
-            problems.push(format!("cpus.max_vcpus is {max}: vCPUs cannot be added later, leave it out"));
+            problems.push(format!("cpus.max_vcpus is {max}, less than cpus.boot_vcpus: leave it out"));
         }
         check_memory(memory, &mut problems);
         check_payload(payload, &mut problems);
@@ -39,16 +41,13 @@ impl VmConfig {
 }
 
 fn check_memory(memory: &MemoryConfig, problems: &mut Vec<String>) {
-    let MemoryConfig { size, shared, hugepages, hugepage_size, thp: _, prefault: _ } = memory;
+    let MemoryConfig { size, shared: _, hugepages, hugepage_size, thp: _, prefault: _ } = memory;
     if !(MIN_MEMORY..=MAX_MEMORY).contains(size) {
         problems.push(format!("memory.size is {size} bytes: give 128 MiB to 4 TiB"));
     }
     let (page, name) = if *hugepages { (HUGEPAGE_SIZE, "2 MiB with hugepages") } else { (4096, "4 KiB") };
     if size % page != 0 {
         problems.push(format!("memory.size is {size} bytes: make it a multiple of {name}"));
-    }
-    if !shared {
-        problems.push("memory.shared is false, but an update needs shared memory: leave it out".into());
     }
     match hugepage_size {
         Some(_) if !hugepages => problems.push("memory.hugepage_size is set without memory.hugepages: set both".into()),
@@ -78,12 +77,17 @@ fn check_serial(serial: &SerialConfig, problems: &mut Vec<String>) {
     for (key, wanted_by, path) in [("file", SerialMode::File, file), ("socket", SerialMode::Socket, socket)] {
         match path {
             None if *mode == wanted_by => problems.push(format!("serial.mode is {mode:?}: give serial.{key} too")),
+            // vm.info has it so.
+            Some(_) if key == "file" && *mode == SerialMode::Pty => {}
             Some(_) if *mode != wanted_by => problems.push(format!(
                 "serial.{key} is set but serial.mode is {mode:?}: set the mode to {wanted_by:?} or drop it"
             )),
             Some(path) => check_path(&format!("serial.{key}"), path, problems),
             None => {}
         }
+    }
+    if socket.as_ref().is_some_and(|path| path.as_os_str().len() > SOCKET_PATH_MAX) {
+        problems.push(format!("serial.socket has more than {SOCKET_PATH_MAX} bytes: give a shorter path"));
     }
 }
 
@@ -93,10 +97,10 @@ fn check_devices(devices: &[DeviceConfig], problems: &mut Vec<String>) {
         let DeviceConfig { path, id, container } = device;
         match device.bdf() {
             None => problems.push(format!(
-                "devices[{i}].path is {path:?}: give /sys/bus/pci/devices/DDDD:BB:DD.F (as lspci -D prints it; mdev is not supported)"
+                "devices[{i}].path is {path:?}: give /sys/bus/pci/devices/DDDD:BB:DD.F, or DDDD:BB:DD.F alone (as \
+                 lspci -D prints it; mdev is not supported)"
             )),
-            // sysfs names are lower-case: upper-case would be the same device twice.
-            Some(bdf) if !paths.insert(bdf.to_ascii_lowercase()) => {
+            Some(bdf) if !paths.insert(bdf.clone()) => {
                 problems.push(format!("devices[{i}].path {path:?} is there twice: name each device once"));
             }
             Some(_) => {}
@@ -152,7 +156,6 @@ mod tests {
             (|c| c.cpus.boot_vcpus = 0, "cpus.boot_vcpus is 0"),
             (|c| c.cpus.boot_vcpus = 65, "cpus.boot_vcpus is 65"),
             (|c| c.cpus = CpusConfig { boot_vcpus: 4, max_vcpus: Some(2) }, "cpus.max_vcpus is 2"),
-            (|c| c.cpus.max_vcpus = Some(64), "cpus.max_vcpus is 64"),
             (|c| c.memory.size = 64 << 20, "memory.size"),
             (|c| c.memory.size = u64::MAX - 4095, "memory.size"),
             (|c| c.memory.size += 512, "multiple of 4 KiB"),
@@ -163,7 +166,6 @@ mod tests {
                 },
                 "multiple of 2 MiB",
             ),
-            (|c| c.memory.shared = false, "memory.shared"),
             (|c| c.memory.hugepage_size = Some(HUGEPAGE_SIZE), "without memory.hugepages"),
             (
                 |c| {
@@ -180,10 +182,18 @@ mod tests {
             (|c| c.serial.mode = SerialMode::File, "give serial.file"),
             (|c| c.serial.mode = SerialMode::Socket, "give serial.socket"),
             (|c| c.serial.file = Some("/x".into()), "serial.file is set"),
+            (
+                |c| {
+                    c.serial.mode = SerialMode::Socket;
+                    c.serial.socket = Some("x".repeat(108).into());
+                },
+                "serial.socket has more than 107 bytes",
+            ),
             (|c| c.devices = vec![device("/dev/vfio/1", None)], "devices[0].path"),
             (|c| c.devices = vec![device("/sys/bus/pci/devices/0000:01:20.0", None)], "devices[0].path"),
             (|c| c.devices = vec![device("/sys/bus/pci/devices/0000:01:00.8", None)], "devices[0].path"),
             (|c| c.devices = vec![device(BDF, None), device(BDF, None)], "devices[1].path"),
+            (|c| c.devices = vec![device(BDF, None), device("01:00.0", None)], "devices[1].path"),
             (
                 |c| c.devices = vec![device(BDF, Some("n")), device("/sys/bus/pci/devices/0000:02:00.0", Some("n"))],
                 "devices[1].id \"n\" is there twice",
@@ -213,8 +223,42 @@ mod tests {
     }
 
     #[test]
-    fn bdf_is_the_name_in_sysfs() {
-        assert_eq!(device("/sys/bus/pci/devices/0000:3d:1f.7", None).bdf(), Some("0000:3d:1f.7"));
-        assert_eq!(device("/sys/bus/pci/devices/0000:3d:1f.7/", None).bdf(), None);
+    fn a_device_is_named_in_several_ways() {
+        const BDF: &str = "0000:3d:1f.7";
+        let same = [
+            "/sys/bus/pci/devices/0000:3d:1f.7",
+            "/sys/bus/pci/devices/0000:3D:1F.7",
+            "/sys/bus/pci/devices/0000:3d:1f.7/",
+            "/sys/devices/pci0000:3c/0000:3c:01.0/0000:3d:1f.7",
+            "/sys/bus/pci/drivers/vfio-pci/0000:3d:1f.7",
+            "0000:3d:1f.7",
+            "3d:1f.7",
+        ];
+        for path in same {
+            let mut config = good();
+            config.devices = vec![device(path, None)];
+            config.validate().unwrap();
+            let settled = config.settled();
+            assert_eq!(settled.devices[0].path, std::path::Path::new("/sys/bus/pci/devices").join(BDF), "{path}");
+            assert_eq!(settled.devices[0].bdf().as_deref(), Some(BDF));
+        }
+        let none =
+            ["", "/", "nic", "/dev/vfio/1", "/tmp/0000:3d:1f.7", "/sys/bus/pci/devices/0000:3d:1f.7/net", "é:1f.7"];
+        for path in none {
+            assert_eq!(device(path, None).bdf(), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn what_is_accepted_is_said_to_be_what_it_comes_to() {
+        let mut config = good();
+        config.cpus = CpusConfig { boot_vcpus: 2, max_vcpus: Some(200) };
+        config.memory.shared = false;
+        config.serial = SerialConfig { mode: SerialMode::Pty, file: Some("/dev/pts/7".into()), socket: None };
+        config.validate().unwrap();
+        let settled = config.settled();
+        assert_eq!(settled.cpus.max_vcpus, Some(2));
+        assert!(settled.memory.shared && settled.serial.file.is_none());
+        assert_eq!(good().settled().cpus.max_vcpus, Some(1));
     }
 }

@@ -88,6 +88,23 @@ struct Leftover {
     dma: Vec<u64>,
 }
 
+/// A BAR that decodes, as the guest sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarAddress {
+    pub index: u8,
+    pub address: u64,
+    pub size: u64,
+    pub kind: BarKind,
+    pub prefetchable: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BarKind {
+    Io,
+    Memory32,
+    Memory64,
+}
+
 /// What a BAR is built on.
 pub struct BarParts<'a> {
     pub device: &'a Arc<VfioDevice>,
@@ -123,6 +140,18 @@ impl Bar {
 
     pub fn address(&self) -> Option<u64> {
         self.active.as_ref().map(|active| active.address)
+    }
+
+    /// None while it does not decode.
+    pub fn shown(&self) -> Option<BarAddress> {
+        let register = &self.register;
+        let kind = match (register.is_io(), register.is_64bit) {
+            (true, _) => BarKind::Io,
+            (false, true) => BarKind::Memory64,
+            (false, false) => BarKind::Memory32,
+        };
+        let prefetchable = kind != BarKind::Io && register.flags & BAR_MEMORY_PREFETCHABLE != 0;
+        Some(BarAddress { index: register.index, address: self.address()?, size: register.size, kind, prefetchable })
     }
 
     pub fn active(&self) -> &Option<Active> {

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -14,16 +14,29 @@ use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 use super::container::Container;
 use super::ioctl;
 
+const HOW_TO_BIND: &str = "modprobe vfio-pci; then, for each device, write vfio-pci into its driver_override, its \
+     address into driver/unbind if it has a driver (both in /sys/bus/pci/devices/ADDRESS), and its address into \
+     /sys/bus/pci/drivers_probe";
+
+fn how_to_bind(driver: &str) -> String {
+    if driver == "vfio-pci" { String::new() } else { format!(": {HOW_TO_BIND}") }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum GroupError {
     #[error("group {number}: /dev/vfio/{number} is busy: is another VMM using it?")]
     Busy { number: u32 },
     #[error(
-        "group {number}: /dev/vfio/{number} does not exist: bind the device to vfio-pci (driver_override, then drivers_probe)"
+        "group {number}: /dev/vfio/{number} does not exist: none of its devices is bound to vfio-pci: {devices}: \
+         {HOW_TO_BIND}"
     )]
-    Absent { number: u32 },
-    #[error("group {number}: not viable: bind all devices of the group to vfio-pci: {devices}")]
+    Absent { number: u32, devices: String },
+    #[error(
+        "group {number}: not viable: all devices of the group have to be bound to vfio-pci: {devices}: {HOW_TO_BIND}"
+    )]
     NotViable { number: u32, devices: String },
+    #[error("group {number}: cannot open device {bdf}, whose driver is {driver}: {source}{}", how_to_bind(driver))]
+    Device { number: u32, bdf: String, driver: String, source: io::Error },
     #[error("group {number}: {what}: {source}")]
     Os { number: u32, what: String, source: io::Error },
     #[error(
@@ -57,7 +70,7 @@ impl Group {
         let file = std::fs::File::options().read(true).write(true).open(format!("/dev/vfio/{number}"));
         let file = file.map_err(|source| match source.raw_os_error() {
             Some(libc::EBUSY) => GroupError::Busy { number },
-            Some(libc::ENOENT) => GroupError::Absent { number },
+            Some(libc::ENOENT) => GroupError::Absent { number, devices: devices(number) },
             _ => GroupError::Os { number, what: format!("cannot open /dev/vfio/{number}"), source },
         })?;
         let fd = vault.keep(format!("group {number}"), Purpose::VfioGroup, OwnedFd::from(file));
@@ -86,10 +99,9 @@ impl Group {
 
     /// Opens a device of the group by its PCI address.
     pub(super) fn open_device(&self, bdf: &str) -> Result<OwnedFd, GroupError> {
-        let os = |source| GroupError::Os {
-            number: self.number,
-            what: format!("cannot open device {bdf} (is it bound to vfio-pci?)"),
-            source,
+        let os = |source| {
+            let driver = driver(&PathBuf::from(format!("/sys/bus/pci/devices/{bdf}")));
+            GroupError::Device { number: self.number, bdf: bdf.to_owned(), driver, source }
         };
         let name = CString::new(bdf).map_err(|e| os(e.into()))?;
         ioctl::device_fd(self.fd.as_fd(), &name).map_err(os)
@@ -118,19 +130,35 @@ impl Group {
     }
 }
 
-/// "0000:01:00.0 (igb), 0000:01:00.1 (no driver)"
+/// "0000:01:00.0 (igb), 0000:01:00.1 (none)"
 fn devices(group: u32) -> String {
     let dir = PathBuf::from(format!("/sys/kernel/iommu_groups/{group}/devices"));
     let Ok(entries) = std::fs::read_dir(&dir) else { return format!("see {}", dir.display()) };
     let mut names: Vec<_> = entries
         .flatten()
-        .map(|entry| {
-            let driver = std::fs::read_link(entry.path().join("driver")).ok();
-            let driver =
-                driver.as_ref().and_then(|path| path.file_name()).map_or("no driver".into(), |n| n.to_string_lossy());
-            format!("{} ({driver})", entry.file_name().to_string_lossy())
-        })
+        .map(|entry| format!("{} ({})", entry.file_name().to_string_lossy(), driver(&entry.path())))
         .collect();
     names.sort();
     names.join(", ")
+}
+
+/// The driver of a device in sysfs.
+fn driver(device: &Path) -> String {
+    let link = std::fs::read_link(device.join("driver")).ok();
+    link.as_deref().and_then(Path::file_name).map_or("none".into(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_driver_of_a_device() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(driver(dir.path()), "none");
+        std::os::unix::fs::symlink("../../../bus/pci/drivers/igb", dir.path().join("driver")).unwrap();
+        assert_eq!(driver(dir.path()), "igb");
+        let text = GroupError::Absent { number: 12, devices: "0000:01:00.0 (igb)".into() }.to_string();
+        assert!(text.contains("0000:01:00.0 (igb)") && text.contains("driver_override"), "{text}");
+    }
 }

@@ -28,6 +28,7 @@ mod placement;
 pub mod registry;
 mod signals;
 
+pub use bars::{BarAddress, BarKind};
 pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
 pub use group::Group;
 pub use invalidate::{InvalidateError, Invalidated, invalidate_all};

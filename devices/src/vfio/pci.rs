@@ -19,7 +19,7 @@ use theseus_resources::Vault;
 use theseus_resources::alloc::Windows;
 use theseus_resources::vault::Claims;
 
-use super::bars::{Active, Bar, BarParts};
+use super::bars::{Active, Bar, BarAddress, BarParts};
 use super::config::{BarRegister, ConfigError, ConfigFilter, ConfigSpace, MsixLayout};
 use super::device::{DeviceError, DeviceState, VfioDevice};
 use super::group::Group;
@@ -180,6 +180,11 @@ impl VfioPci {
     /// The device's PCI address on the host.
     pub fn host_bdf(&self) -> &str {
         self.device.bdf()
+    }
+
+    /// Its BARs that decode now.
+    pub fn bars(&self) -> impl Iterator<Item = BarAddress> + '_ {
+        self.bars.iter().filter_map(Bar::shown)
     }
 
     pub fn group(&self) -> &Arc<Group> {

@@ -20,6 +20,7 @@ pub const BAR_IO_FLAGS: u32 = 0x3;
 pub const BAR_MEMORY_FLAGS: u32 = 0xF;
 pub const BAR_MEMORY_TYPE: u32 = 0x6;
 pub const BAR_MEMORY_64: u32 = 0x4;
+pub const BAR_MEMORY_PREFETCHABLE: u32 = 0x8;
 
 pub const CAP_PM: u8 = 0x01;
 pub const CAP_MSI: u8 = 0x05;

@@ -38,6 +38,8 @@ pub struct AttachError {
 
 #[derive(Debug, thiserror::Error)]
 pub enum AttachReason {
+    #[error("there is no such PCI device on this host: lspci -D lists those that there are")]
+    Absent,
     #[error("not a PCI device in sysfs: {0}")]
     Path(std::io::Error),
     #[error("it has no IOMMU group: is the IOMMU enabled (intel_iommu=on or amd_iommu=on)? {0}")]
@@ -287,7 +289,10 @@ unsafe fn map_ranges(container: &Container, ram: &[RamRange]) -> Result<(), Cont
 /// The PCI address and the IOMMU group of a device in sysfs.
 fn identify(path: &Path) -> Result<(String, u32), AttachReason> {
     let invalid = |what: &str| std::io::Error::new(std::io::ErrorKind::InvalidInput, what.to_owned());
-    let real = path.canonicalize().map_err(AttachReason::Path)?;
+    let real = path.canonicalize().map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => AttachReason::Absent,
+        _ => AttachReason::Path(error),
+    })?;
     let bdf = real.file_name().and_then(|name| name.to_str());
     let bdf = bdf.ok_or_else(|| AttachReason::Path(invalid("the path has no last component")))?;
     let group = std::fs::read_link(real.join("iommu_group")).map_err(AttachReason::NoGroup)?;
@@ -317,7 +322,8 @@ mod tests {
         let link = dir.path().join("nic");
         std::os::unix::fs::symlink(&device, &link).unwrap();
         assert_eq!(identify(&link).unwrap(), ("0000:01:00.0".to_owned(), 12));
-        assert!(matches!(identify(&dir.path().join("none")), Err(AttachReason::Path(_))));
+        assert!(matches!(identify(&dir.path().join("none")), Err(AttachReason::Absent)));
+        assert!(matches!(identify(&device.join("iommu_group/x")), Err(AttachReason::Absent)));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::{
         proc,
         rig::Rig,
         vm::Vm,
+        vm_info::{Resource, State, VmInfo},
         wire::Wire,
     },
     proto::{PciFunction, Request},
@@ -138,12 +139,31 @@ pub fn reboot_with_nic() -> Result<()> {
         }
         works(&mut rig).with_context(|| format!("{orders:?}"))?;
     }
-    let mut config = rig.vm.info()?["config"].clone();
+    let info = rig.vm.info()?;
+    let read = VmInfo::read(&info)?;
+    let path = &read.config.devices.as_deref().and_then(<[_]>::first).context("no device")?.path;
+    let bdf = Nic::IgbA.bdf()?;
+    ensure!(read.state == State::Running && *path == format!("/sys/bus/pci/devices/{bdf}"), "{info}");
+    let node = read.device_tree.iter().flatten().map(|(_, node)| node).find(|node| node.pci_bdf.is_some());
+    let bars = &node.context("vm.info has no PCI device")?.resources;
+    ensure!(
+        bars.iter().any(|bar| matches!(bar, Resource::PciBar { base, size, .. } if *base > 0 && *size > 0)),
+        "{info}"
+    );
+
+    let mut config = info["config"].clone();
     let kernel = std::mem::replace(&mut config["payload"]["kernel"], json!("/nowhere/vmlinuz"));
+    // As lspci names it; libvirt adds a slash.
+    config["devices"][0]["path"] = json!(bdf);
     rig.vm.api.order("vm.delete")?;
+    let answer = rig.vm.api.put("vm.create", &config.to_string())?;
+    ensure!(answer.status == 400 && answer.causes()?.join(" ").contains("cannot open /nowhere/vmlinuz"), "{answer:?}");
+    let no_kernel = rig.vm.dir.join("no-kernel");
+    fs::write(&no_kernel, "text")?;
+    config["payload"]["kernel"] = json!(no_kernel);
     create(&rig.vm, &config)?;
     let answer = rig.vm.api.put("vm.boot", "")?;
-    ensure!(answer.status == 500 && answer.causes()?.join(" ").contains("/nowhere/vmlinuz"), "{answer:?}");
+    ensure!(answer.status == 500 && answer.causes()?.join(" ").contains("neither a bzImage nor an ELF"), "{answer:?}");
     holds_no_device(&rig.vm)?;
     rig.vm.api.order("vm.delete")?;
     config["payload"]["kernel"] = kernel;

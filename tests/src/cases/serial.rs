@@ -15,7 +15,13 @@ use anyhow::{Context, Result, ensure};
 
 use super::deaths::taken_back;
 use crate::{
-    harness::{hooks::Switch, lab, vm::Vm, wait_for},
+    harness::{
+        hooks::Switch,
+        lab,
+        vm::Vm,
+        vm_info::{Resource, VmInfo},
+        wait_for,
+    },
     native::{Counter, guest},
 };
 
@@ -103,6 +109,10 @@ pub fn modes() -> Result<()> {
     let mut vm = linux("pty")?;
     let info = vm.info()?;
     let slave = info["device_tree"]["serial"]["pty"].as_str().context("vm.info does not say which pty it is")?;
+    // Where libvirt looks.
+    let read = VmInfo::read(&info)?;
+    ensure!(read.config.serial.mode == "Pty" && read.config.serial.file.as_deref() == Some(slave), "{info}");
+    ensure!(read.node("serial")?.resources == [Resource::PioAddressRange { base: 0x3F8, size: 8 }], "{info}");
     let mut slave = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(slave)?;
     let mut said = Vec::new();
     speaks_over_update(&mut vm, || {

@@ -17,6 +17,7 @@ pub mod table;
 pub mod traffic;
 pub mod vfio;
 pub mod vm;
+pub mod vm_info;
 pub mod wire;
 
 use std::time::{Duration, Instant};

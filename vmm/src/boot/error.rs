@@ -10,6 +10,8 @@ pub enum BootError {
     Open { path: PathBuf, source: std::io::Error },
     #[error("cannot read {}: {source}; check the file and its file system", path.display())]
     Read { path: PathBuf, source: std::io::Error },
+    #[error("{}: is not a regular file; give the kernel's or initramfs' own", path.display())]
+    NotAFile { path: PathBuf },
     /// `reason` says what is wrong and what to do.
     #[error("kernel {}: {reason}", path.display())]
     Kernel { path: PathBuf, reason: String },

@@ -24,7 +24,7 @@ pub fn load(mem: &GuestMemoryMmap, path: &Path, room: Range<u64>) -> Result<Init
     let mut file = File::open(path).map_err(open_error)?;
     let metadata = file.metadata().map_err(open_error)?;
     if !metadata.is_file() {
-        return Err(error("is not a regular file; give a cpio archive, packed or not".into()));
+        return Err(BootError::NotAFile { path: path.into() });
     }
     let size = metadata.len();
     if size == 0 {

@@ -59,7 +59,7 @@ pub fn load(mem: &GuestMemoryMmap, path: &Path, low_ram_end: u64) -> Result<Load
     let metadata = file.metadata().map_err(open_error)?;
     let mut kernel = KernelFile { path, file, len: metadata.len() };
     if !metadata.is_file() {
-        return Err(kernel.error("is not a regular file; give a vmlinuz or vmlinux"));
+        return Err(BootError::NotAFile { path: path.into() });
     }
 
     let mut start = vec![0; bzimage::HEADER_END.min(usize::try_from(kernel.len).unwrap_or(usize::MAX))];

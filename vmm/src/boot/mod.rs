@@ -93,6 +93,16 @@ pub fn load(
     }
 }
 
+/// Whether a file that a guest is to be made of is one and may be read, with the words that [`load`] would have. It is
+/// not opened: that of a FIFO would wait.
+pub fn look_at(path: &Path) -> Result<(), BootError> {
+    use rustix::fs::{Access, AtFlags, CWD, accessat};
+    let error = |source: std::io::Error| BootError::Open { path: path.into(), source };
+    let metadata = path.metadata().map_err(error)?;
+    accessat(CWD, path, Access::READ_OK, AtFlags::EACCESS).map_err(|e| error(e.into()))?;
+    if metadata.is_file() { Ok(()) } else { Err(BootError::NotAFile { path: path.into() }) }
+}
+
 fn check(machine: &MachineShape) -> Result<(), BootError> {
     if !(1..=MAX_VCPUS).contains(&machine.vcpus) {
         return Err(BootError::Vcpus { vcpus: machine.vcpus });

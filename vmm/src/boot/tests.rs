@@ -249,3 +249,22 @@ fn real_kernel() {
     }
     assert!(mem.check_range(GuestAddress(0), RAM as usize));
 }
+
+/// The words are those of a boot, so that it does not matter which one a caller meets.
+#[test]
+fn a_file_is_looked_at_without_being_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, fifo, none) = (folder.path().join("file"), folder.path().join("fifo"), folder.path().join("none"));
+    std::fs::write(&file, "").unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+    look_at(&file).unwrap();
+    let said = |path: &Path| theseus_api::ApiError::chain(400, &look_at(path).unwrap_err()).causes;
+    let missing = "No such file or directory (os error 2); give a file that exists and that the VMM may read";
+    assert_eq!(said(&none), [format!("cannot open {}: {missing}", none.display())]);
+    for path in [fifo.as_path(), folder.path()] {
+        assert!(said(path)[0].contains("is not a regular file"), "{:?}", said(path));
+    }
+    let vm_memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
+    let booted = kernel::load(&vm_memory, &none, 64 << 20).unwrap_err();
+    assert_eq!(theseus_api::ApiError::chain(500, &booted).causes, said(&none));
+}

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use serde_json::json;
 use theseus_api::server::ReplyTo;
-use theseus_api::types::{PingInfo, UpdateOutcome, UpdateRequest, VmConfig, VmInfo};
+use theseus_api::types::{PayloadConfig, PingInfo, SerialMode, UpdateOutcome, UpdateRequest, VmConfig, VmInfo};
 use theseus_api::{ApiError, Body, Reply, Request};
 
 use super::admit::admit;
 use super::queue::update_under_way;
 use super::{Control, Vm};
+use crate::boot;
 use crate::build_info;
 use crate::machine::devices::lock;
 use crate::machine::{Machine, MachineError};
@@ -51,6 +52,9 @@ impl Control {
                 Ok(Body::EmptyOk)
             }
             Request::Create(config) => {
+                let PayloadConfig { kernel, initramfs, cmdline: _ } = &config.payload;
+                let looked = kernel.iter().chain(initramfs).try_for_each(|path| boot::look_at(path));
+                looked.map_err(|error| ApiError::chain(400, &error))?;
                 self.vm = Vm::Created(*config);
                 Ok(Body::Empty)
             }
@@ -128,11 +132,15 @@ impl Control {
             return Err(ApiError::not_found("there is no VM"));
         };
         let machine = self.vm.machine();
+        let mut shown = config.clone().settled();
+        if shown.serial.mode == SerialMode::Pty {
+            shown.serial.file = machine.and_then(Machine::pty);
+        }
         let info = VmInfo {
-            config: config.clone(),
+            config: shown,
             state,
             memory_actual_size: machine.map_or(config.memory.size, Machine::memory_size),
-            device_tree: machine.map_or(json!({}), Machine::device_tree),
+            device_tree: machine.map(Machine::device_tree).unwrap_or_default(),
         };
         Ok(Body::Json(to_json(&info)?))
     }

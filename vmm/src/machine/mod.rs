@@ -9,20 +9,25 @@ mod populate;
 mod restore;
 pub mod state;
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use theseus_api::types::VmConfig;
+use theseus_api::types::{DeviceNode, Resource, VmConfig};
 use theseus_hypervisor::{ClockAnchor, Hypervisor, Vm};
 use theseus_resources::ram::RamError;
 use theseus_resources::state::StateError;
 use theseus_resources::vault::VaultError;
-use theseus_resources::{GuestRam, Vault};
+use theseus_resources::{GuestRam, Vault, layout};
 
 use crate::boot::BootError;
 use crate::vcpus::{VcpuError, Vcpus};
 use devices::Devices;
 use passthrough::PassthroughDevices;
 use populate::Populating;
+
+/// Registers of a 16550.
+const SERIAL_PORTS: u16 = 8;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -101,16 +106,19 @@ impl Machine {
     }
 
     /// What is on the guest's buses, for vm.info.
-    pub fn device_tree(&self) -> serde_json::Value {
-        let mut tree = serde_json::Map::new();
-        if let Some(serial) = &self.devices.serial {
-            let pty = devices::lock(serial).pty_path().map(std::path::Path::to_path_buf);
-            tree.insert("serial".into(), serde_json::json!({ "id": "serial", "pty": pty }));
-        }
-        for (id, bdf, host) in self.passthrough.tree() {
-            let device = serde_json::json!({ "id": id, "pci_bdf": bdf, "host_bdf": host });
-            tree.insert(id, device);
-        }
-        serde_json::Value::Object(tree)
+    pub fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
+        let serial = self.devices.serial.as_ref().map(|_| DeviceNode {
+            id: "serial".into(),
+            resources: vec![Resource::PioAddressRange { base: layout::SERIAL_PORT, size: SERIAL_PORTS }],
+            pty: self.pty(),
+            ..Default::default()
+        });
+        self.passthrough.tree().into_iter().chain(serial).map(|node| (node.id.clone(), node)).collect()
+    }
+
+    /// The terminal that the serial port has made.
+    pub fn pty(&self) -> Option<PathBuf> {
+        let serial = self.devices.serial.as_ref()?;
+        devices::lock(serial).pty_path().map(Path::to_path_buf)
     }
 }

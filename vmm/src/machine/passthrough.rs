@@ -5,10 +5,12 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use theseus_api::types::DeviceConfig;
+use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
 use theseus_devices::carried::Carried;
 use theseus_devices::pci::bus::PciBus;
-use theseus_devices::vfio::{self, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring};
+use theseus_devices::vfio::{
+    self, BarAddress, BarKind, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring,
+};
 use theseus_hypervisor::Vm;
 use theseus_resources::alloc::Windows;
 use theseus_resources::{Claims, GuestRam, StateReader, StateWriter, Vault};
@@ -112,15 +114,19 @@ impl PassthroughDevices {
         self.registry.containers().iter().map(|container| container.name().to_owned()).collect()
     }
 
-    /// (id, guest BDF, host BDF) of each device.
-    pub fn tree(&self) -> Vec<(String, String, String)> {
-        self.plugged
-            .iter()
-            .map(|plugged| {
-                let device = lock(&plugged.device);
-                (device.id().to_owned(), format!("0000:00:{:02x}.0", plugged.slot), device.host_bdf().to_owned())
-            })
-            .collect()
+    /// For vm.info.
+    pub fn tree(&self) -> Vec<DeviceNode> {
+        let node = |plugged: &Plugged| {
+            let device = lock(&plugged.device);
+            DeviceNode {
+                id: device.id().to_owned(),
+                resources: device.bars().map(bar).collect(),
+                pci_bdf: Some(format!("0000:00:{:02x}.0", plugged.slot)),
+                host_bdf: Some(device.host_bdf().to_owned()),
+                ..Default::default()
+            }
+        };
+        self.plugged.iter().map(node).collect()
     }
 
     /// vCPUs are stopped: from now on interrupts wait in their eventfds, and the old VM is off the groups, so that its late release
@@ -284,6 +290,16 @@ fn ids(configs: &[DeviceConfig]) -> Vec<String> {
         id
     };
     configs.iter().enumerate().map(|(index, config)| config.id.clone().unwrap_or_else(|| free(index))).collect()
+}
+
+fn bar(bar: BarAddress) -> Resource {
+    let BarAddress { index, address, size, kind, prefetchable } = bar;
+    let type_ = match kind {
+        BarKind::Io => PciBarType::Io,
+        BarKind::Memory32 => PciBarType::Mmio32,
+        BarKind::Memory64 => PciBarType::Mmio64,
+    };
+    Resource::PciBar { index: index.into(), base: address, size, type_, prefetchable }
 }
 
 fn section(id: &str) -> String {

@@ -1,5 +1,6 @@
 //! `ch-remote`: talks to a running VMM. Success prints the answer; failure prints the numbered chain of causes.
 
+mod patience;
 mod report;
 
 use std::io::Read;
@@ -7,17 +8,20 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use patience::Patience;
+use theseus_api::ApiError;
 use theseus_api::client::Client;
+use theseus_api::types::foreign;
 use theseus_api::types::{UpdateOutcome, UpdateReport, UpdateRequest};
 
 /// Control a running theseus.
 #[derive(Parser)]
 #[command(name = "ch-remote", version)]
 struct Cli {
-    /// The API socket of the VMM
-    #[arg(long, value_name = "PATH")]
-    api_socket: PathBuf,
+    /// The API socket of the VMM; may stand behind the subcommand too
+    #[arg(long, value_name = "PATH", global = true)]
+    api_socket: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -80,34 +84,54 @@ struct UpdateArgs {
     json: bool,
 }
 
+/// With the subcommands of Cloud Hypervisor's that are not there yet: whatever stands behind one of them, it is refused
+/// by name.
+fn command() -> clap::Command {
+    let not_yet = foreign::ENDPOINTS.iter().map(|(name, _)| {
+        let words = Arg::new("words").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
+        clap::Command::new(*name).hide(true).disable_help_flag(true).arg(words)
+    });
+    Cli::command().subcommands(not_yet)
+}
+
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let matches = command().get_matches();
+    if let Some(why) = matches.subcommand_name().and_then(foreign::no_endpoint) {
+        print_causes([why]);
+        return ExitCode::FAILURE;
+    }
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    match run(cli) {
         Ok(code) => code,
         Err(e) => {
-            print_causes(e.chain().map(ToString::to_string));
+            print_causes(ApiError::chain(500, e.as_ref()).causes);
             ExitCode::FAILURE
         }
     }
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
-    let mut client = Client::new(&cli.api_socket)?;
-    let response = match &cli.command {
-        Command::Ping => client.get("vmm.ping"),
-        Command::Info => client.get("vm.info"),
-        Command::Counters => client.get("vm.counters"),
-        Command::Create { config } => client.put("vm.create", Some(&read_config(config)?)),
-        Command::Boot => client.put("vm.boot", None),
-        Command::Pause => client.put("vm.pause", None),
-        Command::Resume => client.put("vm.resume", None),
-        Command::Reboot => client.put("vm.reboot", None),
-        Command::PowerButton => client.put("vm.power-button", None),
-        Command::Nmi => client.put("vm.nmi", None),
-        Command::Shutdown => client.put("vm.shutdown", None),
-        Command::Delete => client.put("vm.delete", None),
-        Command::ShutdownVmm => client.put("vmm.shutdown", None),
-        Command::Update(args) => client.put("vm.update", Some(&update_body(args)?)),
-    }?;
+    let socket = cli.api_socket.context("--api-socket is missing: give the path that the VMM was started with")?;
+    let mut client = Client::new(&socket)?;
+    let (method, endpoint, body) = match &cli.command {
+        Command::Ping => ("GET", "vmm.ping", None),
+        Command::Info => ("GET", "vm.info", None),
+        Command::Counters => ("GET", "vm.counters", None),
+        Command::Create { config } => ("PUT", "vm.create", Some(read_config(config)?)),
+        Command::Boot => ("PUT", "vm.boot", None),
+        Command::Pause => ("PUT", "vm.pause", None),
+        Command::Resume => ("PUT", "vm.resume", None),
+        Command::Reboot => ("PUT", "vm.reboot", None),
+        Command::PowerButton => ("PUT", "vm.power-button", None),
+        Command::Nmi => ("PUT", "vm.nmi", None),
+        Command::Shutdown => ("PUT", "vm.shutdown", None),
+        Command::Delete => ("PUT", "vm.delete", None),
+        Command::ShutdownVmm => ("PUT", "vmm.shutdown", None),
+        Command::Update(args) => ("PUT", "vm.update", Some(update_body(args)?)),
+    };
+    let waiting = Patience::start();
+    let response = client.request(method, endpoint, body.as_deref())?;
+    drop(waiting);
     if !response.is_success() {
         if matches!(&cli.command, Command::Update(args) if args.json) {
             print_json(&response.body);
@@ -184,8 +208,17 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
+        command().debug_assert();
+    }
+
+    #[test]
+    fn the_socket_may_stand_on_either_side() {
+        for words in
+            ["ch-remote --api-socket /s ping", "ch-remote ping --api-socket /s", "ch-remote ping --api-socket=/s"]
+        {
+            let matches = command().try_get_matches_from(words.split(' ')).unwrap();
+            assert_eq!(Cli::from_arg_matches(&matches).unwrap().api_socket, Some("/s".into()), "{words}");
+        }
     }
 
     #[test]
