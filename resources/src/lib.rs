@@ -2,6 +2,7 @@
 //! envelope ([`state`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]). Beside it [`rate`], which all use.
 
 pub mod alloc;
+pub mod hugepages;
 pub mod layout;
 pub mod ram;
 pub mod rate;

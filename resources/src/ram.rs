@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::hugepages::Pool;
 use crate::layout;
 use crate::vault::{Claims, KeptFd, Purpose, Slot, Vault, VaultError};
 
@@ -32,10 +33,10 @@ pub enum Pages {
 pub enum RamError {
     #[error("guest RAM: cannot create a memfd of {size} bytes: {source}: {remedy}")]
     Create { size: u64, source: std::io::Error, remedy: &'static str },
-    #[error(
-        "guest RAM: cannot map {size:#x} bytes at offset {offset:#x}: {source}: is there enough free memory (huge pages)?"
-    )]
+    #[error("guest RAM: cannot map {size:#x} bytes at offset {offset:#x}: {source}: is there enough free memory?")]
     Map { size: u64, offset: u64, source: std::io::Error },
+    #[error("guest RAM: {0}")]
+    HugePages(Pool),
     #[error("guest RAM: {0}")]
     Layout(String),
     #[error(transparent)]
@@ -99,12 +100,12 @@ impl GuestRam {
             ranges.push(RamRange { gpa, size, offset, hva: 0 });
             offset += size;
         }
-        Self::map(vault.keep("guest RAM", Purpose::GuestMemory, fd), size, pages, ranges)
+        Self::map(vault.keep("guest RAM", Purpose::GuestMemory, fd), size, pages, ranges, Reserve::Now)
     }
 
     pub fn restore(state: RamState, claims: &mut Claims) -> Result<Self, RamError> {
         let RamState { size, pages, ranges, memfd } = state;
-        Self::map(claims.claim(memfd, Purpose::GuestMemory)?, size, pages, ranges)
+        Self::map(claims.claim(memfd, Purpose::GuestMemory)?, size, pages, ranges, Reserve::Done)
     }
 
     pub fn save(&self) -> RamState {
@@ -112,11 +113,17 @@ impl GuestRam {
         RamState { size: *size, pages: *pages, ranges: ranges.clone(), memfd: memfd.slot() }
     }
 
-    fn map(memfd: KeptFd, size: u64, pages: Pages, mut ranges: Vec<RamRange>) -> Result<Self, RamError> {
+    fn map(
+        memfd: KeptFd,
+        size: u64,
+        pages: Pages,
+        mut ranges: Vec<RamRange>,
+        reserve: Reserve,
+    ) -> Result<Self, RamError> {
         let mut mappings = Vec::new();
         let mut regions = Vec::new();
         for range in &mut ranges {
-            let mapping = Mapping::new(&memfd, range.offset, range.size, pages)?;
+            let mapping = Mapping::new(&memfd, range.offset, range.size, pages, reserve)?;
             range.hva = mapping.addr.as_ptr() as u64;
             // SAFETY: `mapping` covers exactly this many bytes and lives beside the region in the same struct.
             let region =
@@ -216,6 +223,15 @@ fn huge_flag(bytes: u64) -> Result<MemfdFlags, RamError> {
     }
 }
 
+/// Whether huge pages are to be set aside for the memfd. That is a property of the memfd, not of the mapping (mm/hugetlb.c,
+/// hugetlb_reserve_pages): it lasts until the last one who has it open or mapped is gone, so a later image has nothing to reserve.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reserve {
+    /// Or fail: without, a pool that is too small is found out when the guest touches its memory.
+    Now,
+    Done,
+}
+
 /// A shared mapping of the memfd, aligned for huge pages.
 struct Mapping {
     addr: NonNull<u8>,
@@ -228,16 +244,17 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(memfd: impl AsFd, offset: u64, size: u64, pages: Pages) -> Result<Self, RamError> {
+    fn new(memfd: impl AsFd, offset: u64, size: u64, pages: Pages, reserve: Reserve) -> Result<Self, RamError> {
         let fail = |source: rustix::io::Errno| RamError::Map { size, offset, source: source.into() };
         let align = if let Pages::Huge(bytes) = pages { bytes.max(HUGE) } else { HUGE };
-        let reserve =
-            size.checked_add(align).ok_or_else(|| RamError::Layout(format!("{size:#x} bytes are too many")))?;
+        // Small pages of a memfd are accounted when they are touched, whatever the mapping says (mm/shmem.c).
+        let lasting = if reserve == Reserve::Now { MapFlags::empty() } else { MapFlags::NORESERVE };
+        let space = size.checked_add(align).ok_or_else(|| RamError::Layout(format!("{size:#x} bytes are too many")))?;
         // SAFETY: a fresh reservation that nothing else uses.
         let base = unsafe {
             rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
-                reserve as usize,
+                space as usize,
                 ProtFlags::empty(),
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
@@ -250,20 +267,24 @@ impl Mapping {
                 start as *mut _,
                 size as usize,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+                MapFlags::SHARED | MapFlags::FIXED | lasting,
                 memfd,
                 offset,
             )
         };
         // Give back what the alignment left over (or everything, on failure).
         let keep = if mapped.is_ok() { start..start + size } else { base..base };
-        for (from, to) in [(base, keep.start), (keep.end, base + reserve)] {
+        for (from, to) in [(base, keep.start), (keep.end, base + space)] {
             if to > from {
                 // SAFETY: ours, and outside of what stays mapped.
                 let _ = unsafe { rustix::mm::munmap(from as *mut _, (to - from) as usize) };
             }
         }
-        let addr = NonNull::new(mapped.map_err(fail)?.cast::<u8>())
+        let short = |source| match pages {
+            Pages::Huge(bytes) if reserve == Reserve::Now => RamError::HugePages(Pool::of(bytes, size.div_ceil(bytes))),
+            _ => fail(source),
+        };
+        let addr = NonNull::new(mapped.map_err(short)?.cast::<u8>())
             .ok_or_else(|| RamError::Layout("mapped at address 0".into()))?;
         if pages == Pages::Transparent {
             // SAFETY: our own mapping; only a hint.
@@ -318,10 +339,21 @@ mod tests {
         let old = GuestRam::new(&vault, 128 << 20, Pages::Small).unwrap();
         old.memory().write_obj(7u64, GuestAddress(0x10_0000)).unwrap();
         let state = old.save();
-        let new = GuestRam::map(old.memfd.clone(), state.size, state.pages, state.ranges).unwrap();
+        let new = GuestRam::map(old.memfd.clone(), state.size, state.pages, state.ranges, Reserve::Done).unwrap();
         assert_ne!(new.ranges()[0].hva, old.ranges()[0].hva);
         assert_eq!(new.memory().read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 7);
         new.populate_page_tables(|| true).unwrap();
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_are_not_promised() {
+        let all = GuestRam::new(&Vault::new(), 1 << 40, Pages::Huge(HUGE));
+        let error = all.err().expect("nobody has a TiB of them").to_string();
+        // The second: this kernel has none at all.
+        assert!(
+            error.contains("huge pages of 2048 KiB are needed, the pool has") || error.contains("memfd"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -16,6 +17,13 @@ use theseus_resources::{Claims, KeptFd, Purpose, Slot, Vault};
 
 /// Linux's, bytes (pipe(7)).
 const PIPE_BUF: usize = 4096;
+
+/// Events that were lost, since this image was started.
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+pub fn lost() -> u64 {
+    LOST.load(Ordering::Relaxed)
+}
 
 /// Cheap to clone; says nothing where no stream was asked for.
 #[derive(Clone, Default)]
@@ -61,6 +69,7 @@ impl EventStream {
         // Not O_NONBLOCK, which would hold for all who share the open file.
         let ready = rustix::event::poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default()));
         if ready != Ok(1) || rustix::io::write(fd, format!("{line}\n").as_bytes()).is_err() {
+            LOST.fetch_add(1, Ordering::Relaxed);
             log::debug!("event lost: {line}");
         }
     }
@@ -100,5 +109,6 @@ mod tests {
         for _ in 0..5000 {
             events.say("vm", "booted", json!({}));
         }
+        assert!(lost() > 0);
     }
 }

@@ -60,6 +60,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 
 pub fn main() -> ExitCode {
     let started = update::timeline::now_ns();
+    signals::ignore_limits();
     heap::keep();
     let result = match Inherited::from_env() {
         // The guest is waiting: nothing that can be done later is done before.
@@ -121,6 +122,7 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     cli.fault.iter().for_each(|fault| test_hooks::set_fault(fault));
     LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
     cli.warnings().iter().for_each(|warning| log::warn!("{warning}"));
+    signals::warn_of_limits();
     run(|parts| boot(parts, cli))
 }
 

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +29,8 @@ pub struct LogConfig {
 
 static IN_USE: OnceLock<LogConfig> = OnceLock::new();
 static SINK: Mutex<Sink> = Mutex::new(Sink { holds: 0, flushing: false, waiting: Vec::new(), file: None });
+/// Bytes that were not written, since this image was started.
+static DROPPED: AtomicU64 = AtomicU64::new(0);
 static FLUSHED: Condvar = Condvar::new();
 
 impl LogConfig {
@@ -135,7 +138,7 @@ fn flush() {
         }
         let (lines, file) = (std::mem::take(&mut sink.waiting), sink.file.clone());
         drop(sink);
-        let _ = write(file, &lines);
+        write(file, &lines);
     }
 }
 
@@ -145,11 +148,24 @@ fn open(path: &Path) -> anyhow::Result<Arc<File>> {
     file.map(Arc::new).with_context(|| format!("cannot open the log file {}", path.display()))
 }
 
-fn write(file: Option<Arc<File>>, lines: &[u8]) -> std::io::Result<()> {
-    match file {
+/// What cannot be written (the disk is full, RLIMIT_FSIZE is reached, nobody reads any more) is counted.
+fn write(file: Option<Arc<File>>, lines: &[u8]) {
+    let written = match file {
         Some(file) => (&*file).write_all(lines),
         None => std::io::stderr().write_all(lines),
+    };
+    if written.is_err() {
+        drop_bytes(lines.len());
     }
+}
+
+fn drop_bytes(count: usize) {
+    DROPPED.fetch_add(count as u64, Ordering::Relaxed);
+}
+
+/// Bytes of the log that were dropped, since this image was started.
+pub fn dropped() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
 }
 
 struct Sink {
@@ -182,11 +198,13 @@ impl Write for Lines {
         if sink.holds > 0 || sink.flushing {
             if sink.waiting.len() + record.len() <= WAITING_MAX {
                 sink.waiting.extend_from_slice(record);
+            } else {
+                drop_bytes(record.len());
             }
         } else {
             let file = sink.file.clone();
             drop(sink);
-            write(file, record)?;
+            write(file, record);
         }
         Ok(record.len())
     }
@@ -252,6 +270,10 @@ mod tests {
         std::io::Read::read_exact(&mut &reader, &mut text).unwrap();
         assert_eq!(&text[full..], b"5 6 8 ");
         assert_eq!(stands_still(), None);
+        assert_eq!(dropped(), WAITING_MAX as u64);
+        drop(reader);
+        line("9 ");
+        assert_eq!(dropped(), WAITING_MAX as u64 + 2);
         sink().file = None;
     }
 }

@@ -1,23 +1,49 @@
-//! The signals that the VMM acts on, as a file descriptor.
+//! Signals: those that end the VMM in order, as a file descriptor, and those that must do nothing.
+//!
+//! Of all whose default is to end or to stop a process (signal(7)), these can come from a limit, a peer or a terminal. ALRM, VTALRM, PROF
+//! and IO come only to who has asked for them, STOP and TSTP stand for somebody's wish, and USR1 and USR2 are nobody's here but an operator's.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-const ACTED_ON: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD];
+/// End the VMM in order, unless whoever started it has them ignored: nohup(1) does that with HUP, a shell without job control with INT and
+/// QUIT for what it starts in the background. exec keeps that, and we never ignore one of these ourselves: so what an image finds ignored
+/// was so when the first one was started.
+const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// Ignored in every image, by whatever these were before. The call that met the limit or the terminal then says so: EFBIG at RLIMIT_FSIZE,
+/// EPIPE where a reader is gone, EIO for reading from a terminal in the background. RLIMIT_CPU and RLIMIT_RTTIME have a hard limit to end by.
+const IGNORED: [libc::c_int; 5] = [libc::SIGXFSZ, libc::SIGXCPU, libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU];
 
 pub struct Signals(OwnedFd);
 
+/// First of all: no file can be written to safely before.
+pub fn ignore_limits() {
+    for signal in IGNORED {
+        // SAFETY: a constant signal number, and no handler of ours.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Limits that end the process sooner or later, whatever it does.
+pub fn warn_of_limits() {
+    use rustix::process::{Resource, getrlimit};
+    for (limit, name, option) in [
+        (getrlimit(Resource::Cpu).maximum, "RLIMIT_CPU", "ulimit -t unlimited, or LimitCPU=infinity"),
+        (getrlimit(Resource::Rttime).maximum, "RLIMIT_RTTIME", "ulimit -R unlimited, or LimitRTTIME=infinity"),
+    ] {
+        if let Some(limit) = limit {
+            log::warn!("{name} is {limit}: the kernel will kill the VMM, and the guest, when it is reached: {option}");
+        }
+    }
+}
+
 impl Signals {
-    /// Blocks these signals on the calling thread, whose mask the threads it starts inherit, and unblocks all others: exec leaves
-    /// everything blocked. To be called first, on the main thread.
+    /// Blocks the signals that the VMM acts on, on the calling thread, whose mask the threads it starts inherit, and unblocks all others: exec
+    /// leaves everything blocked. To be called on the main thread, before there are others.
     pub fn new() -> std::io::Result<Self> {
-        // SAFETY: plain old data, filled by the calls below.
-        let mut set = unsafe { std::mem::zeroed::<libc::sigset_t>() };
-        // SAFETY: `set` is a valid set throughout, and the signal numbers are constants.
+        let set = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)).chain([libc::SIGCHLD]));
+        // SAFETY: `set` is a valid set, and the signal numbers are constants.
         let fd = unsafe {
-            libc::sigemptyset(&mut set);
-            for signal in ACTED_ON {
-                libc::sigaddset(&mut set, signal);
-            }
             // Whoever started us may ignore it, which exec hands on: the kernel would then reap the rehearsals of updates itself.
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
@@ -39,6 +65,28 @@ impl Signals {
             signals.push(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
         }
         signals
+    }
+}
+
+fn set_of(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
+    let mut set = std::mem::MaybeUninit::uninit();
+    // SAFETY: a set of our own, initialised by the first call; the numbers are constants.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        set.assume_init()
+    }
+}
+
+/// One that is ignored and blocked would be queued all the same, and read from a signalfd (kernel/signal.c, sig_ignored).
+fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: nothing is changed, and the kernel fills the struct where it returns 0; all zeroes are one too.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
+            && action.assume_init().sa_sigaction == libc::SIG_IGN
     }
 }
 

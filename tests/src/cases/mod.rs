@@ -9,6 +9,8 @@ mod deaths;
 mod failures;
 pub mod frozen;
 mod held;
+mod jobs;
+mod limits;
 mod meetings;
 mod operator;
 mod resources;
@@ -76,6 +78,12 @@ const CASES: &[Case] = &[
     plain("update_without_guest", update::without_guest),
     plain("serial_modes", serial::modes),
     plain("serial_terminal_gone", serial::terminal_gone),
+    plain("job_hang_up", jobs::hang_up),
+    plain("job_in_background", jobs::background),
+    plain("limits_refuse_or_drop", limits::refuse_or_drop),
+    plain("limits_signal_nothing", limits::signal_nothing),
+    plain("limits_no_signal_queued", limits::no_signal_queued),
+    plain("huge_pages_reserved", limits::huge_pages),
     plain("fault_by_option", deaths::fault_by_option),
     plain("ch_remote", operator::ch_remote),
     plain("target_rewritten", target::rewritten),

@@ -215,6 +215,7 @@ impl Builder {
             ignores_children: self.ignores_children,
             user: self.user,
             terminal: None,
+            limit: None,
         };
         let mut vm = Vm::spawn(&self.binary, &args, &setting)?;
         vm.cpus = self.cpus;

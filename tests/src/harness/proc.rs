@@ -258,6 +258,13 @@ pub fn bound_locking(bytes: u64) -> io::Result<()> {
     if done { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Before an exec: the soft limit of `resource`.
+pub fn bound(resource: libc::__rlimit_resource_t, soft: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the limit lives during the call.
+    if unsafe { libc::setrlimit(resource, &limit) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Before an exec: the program starts with SIGCHLD ignored.
 pub fn ignore_children() -> io::Result<()> {
     // SAFETY: no handler is involved.

@@ -39,7 +39,7 @@ pub struct Vm {
 }
 
 /// What a VMM is started in.
-pub(super) struct Setting<'a> {
+pub struct Setting<'a> {
     /// Its serial port is a socket of the harness.
     pub serial: bool,
     pub hooks: bool,
@@ -52,6 +52,8 @@ pub(super) struct Setting<'a> {
     pub user: Option<(u32, &'static [u32])>,
     /// Its standard input.
     pub terminal: Option<&'a File>,
+    /// A limit, and its soft value.
+    pub limit: Option<(libc::__rlimit_resource_t, u64)>,
 }
 
 impl Default for Setting<'_> {
@@ -64,6 +66,7 @@ impl Default for Setting<'_> {
             ignores_children: false,
             user: None,
             terminal: None,
+            limit: None,
         }
     }
 }
@@ -103,13 +106,13 @@ impl Vm {
     }
 
     /// The API's socket is there before the guest is; its first answer comes after.
-    fn booted(self) -> Result<Self> {
+    pub fn booted(self) -> Result<Self> {
         self.ping()?;
         Ok(self)
     }
 
     /// `binary`: a name among the builds, or a path.
-    pub(super) fn spawn(binary: &str, args: &[String], setting: &Setting<'_>) -> Result<Self> {
+    pub fn spawn(binary: &str, args: &[String], setting: &Setting<'_>) -> Result<Self> {
         let dir =
             std::env::temp_dir().join(format!("vm-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(dir.join("hooks")).with_context(|| format!("{}", dir.display()))?;
@@ -136,6 +139,10 @@ impl Vm {
         if let Some((user, capabilities)) = setting.user {
             // SAFETY: system calls only.
             unsafe { command.pre_exec(move || capabilities::become_user(user, capabilities)) };
+        }
+        if let Some((resource, soft)) = setting.limit {
+            // SAFETY: a system call only.
+            unsafe { command.pre_exec(move || proc::bound(resource, soft)) };
         }
         command
             .stdin(setting.terminal.map(File::try_clone).transpose()?.map_or_else(Stdio::null, Stdio::from))

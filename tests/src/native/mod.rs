@@ -285,11 +285,11 @@ fn recovery(samples: &[(u64, u64)], asked: u64, pause_us: u64) -> Option<u64> {
     })
 }
 
-/// Huge pages reserved for the benchmark, given back afterwards.
-struct HugePages(String);
+/// Huge pages of the pool, so many more than before, given back afterwards.
+pub struct HugePages(String);
 
 impl HugePages {
-    fn reserve(count: u64) -> Result<Self> {
+    pub fn reserve(count: u64) -> Result<Self> {
         let before = fs::read_to_string(HUGE_PAGES).context(HUGE_PAGES)?;
         fs::write("/proc/sys/vm/compact_memory", "1").context("/proc/sys/vm/compact_memory")?;
         let wanted = before.trim().parse::<u64>()? + count;

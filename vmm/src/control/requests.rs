@@ -147,7 +147,11 @@ impl Control {
 
     fn counters(&self) -> Reply {
         let dropped = self.vm.machine().and_then(|machine| Some(lock(machine.devices.serial.as_ref()?).dropped()));
-        Ok(Body::Json(json!({ "serial": { "dropped_bytes": dropped.unwrap_or(0) } })))
+        Ok(Body::Json(json!({
+            "serial": { "dropped_bytes": dropped.unwrap_or(0) },
+            "log": { "dropped_bytes": crate::logging::dropped() },
+            "events": { "lost": crate::events::lost() },
+        })))
     }
 
     fn update(&mut self, request: &UpdateRequest, reply: ReplyTo) {

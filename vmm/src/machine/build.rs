@@ -22,6 +22,7 @@ impl Machine {
             .kernel
             .as_deref()
             .ok_or_else(|| MachineError::Config("no kernel: give payload.kernel".into()))?;
+        super::fits::check(&config).map_err(MachineError::Config)?;
         let vcpu_count = config.cpus.boot_vcpus;
         let ram = Arc::new(GuestRam::new(&host.vault, config.memory.size, pages(&config.memory))?);
         if config.memory.prefault {

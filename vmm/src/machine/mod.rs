@@ -3,6 +3,7 @@
 
 mod build;
 pub mod devices;
+mod fits;
 mod glue;
 pub mod passthrough;
 mod populate;

@@ -17,7 +17,7 @@ mod pause;
 mod preflight;
 mod prepare;
 mod rights;
-mod room;
+pub mod room;
 pub mod saved;
 pub mod target;
 pub mod timeline;

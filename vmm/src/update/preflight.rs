@@ -12,6 +12,8 @@ use crate::vcpus::placement::Placement;
 const MORE_FDS: u64 = 96;
 /// For the new image itself beside the guest's page tables.
 const IMAGE: u64 = 32 << 20;
+/// The saved state of 64 vCPUs and a serial port with all the output that it may keep is a third of it.
+const STATE: u64 = 16 << 20;
 
 /// What the guest makes an update need.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +30,7 @@ pub struct Needs {
 struct Limits {
     open_fds: u64,
     max_fds: Option<u64>,
+    max_file: Option<u64>,
     room: Room,
 }
 
@@ -43,16 +46,24 @@ pub fn reasons(needs: &Needs) -> Vec<String> {
 pub fn remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EMFILE) => "raise RLIMIT_NOFILE (prlimit --nofile)",
+        Some(libc::EFBIG) => "raise RLIMIT_FSIZE (prlimit --fsize)",
         _ => "is /proc mounted?",
     }
 }
 
 fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
-    let Limits { open_fds, max_fds, room } = limits;
+    let Limits { open_fds, max_fds, max_file, room } = limits;
     let mut reasons = Vec::new();
     if let Some(limit) = max_fds.filter(|limit| *limit < open_fds.saturating_add(MORE_FDS)) {
         reasons.push(format!(
             "RLIMIT_NOFILE is {limit}, {open_fds} fds are open and an update takes up to {MORE_FDS} more: raise it (prlimit --nofile)"
+        ));
+    }
+    if let Some(limit) = max_file.filter(|limit| *limit < STATE) {
+        reasons.push(format!(
+            "RLIMIT_FSIZE is {} KiB, the saved state is a file (in memory) of up to {} KiB: raise it (prlimit --fsize)",
+            limit >> 10,
+            STATE >> 10
         ));
     }
     // 8 bytes a page: the new image's page tables and its second stage, while the parked old ones are still there.
@@ -74,14 +85,10 @@ impl Limits {
         Ok(Self {
             open_fds: std::fs::read_dir("/proc/self/fd")?.count() as u64,
             max_fds: getrlimit(Resource::Nofile).current,
+            max_file: getrlimit(Resource::Fsize).current,
             room: Room::of_this_process()?,
         })
     }
-}
-
-/// The first word behind `key` at the start of a line.
-pub(super) fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
-    text.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()
 }
 
 #[cfg(test)]
@@ -89,7 +96,7 @@ mod tests {
     use super::*;
 
     fn good() -> Limits {
-        Limits { open_fds: 40, max_fds: Some(1024), room: room(1 << 30) }
+        Limits { open_fds: 40, max_fds: Some(1024), max_file: Some(STATE), room: room(1 << 30) }
     }
 
     fn room(free: u64) -> Room {
@@ -100,9 +107,9 @@ mod tests {
     fn all_reasons_at_once() {
         let needs = &Needs { placements: Vec::new(), ram: 1 << 30, small_pages: true };
         assert!(judge(needs, good()).is_empty());
-        let bad = Limits { max_fds: Some(64), room: room(1 << 20), ..good() };
+        let bad = Limits { max_fds: Some(64), max_file: Some(1 << 20), room: room(1 << 20), ..good() };
         let text = judge(needs, bad).join("\n");
-        for part in ["RLIMIT_NOFILE is 64", "the host has 1 MiB of free memory", "36 MiB"] {
+        for part in ["RLIMIT_NOFILE is 64", "RLIMIT_FSIZE is 1024 KiB", "the host has 1 MiB of free memory", "36 MiB"] {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(judge(needs, Limits { max_fds: None, ..good() }).is_empty());

@@ -4,8 +4,6 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::preflight::field;
-
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// The least there is, and whose it is.
@@ -18,23 +16,49 @@ pub struct Room {
 }
 
 impl Room {
+    /// The least that a cgroup leaves of huge pages of 2 MiB. Their reservation does not look at that limit, only their use (mm/hugetlb_cgroup.c).
+    pub fn in_huge_pages() -> Option<Self> {
+        in_huge_pages(Path::new(CGROUPS), &own_cgroup())
+    }
+
     pub fn of_this_process() -> io::Result<Self> {
         let meminfo = fs::read_to_string("/proc/meminfo")?;
         let available = field(&meminfo, "MemAvailable:").and_then(|kib| kib.parse::<u64>().ok());
         let available = available.ok_or_else(|| io::Error::other("no MemAvailable"))?;
         let host = Self { free: available.saturating_mul(1024), of: "the host".into() };
-        // Without cgroup v2 there is no such line, and no such limit.
-        let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let own = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
-        let left = in_cgroups(Path::new(CGROUPS), own);
+        let left = in_cgroups(Path::new(CGROUPS), &own_cgroup());
         Ok(left.into_iter().fold(host, |least, room| if room.free < least.free { room } else { least }))
     }
 }
 
+/// The first word behind `key` at the start of a line.
+pub fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()
+}
+
 /// For each cgroup from `own` up that has a limit.
 fn in_cgroups(root: &Path, own: &str) -> Vec<Room> {
-    let own = Path::new(own.trim_start_matches('/'));
-    own.ancestors().filter_map(|path| in_cgroup(&root.join(path), path)).collect()
+    each_cgroup(own).filter_map(|path| in_cgroup(&root.join(path), path)).collect()
+}
+
+fn each_cgroup(own: &str) -> impl Iterator<Item = &Path> {
+    Path::new(own.trim_start_matches('/')).ancestors()
+}
+
+/// Without cgroup v2 there is no such line, and no such limit.
+fn own_cgroup() -> String {
+    let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned()
+}
+
+fn in_huge_pages(root: &Path, own: &str) -> Option<Room> {
+    let left = each_cgroup(own).filter_map(|path| {
+        let number = |file: &str| fs::read_to_string(root.join(path).join(file)).ok()?.trim().parse::<u64>().ok();
+        let limit = number("hugetlb.2MB.max")?;
+        let free = limit.saturating_sub(number("hugetlb.2MB.current")?);
+        Some(Room { free, of: format!("the cgroup /{} (hugetlb.2MB.max {} MiB)", path.display(), limit >> 20) })
+    });
+    left.min_by_key(|room| room.free)
 }
 
 fn in_cgroup(dir: &Path, name: &Path) -> Option<Room> {
@@ -74,6 +98,11 @@ mod tests {
         put("pods/guest", "memory.max", "943718400\n");
         assert_eq!(in_cgroups(root.path(), "/pods/guest")[0].free, 0);
         assert!(in_cgroups(root.path(), "/").is_empty());
+        assert_eq!(in_huge_pages(root.path(), "/pods/guest"), None);
+        put("pods/guest", "hugetlb.2MB.max", "max\n");
+        put("pods", "hugetlb.2MB.max", "1073741824\n");
+        put("pods", "hugetlb.2MB.current", "1071644672\n");
+        assert_eq!(in_huge_pages(root.path(), "/pods/guest").unwrap().free, 2 << 20);
     }
 
     #[test]

@@ -5,20 +5,24 @@
 //! on an fd that survives an update.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use theseus_resources::vault::{KeptFd, Purpose, Vault};
 
 use super::TROUBLE;
 use super::stream::{Input, Stream};
-use super::tty::RawMode;
+use super::tty::{RawMode, is_anothers};
 
 /// Output kept for a reader that does not keep up, in bytes.
 pub const UNSENT_MAX: usize = 1 << 20;
+
+/// How often a terminal that another job has is looked at: nothing tells when a job comes to the front.
+const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 pub(super) enum Backend {
     Null,
@@ -52,11 +56,39 @@ pub struct Console {
     pub(super) dropped: u64,
     /// The input (not of a socket) has ended, or accept failed for a lasting reason: waiting for it would only spin.
     pub(super) deaf: bool,
+    /// Another job has the terminal, so nothing can be read from it, and [`Self::look`] is waited for instead.
+    pub(super) background: bool,
+    /// Readable every [`LOOK`]; made when first needed, and kept, as the poller knows fds by their numbers.
+    pub(super) look: Option<OwnedFd>,
 }
 
 impl Console {
     pub(super) fn new(backend: Backend, vault: Vault) -> Self {
-        Self { backend, vault, unsent: VecDeque::new(), dropped: 0, deaf: false }
+        let mut console =
+            Self { backend, vault, unsent: VecDeque::new(), dropped: 0, deaf: false, background: false, look: None };
+        console.has_terminal();
+        console
+    }
+
+    /// Whether the input may be read now, as far as a shell's job control goes. A terminal that comes back to us is made raw.
+    fn has_terminal(&mut self) -> bool {
+        let Backend::Tty { input: Some(input), raw, .. } = &mut self.backend else { return true };
+        let before = std::mem::replace(&mut self.background, is_anothers(input.as_fd()));
+        match (before, self.background) {
+            (_, true) if self.look.is_none() => match timer() {
+                Ok(timer) => self.look = Some(timer),
+                Err(error) => {
+                    log::error!("serial: the terminal's input is lost: {error}");
+                    self.deaf = true;
+                }
+            },
+            (true, false) => match raw {
+                Some(raw) => raw.renew(),
+                None => *raw = RawMode::enter(input.kept().clone()).ok(),
+            },
+            _ => {}
+        }
+        !self.background
     }
 
     /// The slave's path, for a person to attach to.
@@ -138,10 +170,17 @@ impl Console {
         }
     }
 
-    pub(super) fn read(&self, buf: &mut [u8]) -> Input {
-        match self.input() {
-            Some(input) if !self.deaf => input.read(buf),
-            _ => Input::Nothing,
+    pub(super) fn read(&mut self, buf: &mut [u8]) -> Input {
+        if let Some(timer) = &self.look {
+            let _ = rustix::io::read(timer, &mut [0; 8]);
+        }
+        if self.deaf || !self.has_terminal() {
+            return Input::Nothing;
+        }
+        match self.input().map_or(Input::Nothing, |input| input.read(buf)) {
+            // It went to another job meanwhile.
+            Input::Ended if !self.has_terminal() => Input::Nothing,
+            input => input,
         }
     }
 
@@ -199,8 +238,18 @@ impl Console {
             // One fd for both directions.
             Backend::Pty { .. } | Backend::Socket { .. } => [input_fd.map(|fd| (fd, read | write)), None],
             Backend::Tty { .. } | Backend::File { .. } => {
+                let input_fd = if self.background { self.look.as_ref().map(AsFd::as_fd) } else { input_fd };
                 [input_fd.map(|fd| (fd, read)), output_fd.map(|fd| (fd, write))]
             }
         }
     }
+}
+
+/// Readable every [`LOOK`].
+fn timer() -> rustix::io::Result<OwnedFd> {
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?;
+    let every = Itimerspec { it_interval: LOOK, it_value: LOOK };
+    rustix::time::timerfd_settime(&timer, TimerfdTimerFlags::empty(), &every)?;
+    Ok(timer)
 }

@@ -12,7 +12,7 @@ use theseus_resources::vault::{Purpose, Vault};
 
 use super::console::{Backend, Console};
 use super::stream::Stream;
-use super::tty::{RawMode, make_raw};
+use super::tty::{RawMode, is_anothers, make_raw};
 
 /// Where the serial port leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +69,8 @@ fn open_tty(vault: &Vault) -> Result<Backend, ConsoleError> {
     // Closed, a regular file, /dev/null: no input.
     let input = keep("serial stdin", rustix::stdio::stdin(), OFlags::RDONLY).ok().filter(Stream::pollable);
     let raw = match &input {
-        Some(stream) if rustix::termios::isatty(stream) => {
+        // In the background: once it comes to the front, see `Console::has_terminal`.
+        Some(stream) if rustix::termios::isatty(stream) && !is_anothers(stream.as_fd()) => {
             Some(RawMode::enter(stream.kept().clone()).map_err(doing("tty: cannot put the terminal into raw mode"))?)
         }
         _ => None,

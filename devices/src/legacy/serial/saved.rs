@@ -85,8 +85,8 @@ impl Carried for SerialDevice {
     fn save(&self) -> Result<SerialState, CarryError> {
         // `poller` and `wants_input` follow from the rest.
         let Self { uart, console, poller: _, wants_input: _ } = self;
-        // An input that has ended is found out again.
-        let Console { backend, vault: _, unsent, dropped, deaf: _ } = console;
+        // An input that has ended, or that another job has, is found out again.
+        let Console { backend, vault: _, unsent, dropped, deaf: _, background: _, look: _ } = console;
         Ok(SerialState {
             uart: uart.state(),
             console: save_backend(backend),

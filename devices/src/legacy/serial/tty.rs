@@ -34,13 +34,21 @@ impl RawMode {
         Ok(Self { fd, before: save(&before) })
     }
 
-    /// The terminal is raw already, unless an image that failed to start has put it back. One that has hung up, or belongs to others by
-    /// now (EIO), is no reason for a guest not to go on.
+    /// The terminal is raw already, unless an image that failed to start has put it back. One that has hung up is no reason for a guest not
+    /// to go on.
     pub(super) fn resume(fd: KeptFd, before: SavedTermios) -> Self {
-        if let Err(error) = make_raw(fd.as_fd()) {
+        let this = Self { fd, before };
+        this.renew();
+        this
+    }
+
+    /// Raw again, where another job may have had the terminal meanwhile; one that has it still sets it as it likes.
+    pub(super) fn renew(&self) {
+        if !is_anothers(self.fd.as_fd())
+            && let Err(error) = make_raw(self.fd.as_fd())
+        {
             log::warn!("serial: the terminal stays as it is: {error}");
         }
-        Self { fd, before }
     }
 
     pub(super) fn before(&self) -> &SavedTermios {
@@ -50,11 +58,20 @@ impl RawMode {
 
 impl Drop for RawMode {
     fn drop(&mut self) {
+        if is_anothers(self.fd.as_fd()) {
+            return;
+        }
         let restored = get(self.fd.as_fd()).and_then(|now| set(self.fd.as_fd(), &load(now, &self.before)));
         if let Err(error) = restored {
             log::warn!("serial: cannot restore the terminal: {error}: `reset` does");
         }
     }
+}
+
+/// Whether another job of this session has the terminal, so that reading from it is an error (tty_ioctl.c, job_control). Not so where it is
+/// of another session (ENOTTY), or has hung up (EIO).
+pub(super) fn is_anothers(fd: BorrowedFd<'_>) -> bool {
+    rustix::termios::tcgetpgrp(fd).is_ok_and(|job| job != rustix::process::getpgrp())
 }
 
 /// No echo, no line editing, no signals: every byte goes through as it is.
