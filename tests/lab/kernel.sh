@@ -39,6 +39,7 @@ fetch_kernel() {
         rm -rf "$work" "$dir"
         mkdir -p "$work/deb"
         (cd "$work/deb" && apt_quiet download "${packages[@]}")
+        note "unpacking kernel $version"
         for deb in "$work"/deb/*.deb; do dpkg -x "$deb" "$work/root"; done
         # Merged and unmerged /usr layouts both occur; modprobe -d wants lib/modules.
         mkdir -p "$work/lib"

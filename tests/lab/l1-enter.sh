@@ -65,7 +65,8 @@ while read -r m; do busybox insmod "/run/lab/modules/$m" || fail "insmod $m"; do
 for entry in $LAB_PEERS; do
     IFS=: read -r name port mac <<<"$entry"
     bdf=$(behind "$port")
-    for _ in $(seq 100); do
+    # A hang detector: ten minutes.
+    for _ in $(seq 6000); do
         ifname=$(ls "/sys/bus/pci/devices/$bdf/net" 2>/dev/null) && [ -n "$ifname" ] && break
         sleep 0.1
     done
@@ -102,6 +103,6 @@ else
     # The fifo is opened by the command alone, so its end is the printer's end.
     (exec bash "$RESULTS/.lab/cmd") </dev/null >/run/lab/out 2>&1 || code=$?
     # A daemon that the command left behind may hold the fifo: do not wait for it.
-    for _ in $(seq 20); do kill -0 $printer 2>/dev/null || break; sleep 0.1; done
+    for _ in $(seq 300); do kill -0 $printer 2>/dev/null || break; sleep 0.1; done
 fi
 finish "$code"

@@ -7,7 +7,7 @@ source "$(dirname "$0")/common.sh"
 source "$LAB/apt.sh"
 source "$LAB/qemu.sh"
 
-kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=2400 results='' vectors=65 mode=run
+kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=14400 results='' vectors=65 mode=run
 while [[ $# -gt 0 ]]; do
     case $1 in
     --shell) mode=shell && shift ;;
@@ -54,6 +54,7 @@ exec {queue}>"${TMPDIR:-/tmp}/theseus-lab.lock"
 if ! flock -n "$queue"; then
     note "another lab is running: waiting for it"
     flock "$queue"
+    note "the other lab has ended"
 fi
 
 # UDP ports for three wires: a block per run, held by a lock, and free of other programs.
@@ -127,11 +128,12 @@ rows=24 cols=80
 (set +o pipefail && export -p | grep -E '^declare -x (THESEUS_|LAB_|RUST_|CI=|TERM=)' || true) >"$results/.lab/pass.env"
 if [[ $# -gt 0 ]]; then { printf 'exec' && printf ' %q' "$@" && echo; } >"$results/.lab/cmd"; fi
 
+# no_timer_check: where this machine is busy, no tick may come in the 40 ms in which L1's kernel looks for ten, and it would panic.
 qemu=("$(qemu_dir)/qemu-system-x86_64" -L /usr/share/seabios -L /usr/share/qemu -nodefaults -no-user-config -display none -no-reboot
     -accel tcg,thread=multi,tb-size=1024 -machine q35,kernel-irqchip=split -cpu max,la57=off -smp "$cpus" -m "$mem"
     -device intel-iommu,intremap=on,caching-mode=on
     -kernel "$kdir/vmlinuz" -initrd "$initramfs"
-    -append "console=ttyS0 intel_iommu=on iommu=pt tsc=reliable panic=-1 oops=panic quiet"
+    -append "console=ttyS0 intel_iommu=on iommu=pt tsc=reliable no_timer_check panic=-1 oops=panic quiet"
     -serial "file:$results/l1-console.log" -monitor "unix:$work/monitor,server=on,wait=off"
     -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap
     -virtfs "local,path=$results,mount_tag=results,security_model=none"
@@ -165,25 +167,32 @@ boot() {
     setpriv --pdeathsig KILL "${qemu[@]}" -chardev "file,id=out,path=$work/out" \
         -device virtserialport,chardev=out,name=lab.out </dev/null >"$results/qemu.log" 2>&1 &
     qemu_pid=$!
-    watch "$qemu_pid" </dev/null >/dev/null 2>&1 &
+    note "starting L1, the outer guest, with kernel $kernel"
+    watch "$qemu_pid" </dev/null >/dev/null &
     watchdog_pid=$!
     nudge "$qemu_pid" </dev/null >/dev/null 2>&1 &
     # 'wait', unlike a program in the foreground, lets this script act on a signal at once.
     wait "$qemu_pid" 2>/dev/null || true
     qemu_pid=''
+    # A QEMU that did not start has not opened it, and tee would wait for that for ever, and with it all who wait for the lab.
+    : <>"$work/out"
     wait "$tee_pid" || true
     kill "$watchdog_pid" 2>/dev/null || true
     wait "$watchdog_pid" 2>/dev/null || true
     rm -f "$work/out"
 }
 # The kernel of L1 now and then loses its boot CPU's timer while it boots under emulation, and stands still: that is
-# told apart from a hung command, because l1-enter.sh writes .lab/started first of all.
-START_TIMEOUT=${LAB_START_TIMEOUT:-120}
+# told apart from a hung command, because l1-enter.sh writes .lab/started first of all. It takes some 5 s where nothing else runs.
+START_TIMEOUT=${LAB_START_TIMEOUT:-400}
 watch() { # QEMU_PID
+    local start=$SECONDS
     trap 'kill $! 2>/dev/null; exit' TERM
-    sleep "$START_TIMEOUT" & wait $!
+    while [[ ! -e $results/.lab/started ]] && ((SECONDS - start < START_TIMEOUT)); do
+        sleep 0.2 & wait $!
+    done
     if [[ ! -e $results/.lab/started ]]; then touch "$work/not-started"
     else
+        note "L1 is up ($((SECONDS - start)) s)"
         sleep "$timeout" & wait $!
         touch "$work/timed-out"
     fi

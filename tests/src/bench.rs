@@ -1,9 +1,6 @@
 //! `l1-tests bench`: the pause of an update by phase, and the start of a VM, as Markdown tables.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, time::Instant};
 
 use anyhow::{Context, Result};
 
@@ -44,9 +41,11 @@ fn pause(cpus: u32) -> Result<()> {
         rig.vm.settled_facts()?;
         reports.push(rig.vm.update()?);
     }
+    let started = traffic.started();
     let packets = traffic.finish_clean(rig.agent()?)?;
+    let rate = packets as f64 / 2.0 / started.elapsed().as_secs_f64();
     println!(
-        "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, up to 500 packets/s each way ({packets} packets, none lost)\n"
+        "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, {rate:.0} packets/s each way ({packets} packets, none lost)\n"
     );
     println!("{}", phase_table(&reports));
     let (pause, floor) =
@@ -106,14 +105,14 @@ fn start() -> Result<()> {
     for _ in 0..STARTS {
         let started = Instant::now();
         let vm = Vm::builder().without_hooks().start()?;
-        let dir = kvm_dir(vm.pid(), Duration::from_secs(20))?;
+        let dir = kvm_dir(vm.pid())?;
         // The VM is there before its vCPU runs; its exits are counted from the first on. The guest's first exit is
         // within its kernel's first few hundred instructions.
         while std::fs::read_to_string(dir.join("exits")).context("exits in debugfs")?.trim() == "0" {
             std::thread::yield_now();
         }
         first_exit.push(started.elapsed().as_micros() as u64);
-        vm.agent()?.wait_ready(Duration::from_secs(120))?;
+        vm.agent()?.wait_ready(crate::PATIENCE)?;
         resident.push(vm.settled_facts()?.own_rss_kib);
     }
     println!("### Start: 1 vCPU, 512 MiB\n");

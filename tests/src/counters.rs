@@ -86,15 +86,19 @@ fn protocols() -> io::Result<Vec<(String, u64)>> {
 
 const TRACEFS: &str = "/sys/kernel/tracing";
 
-/// From now on the kernel notes every packet that it drops, why and where (skb:kfree_skb). Without tracefs there are no such notes.
-pub fn note_drops() {
-    let tracefs = Path::new(TRACEFS);
-    if !tracefs.join("trace").exists() {
+pub fn mount_tracefs() {
+    if !Path::new(TRACEFS).join("trace").exists() {
         // SAFETY: C strings; without data.
         unsafe {
             libc::mount(c"tracefs".as_ptr(), c"/sys/kernel/tracing".as_ptr(), c"tracefs".as_ptr(), 0, std::ptr::null())
         };
     }
+}
+
+/// From now on the kernel notes every packet that it drops, why and where (skb:kfree_skb). Without tracefs there are no such notes.
+pub fn note_drops() {
+    mount_tracefs();
+    let tracefs = Path::new(TRACEFS);
     for switch in ["options/stacktrace", "events/skb/kfree_skb/enable"] {
         let _ = fs::write(tracefs.join(switch), "1");
     }

@@ -1,6 +1,6 @@
 //! `l1-tests demo`: the main job, shown.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
@@ -11,6 +11,7 @@ use crate::harness::{
     report::Report,
     rig::Rig,
     table::{Table, ms},
+    traffic::RATE,
     vm::Vm,
 };
 
@@ -23,7 +24,7 @@ fn short(build_id: &str) -> &str {
 pub fn run() -> Result<()> {
     logs::begin("demo");
     let started = Instant::now();
-    println!("Booting a stock Debian kernel ({}) with a passed-through igb NIC ...", lab::kernel_version());
+    println!("Theseus boots a stock Debian kernel ({}) with a passed-through igb NIC ...", lab::kernel_version());
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
     let machine = rig.agent()?.machine()?;
     let ping = rig.vm.ping()?;
@@ -42,18 +43,20 @@ pub fn run() -> Result<()> {
         rig.wires[0].guest
     );
     println!(
-        "500 numbered packets a second go to the guest and 500 come back. Now {UPDATES} updates of the VMM under it:\n"
+        "Numbered packets go to the guest and others come back: {RATE} a second each way, or as many as this machine carries."
     );
 
     let traffic = rig.traffic()?;
-    traffic.moves_on(rig.agent()?, 500, Duration::from_secs(30))?;
+    traffic.moves_on(rig.agent()?, 500)?;
+    println!("500 of each have come. Now {UPDATES} updates of the VMM under it:\n");
     let locked = rig.vm.settled_facts()?.locked_kib;
     let clock_before = clock::read(&rig.vm)?;
     let mut reports: Vec<Report> = Vec::new();
     let mut rows = Vec::new();
     for number in 1..=UPDATES {
+        println!("  update {number} of {UPDATES} ...");
         let report = rig.vm.update()?;
-        traffic.moves_on(rig.agent()?, 250, Duration::from_secs(30))?;
+        traffic.moves_on(rig.agent()?, 250)?;
         let error = clock::error_us(&clock_before, &clock::read(&rig.vm)?)?;
         let account = traffic.so_far(rig.agent()?)?.remove(0);
         rows.push(vec![
@@ -66,13 +69,16 @@ pub fn run() -> Result<()> {
             format!("{error:+.1}"),
         ]);
         println!(
-            "  update {number}: {} -> {}, the guest paused {} ms",
+            "  update {number} of {UPDATES}: {} -> {}, the guest paused {} ms; {} packets to it and {} from it so far",
             short(&report.from.build_id),
             short(&report.to.build_id),
-            ms(report.pause_us)
+            ms(report.pause_us),
+            account.to_guest.got.unique,
+            account.from_guest.got.unique
         );
         reports.push(report);
     }
+    let seconds = traffic.started().elapsed().as_secs_f64();
     let accounts = traffic.finish(rig.agent()?)?;
     let facts = rig.vm.settled_facts()?;
 
@@ -85,7 +91,8 @@ pub fn run() -> Result<()> {
     println!("Where the time went, ms (prepare runs while the guest does):\n");
     println!("{}", per_update(&reports));
 
-    let mut table = Table::new(["packets", "sent", "received", "lost", "twice", "reordered", "longest gap, ms"]);
+    let mut table =
+        Table::new(["packets", "sent", "received", "lost", "twice", "reordered", "a second", "longest gap, ms"]);
     let mut clean = true;
     for account in &accounts {
         for (name, one) in [("to the guest", &account.to_guest), ("from the guest", &account.from_guest)] {
@@ -98,11 +105,21 @@ pub fn run() -> Result<()> {
                 got.lost_of(one.sent.packets).to_string(),
                 got.duplicated.to_string(),
                 got.reordered.to_string(),
+                format!("{:.0}", got.unique as f64 / seconds),
                 ms(got.max_gap_us),
             ]);
         }
     }
     println!("{table}");
+    let waits = accounts.iter().flat_map(|account| [account.to_guest.sent, account.from_guest.sent]);
+    let longest_wait = waits.map(|sent| sent.longest_wait_us).max().unwrap_or(0);
+    if longest_wait > 0 {
+        println!(
+            "A sender keeps {} packets ahead of its receiver at most; on this machine one has waited {} ms for that, which is part of a gap.\n",
+            rig.wires[0].window,
+            ms(longest_wait)
+        );
+    }
     println!(
         "Process {}: {} descriptors, {} threads, {} children, {} MiB pinned for DMA.",
         rig.vm.pid(),

@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::PATIENCE;
+
 /// Parses `aa:bb:cc:dd:ee:ff`.
 pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let mut mac = [0; 6];
@@ -78,7 +80,7 @@ pub fn drop_nothing_by_age() {
 }
 
 /// Brings `name` up with `ip`/`prefix`, without IPv6 (whose packets would come unasked), and waits for its carrier.
-pub fn interface_up(name: &str, ip: Ipv4Addr, prefix: u8, deadline: Duration) -> io::Result<()> {
+pub fn interface_up(name: &str, ip: Ipv4Addr, prefix: u8) -> io::Result<()> {
     // No IPv6 in the kernel serves as well.
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
     set_address(name, ip, prefix)?;
@@ -92,8 +94,8 @@ pub fn interface_up(name: &str, ip: Ipv4Addr, prefix: u8, deadline: Duration) ->
     while fs::read_to_string(format!("/sys/class/net/{name}/carrier")).is_ok_and(|c| c.trim() != "1")
         || fs::read_to_string(format!("/sys/class/net/{name}/operstate")).is_ok_and(|s| s.trim() == "down")
     {
-        if started.elapsed() > deadline {
-            return Err(io::Error::other(format!("{name} has no carrier after {deadline:?}")));
+        if started.elapsed() > PATIENCE {
+            return Err(io::Error::other(format!("{name} has no carrier after {PATIENCE:?}")));
         }
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -151,18 +153,19 @@ struct RingParam {
     others: [u32; 3],
 }
 
-/// Gives the receive rings of `name` `descriptors` each, or as many as it can have. An interface that is up is reset by that.
-pub fn set_receive_ring(name: &str, descriptors: u32) -> io::Result<()> {
+/// Gives the receive rings of `name` `descriptors` each, or as many as it can have, and says how many these are. An interface that is up is
+/// reset by that.
+pub fn set_receive_ring(name: &str, descriptors: u32) -> io::Result<u32> {
     const ETHTOOL_GRINGPARAM: u32 = 0x10;
     const ETHTOOL_SRINGPARAM: u32 = 0x11;
     let mut ring = RingParam { cmd: ETHTOOL_GRINGPARAM, ..RingParam::default() };
     ring_ioctl(name, &mut ring)?;
     let wanted = descriptors.min(ring.rx_max);
-    if ring.rx == wanted {
-        return Ok(());
+    if ring.rx != wanted {
+        (ring.cmd, ring.rx) = (ETHTOOL_SRINGPARAM, wanted);
+        ring_ioctl(name, &mut ring)?;
     }
-    (ring.cmd, ring.rx) = (ETHTOOL_SRINGPARAM, wanted);
-    ring_ioctl(name, &mut ring)
+    Ok(wanted)
 }
 
 fn ring_ioctl(name: &str, ring: &mut RingParam) -> io::Result<()> {

@@ -115,14 +115,16 @@ pub enum Request {
     Nics,
     /// `()`: brings interface `name` up with `ip`/`prefix` and waits for its carrier.
     IfUp { name: String, ip: String, prefix: u8 },
-    /// `()`: the size of the receive rings of interface `name`, which should be down.
+    /// `u32`: sets the size of the receive rings of interface `name`, which should be down; what they have then.
     Ring { name: String, descriptors: u32 },
     /// `()`: a permanent ARP entry.
     Neighbour { name: String, ip: String, mac: String },
     /// `Vec<(String, u64)>`: what was counted on interface `name`, see [`crate::counters::of`].
     Counters { name: String },
-    /// `()`: starts to send numbered packets, `rate` a second.
-    SendStart { flow: u32, from: String, to: String, rate: u32 },
+    /// `()`: starts to send numbered packets, at most `rate` a second, and not more than `credit` without a [`Request::Credit`].
+    SendStart { flow: u32, from: String, to: String, rate: u32, credit: u64 },
+    /// `Vec<Heard>`, one for each receiver: where the senders of these flows may go to.
+    Credit { limits: Vec<(u32, u64)> },
     /// `Sent`: stops it.
     SendStop { flow: u32 },
     /// `Sent`, while it goes on.
@@ -133,12 +135,10 @@ pub enum Request {
     RecvStats { flow: u32 },
     /// `SeqStats`: the last count; waits for `expected` packets, or until nothing comes any more.
     RecvStop { flow: u32, expected: u64 },
-    /// `()`: opens UDP `port` for [`Request::WatchWait`].
+    /// `()`: opens UDP `port` for [`Request::WatchWait`], anew if it is open; who still waits there gets an error.
     WatchOpen { port: u16 },
     /// `Arrival`: answers as soon as a packet is there.
-    WatchWait { port: u16, timeout_ms: u64 },
-    /// `()`
-    WatchClose { port: u16 },
+    WatchWait { port: u16 },
     /// `()`: one thread rewrites and verifies `mib` MiB over and over.
     MemoryStart { mib: u64, seed: u64 },
     /// `MemoryStats`
@@ -160,7 +160,7 @@ pub enum Request {
     /// `()`: arms a timer for each of these distances from now, in ms.
     TimersArm { after_ms: Vec<u64> },
     /// `Vec<TimerFired>`: answers when all of them have fired.
-    TimersWait { timeout_ms: u64 },
+    TimersWait,
     /// `Sample`, taken on `cpu`.
     Clock { cpu: usize },
     /// `Vec<String>`: all CPUID leaves as seen on `cpu`, a line each.
@@ -177,12 +177,18 @@ pub enum Request {
     Interrupts { name: String },
     /// `Vec<Vector>`: answers when the sum of the counts of those lines grew.
     InterruptsWait { name: String, timeout_ms: u64 },
+    /// `()`: from now on the kernel notes when it handles interrupts of this vector, and when the watchdog of a driver runs.
+    TraceStart { vector: String },
+    /// `Vec<Traced>`: what it has noted, in order.
+    TraceRead,
     /// `String`: the lines of the kernel's log that hold one of `words`.
     Dmesg { words: Vec<String> },
     /// `MachineInfo`
     Machine,
-    /// `()`: answers when the ACPI power button was pressed.
-    PowerButtonWait { timeout_ms: u64 },
+    /// `()`: from now on a press of the ACPI power button is noticed.
+    PowerButtonOpen,
+    /// `()`: answers when it was pressed.
+    PowerButtonWait,
     /// `()`; the machine is gone so long after it.
     PowerOff { after_ms: u64 },
     /// `()`; the machine is gone so long after it.
@@ -204,7 +210,13 @@ pub struct Sent {
     pub packets: u64,
     /// Sends that the kernel refused; they have no number.
     pub errors: u64,
+    /// The longest time that the sender was held up for want of credit.
+    pub longest_wait_us: u64,
 }
+
+/// What a receiver has heard so far: flow, different numbers, and the highest number plus one. Short, as it is said often.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Heard(pub u32, pub u64, pub u64);
 
 /// A packet that a watch saw.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -215,6 +227,14 @@ pub struct Arrival {
     pub len: usize,
     /// The first bytes of the payload.
     pub head: Vec<u8>,
+}
+
+/// An interrupt of the vector that is traced, or a run of a driver's watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Traced {
+    /// CLOCK_MONOTONIC of the guest, ns.
+    pub at_ns: u64,
+    pub is_interrupt: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]

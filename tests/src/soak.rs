@@ -12,6 +12,7 @@ use crate::{
         note, rollback,
     },
     clock::{mono_ns, slope},
+    floor,
     harness::{
         clock,
         lab::{self, Nic},
@@ -28,8 +29,11 @@ use crate::{
 const UPDATES: u32 = 100;
 const MANY: u32 = 1000;
 const RANDOM_FAULTS: usize = 200;
-/// The median pause of the last quarter of the updates against that of the first: what counts as flat.
+/// The median pause of the last quarter of the updates against that of the first, each as a multiple of the floor of its time (see
+/// [`floor`]), as a machine may be slower by then: what counts as flat.
 const FLAT_PAUSE: f64 = 1.25;
+/// How often the floor is taken.
+const FLOORS: u32 = 40;
 
 /// What an update may add to the error of the guest's clock, us.
 const CLOCK_US: f64 = 0.2;
@@ -138,6 +142,12 @@ fn faults(words: &[String]) -> Result<()> {
     rollback::matrix(&chosen)
 }
 
+/// The median of the last quarter against that of the first.
+fn last_against_first(values: &[u64]) -> f64 {
+    let quarter = (values.len() / 4).max(1);
+    percentile(&values[values.len() - quarter..], 50) as f64 / percentile(&values[..quarter], 50).max(1) as f64
+}
+
 fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), nics)?;
     rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 99 })?;
@@ -149,12 +159,15 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     rig.vm.update()?;
     rig.vm.update()?;
     let first = rig.vm.settled_facts()?;
-    let (clock_before, mut reports, mut errors) = (At::now(&rig.vm)?, Vec::new(), Vec::new());
+    let (clock_before, mut reports, mut errors, mut floors) = (At::now(&rig.vm)?, Vec::new(), Vec::new(), Vec::new());
     for update in 1..=updates {
         reports.push(rig.vm.update()?);
-        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        traffic.moves_on(rig.agent()?, 25)?;
         if update % 100 == 0 {
             note(format_args!("{update} updates, the last paused for {} us", reports[reports.len() - 1].pause_us));
+        }
+        if update % (updates / FLOORS).max(1) == 0 {
+            floors.push(floor::median(rig.vm.cpus)?);
         }
         if update % 5 == 0 {
             let (seconds, error) = clock_before.to(&At::now(&rig.vm)?)?;
@@ -163,7 +176,7 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     }
     let last = rig.vm.settled_facts()?;
     let accounts = traffic.finish(rig.agent()?)?;
-    let memory: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+    let memory: MemoryStats = rig.agent()?.call(&Request::MemoryStop)?;
 
     println!("### Soak: {updates} updates, {what}, kernel {}\n", lab::kernel_version());
     println!("{}", phase_table(&reports));
@@ -185,10 +198,11 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     }
     println!("guest memory: {memory:?}");
     let pauses: Vec<u64> = reports.iter().map(|report| report.pause_us).collect();
-    let quarter = pauses.len() / 4;
-    let longer = percentile(&pauses[pauses.len() - quarter..], 50) as f64 / percentile(&pauses[..quarter], 50) as f64;
+    let longer = last_against_first(&pauses) / last_against_first(&floors);
     let slope = slope(&pauses.iter().map(|us| *us as f64).collect::<Vec<_>>());
-    println!("slope of the pause: {slope:+.3} us an update; p50 of the last quarter against the first: {longer:.2}");
+    println!(
+        "slope of the pause: {slope:+.3} us an update; p50 of the last quarter against the first, as multiples of an exec that makes such a VM: {longer:.2}"
+    );
     let clock_error = errors.last().copied().unwrap_or(0.0);
     println!(
         "clock error at the end {clock_error:+.1} us beyond the drift of {drift:+.3} us a second that it has without updates\n"

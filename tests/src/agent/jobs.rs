@@ -16,7 +16,7 @@ use std::{
 use crate::{
     agent::machine::pin_to,
     clock::{mono_ns, rdtsc},
-    proto::{Arrival, Sent, TimerFired},
+    proto::{Arrival, Heard, Sent, TimerFired},
     seq::SeqStats,
     stream::{Receiver, Sender},
 };
@@ -33,10 +33,28 @@ pub struct Streams {
 }
 
 impl Streams {
-    pub fn send_start(&mut self, flow: u32, from: SocketAddr, to: SocketAddr, rate: u32) -> io::Result<()> {
+    pub fn send_start(
+        &mut self,
+        flow: u32,
+        from: SocketAddr,
+        to: SocketAddr,
+        rate: u32,
+        credit: u64,
+    ) -> io::Result<()> {
         self.senders.remove(&flow);
-        self.senders.insert(flow, Sender::start(flow, from, to, rate)?);
+        self.senders.insert(flow, Sender::start(flow, from, to, rate, credit)?);
         Ok(())
+    }
+
+    pub fn credit(&self, limits: &[(u32, u64)]) -> io::Result<Vec<Heard>> {
+        for (flow, limit) in limits {
+            self.senders.get(flow).ok_or_else(|| none("sender", *flow))?.grant().up_to(*limit);
+        }
+        let heard = |(flow, receiver): (&u32, &Receiver)| {
+            let SeqStats { unique, next, .. } = receiver.stats();
+            Heard(*flow, unique, next)
+        };
+        Ok(self.receivers.iter().map(heard).collect())
     }
 
     pub fn send_stats(&self, flow: u32) -> io::Result<Sent> {
@@ -64,32 +82,50 @@ impl Streams {
 
 /// Sockets that wait for a single packet, by port.
 #[derive(Default)]
-pub struct Watches(HashMap<u16, Arc<UdpSocket>>);
+pub struct Watches(HashMap<u16, Arc<Watch>>);
+
+pub struct Watch {
+    socket: UdpSocket,
+    closed: AtomicBool,
+}
 
 impl Watches {
     pub fn open(&mut self, port: u16) -> io::Result<()> {
-        self.0.remove(&port);
-        self.0.insert(port, Arc::new(UdpSocket::bind(("0.0.0.0", port))?));
+        if let Some(watch) = self.0.remove(&port) {
+            watch.closed.store(true, Ordering::Relaxed);
+            // Whoever waits there lets go of the port within a slice.
+            while Arc::strong_count(&watch) > 1 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        let socket = UdpSocket::bind(("0.0.0.0", port))?;
+        self.0.insert(port, Arc::new(Watch { socket, closed: AtomicBool::new(false) }));
         Ok(())
     }
 
-    pub fn socket(&self, port: u16) -> io::Result<Arc<UdpSocket>> {
+    pub fn of(&self, port: u16) -> io::Result<Arc<Watch>> {
         self.0.get(&port).cloned().ok_or_else(|| io::Error::other(format!("port {port} is not watched")))
-    }
-
-    pub fn close(&mut self, port: u16) -> io::Result<()> {
-        self.0.remove(&port);
-        Ok(())
     }
 }
 
-/// Waits for one packet and says when it came.
-pub fn wait_packet(socket: &UdpSocket, timeout_ms: u64) -> io::Result<Arrival> {
-    let mut bytes = [0; 2048];
-    socket.set_read_timeout(Some(Duration::from_millis(timeout_ms.max(1))))?;
-    let len = socket.recv(&mut bytes)?;
-    let (mono_ns, tsc) = (mono_ns(), rdtsc());
-    Ok(Arrival { mono_ns, tsc, len, head: bytes[..len.min(32)].to_vec() })
+impl Watch {
+    /// Waits for one packet and says when it came.
+    pub fn wait(&self) -> io::Result<Arrival> {
+        const SLICE: Duration = Duration::from_millis(100);
+        let mut bytes = [0; 2048];
+        self.socket.set_read_timeout(Some(SLICE))?;
+        loop {
+            match self.socket.recv(&mut bytes) {
+                Ok(len) => {
+                    let (mono_ns, tsc) = (mono_ns(), rdtsc());
+                    return Ok(Arrival { mono_ns, tsc, len, head: bytes[..len.min(32)].to_vec() });
+                }
+                Err(_) if self.closed.load(Ordering::Relaxed) => return Err(io::Error::other("not watched any more")),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
 }
 
 /// Threads that spin, each pinned to a CPU.
@@ -165,15 +201,8 @@ impl Timers {
         Ok(Self { thread })
     }
 
-    /// All of them, or an error if some have not fired within `timeout_ms`.
-    pub fn wait(self, timeout_ms: u64) -> io::Result<Vec<TimerFired>> {
-        let until = mono_ns() + timeout_ms * 1_000_000;
-        while !self.thread.is_finished() {
-            if mono_ns() > until {
-                return Err(io::Error::other(format!("not all timers have fired after {timeout_ms} ms")));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+    /// All of them. It sleeps meanwhile: nothing but the timers themselves wakes this guest.
+    pub fn wait(self) -> io::Result<Vec<TimerFired>> {
         self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the timer thread panicked")))
     }
 }
@@ -201,7 +230,7 @@ mod tests {
 
     #[test]
     fn timers_fire_when_due() {
-        let fired = Timers::arm(&[20, 5]).unwrap().wait(5000).unwrap();
+        let fired = Timers::arm(&[20, 5]).unwrap().wait().unwrap();
         assert_eq!(fired.len(), 2);
         assert!(fired.iter().all(|t| t.late_us() >= 0), "{fired:?}");
     }

@@ -5,7 +5,6 @@ use std::{
     fmt::Write as _,
     fs::{self, File},
     io::{self, Read},
-    os::fd::AsRawFd,
     path::Path,
     time::{Duration, Instant},
 };
@@ -193,32 +192,34 @@ pub fn info() -> io::Result<MachineInfo> {
     })
 }
 
-/// Waits for a press of the ACPI power button, which is an input device with a key.
-pub fn power_button(timeout_ms: u64) -> io::Result<()> {
-    const EV_KEY: u16 = 1;
-    const KEY_POWER: u16 = 116;
-    let name = sorted_names("/sys/class/input")?
-        .into_iter()
-        .find(|n| {
-            n.starts_with("event")
-                && read_trimmed(format!("/sys/class/input/{n}/device/name")).is_ok_and(|name| name == "Power Button")
-        })
-        .ok_or_else(|| io::Error::other("the guest's kernel found no power button"))?;
-    let mut events = File::open(format!("/dev/input/{name}"))?;
-    let until = Instant::now() + Duration::from_millis(timeout_ms);
-    loop {
-        let left = until.saturating_duration_since(Instant::now()).as_millis();
-        let mut poll = libc::pollfd { fd: events.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one valid pollfd.
-        if left == 0 || unsafe { libc::poll(&mut poll, 1, left as libc::c_int) } == 0 {
-            return Err(io::Error::other(format!("not pressed within {timeout_ms} ms")));
-        }
-        // struct input_event: timeval (16 bytes), type, code, value.
-        let mut event = [0; 24];
-        events.read_exact(&mut event)?;
-        let field = |at: usize| u16::from_le_bytes([event[at], event[at + 1]]);
-        if field(16) == EV_KEY && field(18) == KEY_POWER {
-            return Ok(());
+/// The ACPI power button, which is an input device with a key.
+pub struct PowerButton(File);
+
+impl PowerButton {
+    pub fn open() -> io::Result<Self> {
+        let name = sorted_names("/sys/class/input")?
+            .into_iter()
+            .find(|n| {
+                n.starts_with("event")
+                    && read_trimmed(format!("/sys/class/input/{n}/device/name"))
+                        .is_ok_and(|name| name == "Power Button")
+            })
+            .ok_or_else(|| io::Error::other("the guest's kernel found no power button"))?;
+        Ok(Self(File::open(format!("/dev/input/{name}"))?))
+    }
+
+    /// Waits for a press.
+    pub fn wait(mut self) -> io::Result<()> {
+        const EV_KEY: u16 = 1;
+        const KEY_POWER: u16 = 116;
+        loop {
+            // struct input_event: timeval (16 bytes), type, code, value.
+            let mut event = [0; 24];
+            self.0.read_exact(&mut event)?;
+            let field = |at: usize| u16::from_le_bytes([event[at], event[at + 1]]);
+            if field(16) == EV_KEY && field(18) == KEY_POWER {
+                return Ok(());
+            }
         }
     }
 }

@@ -6,6 +6,7 @@
 mod jobs;
 mod machine;
 mod rewriter;
+mod trace;
 mod tty;
 mod vectors;
 
@@ -34,6 +35,7 @@ struct Agent {
     disk: Mutex<Option<Rewriter>>,
     busy: Mutex<Option<jobs::Busy>>,
     timers: Mutex<Option<jobs::Timers>>,
+    power_button: Mutex<Option<machine::PowerButton>>,
     cpuid: Mutex<Vec<Vec<String>>>,
     /// By ID; `None` while it is being done.
     answers: Mutex<BTreeMap<u64, Option<Answer>>>,
@@ -69,9 +71,7 @@ fn receive(agent: &Arc<Agent>, tty: &Arc<tty::Tty>, id: u64, json: &str) -> std:
             Some(None) => return Ok(()),
             None => {
                 answers.insert(id, None);
-                while answers.len() > KEPT_ANSWERS {
-                    answers.pop_first();
-                }
+                forget_old(&mut answers);
             }
         }
     }
@@ -92,6 +92,14 @@ fn receive(agent: &Arc<Agent>, tty: &Arc<tty::Tty>, id: u64, json: &str) -> std:
     Ok(())
 }
 
+/// What is still being done is never forgotten, however many others were answered meanwhile: asked again, it must not be done twice.
+fn forget_old(answers: &mut BTreeMap<u64, Option<Answer>>) {
+    let done: Vec<u64> = answers.iter().filter(|(_, answer)| answer.is_some()).map(|(id, _)| *id).collect();
+    for id in done.iter().take(done.len().saturating_sub(KEPT_ANSWERS)) {
+        answers.remove(id);
+    }
+}
+
 fn finish(agent: &Agent, tty: &tty::Tty, id: u64, answer: Answer) -> std::io::Result<()> {
     lock(&agent.answers).insert(id, Some(answer.clone()));
     tty.write(id, &answer)
@@ -101,9 +109,9 @@ fn waits(request: &Request) -> bool {
     matches!(
         request,
         Request::WatchWait { .. }
-            | Request::TimersWait { .. }
+            | Request::TimersWait
             | Request::InterruptsWait { .. }
-            | Request::PowerButtonWait { .. }
+            | Request::PowerButtonWait
             | Request::RecvStop { .. }
             | Request::MemoryStop
             | Request::DiskStop
@@ -132,16 +140,17 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::IfUp { name, ip, prefix } => {
             net::drop_nothing_by_age();
             counters::note_drops();
-            value(net::interface_up(&name, ip.parse()?, prefix, std::time::Duration::from_secs(20))?)
+            value(net::interface_up(&name, ip.parse()?, prefix)?)
         }
         Request::Ring { name, descriptors } => value(net::set_receive_ring(&name, descriptors)?),
         Request::Neighbour { name, ip, mac } => {
             value(net::set_neighbour(&name, ip.parse()?, net::parse_mac(&mac).ok_or("not a MAC address")?)?)
         }
         Request::Counters { name } => value(counters::of(&name)?),
-        Request::SendStart { flow, from, to, rate } => {
-            value(lock(&agent.streams).send_start(flow, from.parse()?, to.parse()?, rate)?)
+        Request::SendStart { flow, from, to, rate, credit } => {
+            value(lock(&agent.streams).send_start(flow, from.parse()?, to.parse()?, rate, credit)?)
         }
+        Request::Credit { limits } => value(lock(&agent.streams).credit(&limits)?),
         Request::SendStop { flow } => value(lock(&agent.streams).send_stop(flow)?),
         Request::SendStats { flow } => value(lock(&agent.streams).send_stats(flow)?),
         Request::RecvStart { flow, at } => value(lock(&agent.streams).recv_start(flow, at.parse()?)?),
@@ -151,11 +160,10 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
             value(receiver.stop(expected).0)
         }
         Request::WatchOpen { port } => value(lock(&agent.watches).open(port)?),
-        Request::WatchWait { port, timeout_ms } => {
-            let socket = lock(&agent.watches).socket(port)?;
-            value(jobs::wait_packet(&socket, timeout_ms)?)
+        Request::WatchWait { port } => {
+            let watch = lock(&agent.watches).of(port)?;
+            value(watch.wait()?)
         }
-        Request::WatchClose { port } => value(lock(&agent.watches).close(port)?),
         Request::MemoryStart { mib, seed } => {
             let mut memory = lock(&agent.memory);
             if memory.is_some() {
@@ -190,9 +198,9 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
             *lock(&agent.timers) = Some(jobs::Timers::arm(&after_ms)?);
             value(())
         }
-        Request::TimersWait { timeout_ms } => {
+        Request::TimersWait => {
             let timers = lock(&agent.timers).take().ok_or("no timers are armed")?;
-            value(timers.wait(timeout_ms)?)
+            value(timers.wait()?)
         }
         Request::Clock { cpu } => value(machine::on_cpu(cpu, || clock::sample(200))?),
         Request::Cpuid { cpu } => value(machine::on_cpu(cpu, machine::cpuid_lines)?),
@@ -207,10 +215,36 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::VectorsOn { bdf } => value(vectors::on(&bdf)?),
         Request::Interrupts { name } => value(machine::interrupts(&name)?),
         Request::InterruptsWait { name, timeout_ms } => value(machine::interrupts_wait(&name, timeout_ms)?),
+        Request::TraceStart { vector } => value(trace::start(&vector)?),
+        Request::TraceRead => value(trace::read()?),
         Request::Dmesg { words } => value(machine::dmesg(&words)?),
         Request::Machine => value(machine::info()?),
-        Request::PowerButtonWait { timeout_ms } => value(machine::power_button(timeout_ms)?),
+        Request::PowerButtonOpen => {
+            *lock(&agent.power_button) = Some(machine::PowerButton::open()?);
+            value(())
+        }
+        Request::PowerButtonWait => {
+            let button = lock(&agent.power_button).take().ok_or("the power button is not open")?;
+            value(button.wait()?)
+        }
         Request::PowerOff { after_ms } => value(machine::reboot(libc::RB_POWER_OFF, after_ms)?),
         Request::Reboot { after_ms } => value(machine::reboot(libc::RB_AUTOBOOT, after_ms)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_being_done_is_not_forgotten() {
+        let mut answers = BTreeMap::from([(1, None)]);
+        for id in 2..200 {
+            answers.insert(id, Some(Answer::Ok(id.into())));
+            forget_old(&mut answers);
+        }
+        assert!(matches!(answers.get(&1), Some(None)));
+        assert_eq!(answers.len(), KEPT_ANSWERS + 1);
+        assert!(answers.contains_key(&199) && !answers.contains_key(&2));
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{
     cases::note,
     harness::{
-        clock,
+        PATIENCE, clock,
         hooks::Hold,
         lab, proc, ram,
         report::{Report, update_body},
@@ -21,9 +21,6 @@ use crate::{
     native::guest,
     proto::Request,
 };
-
-/// Time for a guest to end and the VMM after it.
-const DOWN: Duration = Duration::from_secs(60);
 
 /// What a kernel takes from small memory before it counts: its image, its page structures, the initramfs.
 const TAKEN_MIB: u64 = 130;
@@ -51,9 +48,8 @@ fn check(vm: &Vm, cpus: u32, mib: u64) -> Result<()> {
     if mib > 4096 {
         const MIB: u64 = 600;
         let before = ram::touched_from(vm.pid(), ram::HOLE)?;
-        vm.agent()?.call_within::<()>(&Request::MemoryStart { mib: MIB, seed: 1 }, DOWN)?;
-        let stats: crate::proto::MemoryStats =
-            vm.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(400))?;
+        vm.agent()?.call::<()>(&Request::MemoryStart { mib: MIB, seed: 1 })?;
+        let stats: crate::proto::MemoryStats = vm.agent()?.call_within(&Request::MemoryStop, 3 * PATIENCE)?;
         ensure!(stats.pages_wrong == 0 && stats.pages_checked >= MIB * 256, "{stats:?}");
         let after = ram::touched_from(vm.pid(), ram::HOLE)?;
         ensure!(after >= before + (MIB << 20) / 2, "{before} -> {after} bytes behind the hole");
@@ -84,7 +80,7 @@ pub fn sixteen_cpus() -> Result<()> {
 /// Many vCPUs: all come up, and all are carried over updates. In the lab they share one CPU of an emulator, where 64 take minutes.
 pub fn many_cpus(cpus: u32, updates: u32) -> Result<()> {
     let started = Instant::now();
-    let builder = Vm::builder().cpus(cpus).memory("size=1G").patience(Duration::from_secs(600));
+    let builder = Vm::builder().cpus(cpus).memory("size=1G").patience(3 * PATIENCE);
     let mut vm = builder.boot()?;
     check(&vm, cpus, 1 << 10)?;
     note(format_args!("{cpus} vCPUs are up after {:.1?}", started.elapsed()));
@@ -103,7 +99,7 @@ fn end_by(request: &Request, code: i32, reason: &str, event: &str) -> Result<()>
     let mut vm = Vm::builder().boot()?;
     vm.update()?;
     vm.agent()?.call::<()>(request)?;
-    let status = vm.wait_exit(DOWN)?;
+    let status = vm.wait_exit()?;
     ensure!(status.code() == Some(code), "exit code {code} expected: {status}");
     ensure!(vm.log_text().contains(reason), "the VMM does not say '{reason}': {}", vm.log_text());
     ends_with(&vm, &[event, "vm shutdown", "vm deleted", "vmm shutdown"])
@@ -130,7 +126,7 @@ pub fn reset_in_place() -> Result<()> {
     ensure!(vm.story()? == ["vmm starting", "vm created", "vm booting", "vm booted"], "told: {:?}", vm.story()?);
     for round in 0..2 {
         vm.agent()?.call::<()>(&Request::Reboot { after_ms: 300 })?;
-        vm.wait_event("vm rebooted", round + 1, DOWN)?;
+        vm.wait_event("vm rebooted", round + 1)?;
         ends_with(&vm, &["vm reset", "vm rebooting", "vm rebooted"])?;
         vm.reconnect()?;
         ensure!(vm.ping()?.pid == vm.pid() && vm.state()? == "Running", "{}", vm.info()?);
@@ -154,7 +150,7 @@ pub fn flood_of_resets() -> Result<()> {
     guest::write_image(&kernel, &guest::flood())?;
     let args = ["--kernel", &kernel.display().to_string(), "--cpus", "boot=4", "--memory", "size=128M", "-v"];
     let mut vm = Vm::with_args(&args)?;
-    vm.wait_event("vm booted", 1, DOWN)?;
+    vm.wait_event("vm booted", 1)?;
     let count = |ram: &File| -> Result<u32> {
         let mut bytes = [0; 4];
         ram.read_exact_at(&mut bytes, COUNT)?;
@@ -163,10 +159,10 @@ pub fn flood_of_resets() -> Result<()> {
     let mut hold = Hold::arm(&vm.dir, "prepare")?;
     let mut caller = vm.api.connect()?;
     caller.send("PUT", "vm.update", &update_body(&vm.other_build()?))?;
-    hold.wait_held(DOWN)?;
+    hold.wait_held()?;
     let old = ram(&vm)?;
     old.write_all_at(&[1], GO)?;
-    wait_for("all vCPUs to ask", DOWN, || Ok((count(&old)? >= 4).then_some(())))?;
+    wait_for("all vCPUs to ask", || Ok((count(&old)? >= 4).then_some(())))?;
     for _ in 0..50 {
         std::thread::sleep(Duration::from_millis(10));
         ensure!(count(&old)? == 4, "4 vCPUs have written {} times", count(&old)?);
@@ -177,7 +173,7 @@ pub fn flood_of_resets() -> Result<()> {
     let reasons = report.reasons.join(" ");
     ensure!(report.outcome == "rolled_back" && reasons.contains("power-off or reset"), "{report:?}");
     drop(hold);
-    vm.wait_event("vm rebooted", 1, DOWN)?;
+    vm.wait_event("vm rebooted", 1)?;
     vm.update()?;
     // Once more, into a VM that is paused: it is as it was, and starts when it is let go.
     vm.api.order("vm.pause")?;
@@ -185,12 +181,12 @@ pub fn flood_of_resets() -> Result<()> {
     ensure!(count(&new)? == 0, "the memory of the guest before");
     vm.api.order("vm.resume")?;
     new.write_all_at(&[1], GO)?;
-    vm.wait_event("vm rebooted", 2, DOWN)?;
+    vm.wait_event("vm rebooted", 2)?;
     ensure!(count(&new)? <= 4, "4 vCPUs have written {} times", count(&new)?);
     std::fs::remove_file(&kernel)?;
     // Its next boot finds no kernel: no VMM hangs with a guest that cannot come up.
     ram(&vm)?.write_all_at(&[1], GO)?;
-    let status = vm.wait_exit(DOWN)?;
+    let status = vm.wait_exit()?;
     ensure!(status.code() == Some(4), "exit code 4 expected: {status}");
     let events = vm.events()?;
     let failed = events.iter().find(|event| event["event"] == "failed").context("no event 'failed'")?;
@@ -206,15 +202,15 @@ pub fn triple_fault_loop() -> Result<()> {
     guest::write_image(&kernel, &[0x0F, 0x0B])?;
     let mut vm = Vm::with_args(&["--kernel", &kernel.display().to_string(), "--memory", "size=128M"])?;
     let started = Instant::now();
-    vm.wait_event("vm rebooted", 12, DOWN)?;
+    vm.wait_event("vm rebooted", 12)?;
     let told = vm.story()?.iter().filter(|event| *event == "vm rebooted").count() as u64;
     ensure!(told <= 11 + started.elapsed().as_secs(), "{told} boots in {:?}", started.elapsed());
     vm.api.order("vm.shutdown")?;
     ensure!(vm.state()? == "Shutdown", "{}", vm.info()?);
     vm.api.order("vm.boot")?;
-    vm.wait_event("vm rebooted", told as usize + 1, DOWN)?;
+    vm.wait_event("vm rebooted", told as usize + 1)?;
     vm.signal(libc::SIGTERM)?;
-    let status = vm.wait_exit(DOWN)?;
+    let status = vm.wait_exit()?;
     std::fs::remove_file(&kernel)?;
     ensure!(status.code() == Some(0), "{status}");
     Ok(())
@@ -227,7 +223,7 @@ pub fn guest_that_cannot_go_on() -> Result<()> {
     let code = [0xB9, 0, 0, 0, 8, 0xFF, 0xC9, 0x75, 0xFC, 0xB8, 0, 0, 0, 0xD0, 0xFF, 0xE0];
     guest::write_image(&kernel, &code)?;
     let mut vm = Vm::with_args(&["--kernel", &kernel.display().to_string(), "--memory", "size=128M"])?;
-    let status = vm.wait_exit(DOWN)?;
+    let status = vm.wait_exit()?;
     std::fs::remove_file(&kernel)?;
     ensure!(status.code() == Some(4), "exit code 4 expected: {status}");
     ends_with(&vm, &["vm failed", "vm shutdown", "vm deleted", "vmm shutdown"])?;
@@ -241,12 +237,9 @@ pub fn guest_that_cannot_go_on() -> Result<()> {
 pub fn power_button() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     for round in ["before an update", "after it"] {
-        let pressed = vm.agent()?.start::<()>(&Request::PowerButtonWait { timeout_ms: 20_000 })?;
-        // The agent must have the device open: this answer comes after that.
-        vm.agent()?.ping()?;
-        std::thread::sleep(Duration::from_millis(500));
+        vm.agent()?.call::<()>(&Request::PowerButtonOpen)?;
         vm.api.order("vm.power-button")?;
-        pressed.wait(Duration::from_secs(30)).map_err(|e| e.context(round))?;
+        vm.agent()?.call::<()>(&Request::PowerButtonWait).context(round)?;
         if round.starts_with("before") {
             vm.update()?;
         }

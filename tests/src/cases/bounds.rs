@@ -5,7 +5,6 @@ use std::{
     io::Read,
     os::unix::fs::OpenOptionsExt,
     path::Path,
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -26,8 +25,6 @@ use crate::{
 /// Enough for the guest's 512 MiB, and too little for them.
 const ENOUGH: u64 = 1 << 30;
 const TOO_LITTLE: u64 = 64 << 20;
-
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A VMM with `--update-dir` and without CAP_IPC_LOCK: a build from elsewhere is refused, and so is an update whose pinned memory would not
 /// be allowed to the new image. What is allowed goes on. Whoever started it ignored SIGCHLD.
@@ -61,7 +58,7 @@ pub fn log_stands_still() -> Result<()> {
     for (outcome, line) in turns {
         drop(reader);
         let traffic = rig.traffic()?;
-        traffic.moves_on(rig.agent()?, 50, PATIENCE)?;
+        traffic.moves_on(rig.agent()?, 50)?;
         let fault = (outcome == "rolled_back").then(|| Switch::with(&rig.vm.dir, "fault", "claim:error"));
         let before = rig.vm.ping()?;
         let report: Report = rig.vm.ask_update(&rig.vm.other_build()?)?.json()?;
@@ -73,16 +70,16 @@ pub fn log_stands_still() -> Result<()> {
         if changed {
             rig.vm.note_update();
         }
-        traffic.moves_on(rig.agent()?, 50, PATIENCE)?;
+        traffic.moves_on(rig.agent()?, 50)?;
 
         let refused = rig.vm.ask_update(&rig.vm.other_build()?)?;
         ensure!(refused.status == 409 && refused.causes()?.join(" ").contains("the log takes nothing"), "{refused:?}");
-        traffic.moves_on(rig.agent()?, 50, PATIENCE)?;
+        traffic.moves_on(rig.agent()?, 50)?;
         traffic.finish_clean(rig.agent()?)?;
 
         reader = read_end(&log)?;
         let mut text = Vec::new();
-        wait_for("the line that has waited", PATIENCE, || {
+        wait_for("the line that has waited", || {
             // 0: not opened by the VMM yet; an error: nothing more for now.
             let _ = reader.read_to_end(&mut text);
             Ok(String::from_utf8_lossy(&text).contains(line).then_some(()))

@@ -1,6 +1,6 @@
 //! New images that die of what no signal of a test stands for: no memory, and a death that comes too late for a way back.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
@@ -107,7 +107,7 @@ pub fn out_of_memory() -> Result<()> {
 
     for (round, phase) in ["claim", "remap"].into_iter().enumerate() {
         let traffic = rig.traffic()?;
-        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        traffic.moves_on(rig.agent()?, 25)?;
         let fault = Switch::with(&rig.vm.dir, "fault", &format!("{phase}:oom"))?;
         let report = taken_back(&mut rig.vm)?;
         drop(fault);
@@ -117,13 +117,13 @@ pub fn out_of_memory() -> Result<()> {
         note(format_args!("{phase}: rolled back after {} us: {reasons}", report.pause_us));
         let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", report.pid))?;
         ensure!(score.trim() == "0", "oom_score_adj is {score} afterwards");
-        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
-        traffic.finish(rig.agent()?)?;
+        traffic.moves_on(rig.agent()?, 25)?;
+        traffic.finish_clean(rig.agent()?)?;
     }
     rig.update_under_traffic()?;
     let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", rig.vm.pid()))?;
     ensure!(score.trim() == "0", "oom_score_adj is {score} after an update");
-    let memory: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+    let memory: MemoryStats = rig.agent()?.call(&Request::MemoryStop)?;
     ensure!(memory.pages_wrong == 0, "{memory:?}");
     Ok(())
 }
@@ -137,16 +137,16 @@ pub fn committed() -> Result<()> {
         let fault = Switch::with(&vm.dir, "fault", &format!("committed:{kind}"))?;
         let mut caller = vm.api.connect()?;
         caller.send("PUT", "vm.update", &update_body(&vm.other_build()?))?;
-        let status = vm.wait_exit(Duration::from_secs(60))?;
+        let status = vm.wait_exit()?;
         ensure!(!status.success() && status.code().is_none(), "{kind}: {status}");
         drop(fault);
         ensure!(caller.receive().is_err(), "an answer of a VMM that is dead");
         // The helper is ours now, as its parent is gone.
-        wait_for("the helper to end", Duration::from_secs(60), || {
+        wait_for("the helper to end", || {
             let ours = proc::children(std::process::id())?;
             Ok(ours.into_iter().all(|pid| proc::state(pid).is_ok_and(|state| state == 'Z')).then_some(()))
         })?;
-        proc::wait_group_free(&Nic::IgbA.bdf()?, Duration::from_secs(5))?;
+        proc::wait_group_free(&Nic::IgbA.bdf()?)?;
     }
     Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?.update_under_traffic()
 }

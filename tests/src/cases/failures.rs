@@ -11,7 +11,6 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -65,7 +64,7 @@ pub(super) fn unharmed(
     attempt: impl FnOnce(&Rig) -> Result<Answer>,
 ) -> Result<()> {
     let traffic = rig.traffic()?;
-    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    traffic.moves_on(rig.agent()?, 50)?;
     let before = rig.vm.ping()?;
     let answer = attempt(rig)?;
     let causes = end.reasons(&answer)?;
@@ -77,9 +76,9 @@ pub(super) fn unharmed(
     let after = rig.vm.ping()?;
     ensure!((before.pid, &before.build_id) == (after.pid, &after.build_id), "{before:?} -> {after:?}");
     ensure!(rig.vm.state()? == "Running", "{}", rig.vm.info()?);
-    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    traffic.moves_on(rig.agent()?, 50)?;
     rig.vm.update().context("the update after the failed one")?;
-    traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+    traffic.moves_on(rig.agent()?, 50)?;
     traffic.finish_clean(rig.agent()?)?;
     Ok(())
 }
@@ -158,7 +157,7 @@ pub fn exec_fails() -> Result<()> {
             let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
             let mut caller = rig.vm.api.connect()?;
             caller.send("PUT", "vm.update", &update_body(&target))?;
-            hold.wait_held(Duration::from_secs(30))?;
+            hold.wait_held()?;
             let writer = OpenOptions::new().write(true).open(&target)?;
             hold.release()?;
             let answer = caller.receive();
@@ -224,7 +223,7 @@ pub fn state_used_again() -> Result<()> {
         let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
         let mut caller = rig.vm.api.connect()?;
         caller.send("PUT", "vm.update", &update_body(&rig.vm.other_build()?))?;
-        hold.wait_held(Duration::from_secs(30))?;
+        hold.wait_held()?;
         let state = proc::open_fd_to(rig.vm.pid(), "/memfd:saved-state", File::options().read(true))?;
         let used = proc::open_fd_to(rig.vm.pid(), "/memfd:update-timeline", File::options().read(true).write(true))?;
         hold.release()?;

@@ -3,9 +3,11 @@
 //! The update is held with the vaddrs invalidated, one packet is sent, then there is silence. Its payload must be in the guest's memfd
 //! while held, and the guest must report it soon after it runs again.
 //!
-//! Two things would forgive a lost interrupt: another packet (there is none) and the driver, which fires all its vectors every 2 s. The update
-//! is therefore started right after such a tick and must be over well before the next; an attempt that takes longer says nothing and is
-//! repeated.
+//! Two things would forgive a lost interrupt: another packet (there is none) and the driver, whose watchdog fires all its vectors every 2 s. So
+//! the guest's kernel notes when it handles the vector and when the watchdog runs: an interrupt that was handled after the guest ran again
+//! and before the watchdog did is the packet's own, however long everything took. Where the watchdog was first, it may have brought the packet
+//! to light, or have been quicker than an interrupt that was due: an attempt in which it was sure to be the later of the two means a loss, any
+//! other says nothing and is repeated. The update is therefore started right after such a tick.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -13,7 +15,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     cases::note,
@@ -30,17 +32,18 @@ use crate::{
         wait_for,
         wire::Wire,
     },
-    proto::{Arrival, Request, Vector},
+    proto::{Arrival, Request, Traced, Vector},
 };
 
-/// The guest must have the packet so long after it runs again.
+/// A guest that runs handles an interrupt that waits within this.
 const PROMPT: Duration = Duration::from_millis(200);
 /// From one tick of the driver to the next, less what the measurement of a tick is worth.
 const TICK: Duration = Duration::from_millis(1800);
-/// How long the news of it may take.
-const PATIENCE: Duration = Duration::from_secs(3);
-const ATTEMPTS: usize = 8;
-const SLOW_TRIES: usize = 3;
+/// How long a guest without a packet is watched: several ticks of the driver must have passed it by.
+const SILENCE: Duration = Duration::from_secs(15);
+/// How long the packet may take to be in guest memory while the guest stands still. A search of all of it takes a second on a slow machine.
+const DMA: Duration = Duration::from_secs(6);
+const ATTEMPTS: usize = 12;
 const PORT: u16 = 9900;
 const SOURCES: u8 = 24;
 /// Packets by which a source's vector is found.
@@ -71,11 +74,13 @@ pub fn red_without_irqfds() -> Result<()> {
     let ram = GuestRam::of(rig.vm.pid())?;
     let (vector, source) = sources(rig.agent()?, &rig.wires[0])?.into_iter().next().context("no vector")?;
     let _hook = Switch::on(&rig.vm.dir, "skip-irqfds")?;
-    let seen = conclusive(&mut rig, &ram, &vector, source)?;
+    let seen = attempts(|| {
+        let request = update_body(&rig.vm.other_build()?);
+        attempt(&mut rig, &ram, &vector, source, "invalidate", &request, "updated")
+    })?;
     // The guest itself is well: it answers, only the packet's interrupt is missing.
     rig.agent()?.ping()?;
-    ensure!(seen.dma, "the packet was not even in memory");
-    ensure!(seen.is_lost(), "reported {:?} after resume though nothing could deliver it", seen.reported);
+    ensure!(seen.verdict() == Verdict::Lost, "{seen:?} though nothing could deliver it");
     Ok(())
 }
 
@@ -87,23 +92,12 @@ fn every_vector(rig: &mut Rig, expected: usize) -> Result<()> {
         "{expected} receive vectors expected, packets of {SOURCES} sources reach only {vectors:?}"
     );
     for (vector, source) in vectors {
-        // On a busy machine a guest can be slow without anything being lost: that is tried again, a loss is not.
-        let mut seen = conclusive(rig, &ram, &vector, source)?;
-        for _ in 1..SLOW_TRIES {
-            if seen.is_lost() || seen.is_prompt() {
-                break;
-            }
-            note(format_args!("{vector}: reported {:?} after resume, once more", seen.reported));
-            seen = conclusive(rig, &ram, &vector, source)?;
-        }
-        ensure!(seen.dma, "{vector}: the packet was not found in guest memory while the update was held");
-        ensure!(
-            !seen.is_lost(),
-            "{vector}: the packet's interrupt was lost; reported {:?} after resume",
-            seen.reported
-        );
+        let seen = attempts(|| {
+            let request = update_body(&rig.vm.other_build()?);
+            attempt(rig, &ram, &vector, source, "invalidate", &request, "updated")
+        })?;
+        ensure!(seen.verdict() == Verdict::Delivered, "{vector}: the packet's interrupt was lost: {seen:?}");
         note(format_args!("{vector}: in memory after {:?}, reported {:?} after resume", seen.dma_after, seen.reported));
-        ensure!(seen.is_prompt(), "{vector}: reported {:?} after resume", seen.reported);
     }
     Ok(())
 }
@@ -138,7 +132,7 @@ pub fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
 fn raised_by(wire: &Wire, source: u8, counts: impl Fn() -> Result<Vec<Vector>>) -> Result<Vec<String>> {
     let before = counts()?;
     send(wire, source, 0x1234)?;
-    wait_for("an interrupt of a packet", Duration::from_secs(10), || {
+    wait_for("an interrupt of a packet", || {
         let now = counts()?.into_iter().zip(&before);
         let raised: Vec<_> = now.filter(|(now, then)| now.count > then.count).map(|(now, _)| now.name).collect();
         Ok((!raised.is_empty()).then_some(raised))
@@ -154,66 +148,65 @@ pub(super) fn send(wire: &Wire, source: u8, token: u16) -> Result<()> {
     Ok(())
 }
 
-/// Whether one packet, sent while the guest is stopped for an update that is rolled back, is reported after that. `request` is the body of
-/// vm.update; the fault is armed already, and comes at the end of phase `held_at` or later.
+/// What became of one packet, sent while the guest is stopped for an update that is rolled back. `request` is the body of vm.update; the
+/// fault is armed already, and comes at the end of phase `held_at` or later.
 pub fn reported_after_roll_back(
     rig: &mut Rig,
     ram: &GuestRam,
     (vector, source): &(String, u8),
     request: &str,
     held_at: &str,
-) -> Result<bool> {
-    let mut took = Vec::new();
-    for _ in 0..ATTEMPTS {
-        let seen = attempt(rig, ram, vector, *source, held_at, request, "rolled_back")?;
-        ensure!(seen.dma, "{vector}: the packet was not found in guest memory while the update was held");
-        if seen.is_prompt() {
-            return Ok(true);
-        }
-        if seen.took + PROMPT < TICK {
-            return Ok(!seen.is_lost());
-        }
-        took.push(seen.took);
-    }
-    bail!("{vector}: no attempt was over before the driver's next tick: {took:?}")
+) -> Result<Verdict> {
+    let seen = attempts(|| attempt(rig, ram, vector, *source, held_at, request, "rolled_back"))?;
+    note(format_args!("{vector}: {:?}: {seen:?}", seen.verdict()));
+    Ok(seen.verdict())
+}
+
+/// What a packet shows that was sent to a guest that stood still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Its own interrupt came.
+    Delivered,
+    Lost,
+    /// Each time the driver's watchdog was first.
+    Unclear,
 }
 
 /// What an attempt showed.
+#[derive(Debug)]
 struct Seen {
-    dma: bool,
     /// From sending to finding, search included.
     dma_after: Duration,
     /// From the moment the guest runs again to that in which it has the packet; `None`: not for long.
     reported: Option<Duration>,
-    /// From the driver's tick to the same.
-    after_tick: Duration,
+    /// Its interrupt was handled before the driver's watchdog ran.
+    by_itself: bool,
     /// From the driver's tick to the answer.
     took: Duration,
 }
 
 impl Seen {
-    fn is_prompt(&self) -> bool {
-        self.reported.is_some_and(|after| after <= PROMPT)
-    }
-
-    /// Nothing, or no more than the driver's next tick, brought the packet to light.
-    fn is_lost(&self) -> bool {
-        self.reported.is_none() || self.after_tick >= TICK
+    fn verdict(&self) -> Verdict {
+        match self.reported {
+            None => Verdict::Lost,
+            Some(_) if self.by_itself => Verdict::Delivered,
+            // The next tick was to come when the guest ran already.
+            Some(_) if self.took + PROMPT < TICK => Verdict::Lost,
+            Some(_) => Verdict::Unclear,
+        }
     }
 }
 
-/// Attempts until one is short enough to mean something.
-fn conclusive(rig: &mut Rig, ram: &GuestRam, vector: &str, source: u8) -> Result<Seen> {
-    let mut took = Vec::new();
-    for _ in 0..ATTEMPTS {
-        let request = update_body(&rig.vm.other_build()?);
-        let seen = attempt(rig, ram, vector, source, "invalidate", &request, "updated")?;
-        if seen.took + PROMPT < TICK {
+/// Attempts until one says something.
+fn attempts(mut attempt: impl FnMut() -> Result<Seen>) -> Result<Seen> {
+    for _ in 1..ATTEMPTS {
+        let seen = attempt()?;
+        if seen.verdict() != Verdict::Unclear {
             return Ok(seen);
         }
-        took.push(seen.took);
+        note(format_args!("once more, as this says nothing: {seen:?}"));
     }
-    bail!("{vector}: no attempt was over before the driver's next tick: {took:?}")
+    attempt()
 }
 
 fn attempt(
@@ -229,20 +222,21 @@ fn attempt(
     let token = fresh_token(ram)?;
     let agent = rig.vm.agent()?;
     agent.call::<()>(&Request::WatchOpen { port: PORT })?;
-    let report = agent.start::<Arrival>(&Request::WatchWait { port: PORT, timeout_ms: 8000 })?;
+    let report = agent.start::<Arrival>(&Request::WatchWait { port: PORT })?;
     let mut hold = Hold::arm(&rig.vm.dir, held_at)?;
     let mut caller = rig.vm.api.connect()?;
 
     // A driver without ticks forgives nothing.
-    let _ = agent.call::<Vec<Vector>>(&Request::InterruptsWait { name: vector.into(), timeout_ms: 4000 });
-    // On L1's TSC axis, so that the way of the news over the serial line does not count.
-    let (tick, tick_tsc) = (Instant::now(), sample(1).tsc);
+    let _ = agent.call::<Vec<Vector>>(&Request::InterruptsWait { name: vector.into(), timeout_ms: 10_000 });
+    let tick = Instant::now();
+    agent.call::<()>(&Request::TraceStart { vector: vector.into() })?;
     caller.send("PUT", "vm.update", request)?;
-    hold.wait_held(Duration::from_secs(30))?;
-    let sent = Instant::now();
+    hold.wait_held()?;
+    // All on L1's TSC axis, so that the way of the news over the serial line does not count.
+    let (sent, sent_tsc) = (Instant::now(), sample(1).tsc as i64);
     send(&wire, source, token)?;
     let mut dma = false;
-    while !dma && sent.elapsed() < Duration::from_secs(1) {
+    while !dma && sent.elapsed() < DMA {
         dma = ram.find_filler(token).is_some();
     }
     let dma_after = sent.elapsed();
@@ -253,22 +247,30 @@ fn attempt(
     ensure!(answer.status == 200, "{answer:?}");
     let outcome: Report = answer.json()?;
     ensure!(outcome.outcome == expected, "{outcome:?}");
-    let late = report.wait(PATIENCE).ok().map(|(arrival, _)| arrival);
+    ensure!(dma, "{vector}: the packet was not found in guest memory while the update was held");
+    let late = report.wait(SILENCE).ok().map(|(arrival, _)| arrival);
     if expected == "updated" {
         rig.vm.note_update();
     }
     rig.vm.follow(outcome.pid)?;
     let Some(arrival) = late else {
-        return Ok(Seen { dma, dma_after, reported: None, after_tick: Duration::MAX, took });
+        return Ok(Seen { dma_after, reported: None, by_itself: false, took });
     };
     ensure!(arrival.head.chunks(2).all(|pair| pair == token.to_ne_bytes()), "another packet came: {arrival:?}");
     let offset = *clock::tsc_offsets(&rig.vm)?.first().context("no vCPU")?;
+    let ns_per_tick = ns_per_tick();
     let at = (arrival.tsc as i64).wrapping_sub(offset);
     // A fault leaves its phase without an end, so that the hold counts as part of the next: then the answer is the better mark.
     let after_hold: u64 = outcome.phases.iter().skip_while(|phase| phase.name != held_at).skip(1).map(|p| p.us).sum();
-    let resumed = (released as i64 + (after_hold as f64 * 1e3 / ns_per_tick()) as i64).min(answered as i64);
-    let since = |tsc: i64| Duration::from_nanos(((at - tsc).max(0) as f64 * ns_per_tick()) as u64);
-    Ok(Seen { dma, dma_after, reported: Some(since(resumed)), after_tick: since(tick_tsc as i64), took })
+    let resumed = (released as i64 + (after_hold as f64 * 1e3 / ns_per_tick) as i64).min(answered as i64);
+    let reported = Duration::from_nanos(((at - resumed).max(0) as f64 * ns_per_tick) as u64);
+    // The guest stood still when the packet was sent: what it has noted since was after it ran again.
+    let mut traced: Vec<Traced> = rig.agent()?.call(&Request::TraceRead)?;
+    let stood_still = arrival.mono_ns as i64 - ((at - sent_tsc) as f64 * ns_per_tick) as i64;
+    traced.retain(|event| event.at_ns as i64 > stood_still);
+    traced.sort_by_key(|event| event.at_ns);
+    let by_itself = traced.first().is_some_and(|event| event.is_interrupt);
+    Ok(Seen { dma_after, reported: Some(reported), by_itself, took })
 }
 
 /// Length of a TSC tick of L1.

@@ -8,7 +8,6 @@ use std::{
         unix::process::CommandExt,
     },
     process::{Command, ExitStatus, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -24,7 +23,6 @@ use crate::{
     native::{Counter, guest},
 };
 
-const SOON: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 128 << 20;
 
 struct Pty {
@@ -107,7 +105,7 @@ impl Job {
         Process::adopt_orphans();
         let process = Process::new(command.spawn().context("starting the job")?);
         let api = Api { path: api };
-        wait_for("the API", SOON, || Ok(api.get("vmm.ping").ok()))?;
+        wait_for("the API", || Ok(api.get("vmm.ping").ok()))?;
         let pid = fs::read_to_string(pid)?.trim().parse()?;
         Ok(Self { process, api, pid, updates: 0, dir })
     }
@@ -116,7 +114,7 @@ impl Job {
     fn goes_on(&self, what: &str) -> Result<()> {
         let counter = Counter::of(self.pid)?;
         let before = counter.get();
-        wait_for(&format!("the guest to go on: {what}"), SOON, || {
+        wait_for(&format!("the guest to go on: {what}"), || {
             Ok((counter.get() > before + guest::pages(MEMORY)).then_some(()))
         })?;
         ensure!(proc::state(self.pid)? != 'T', "the VMM is stopped: {what}");
@@ -128,7 +126,7 @@ impl Job {
     fn update(&mut self) -> Result<()> {
         self.updates += 1;
         let target = lab::bin(if self.updates % 2 == 1 { "theseus-b" } else { "theseus-a" })?;
-        let report: Report = wait_for("the update", SOON, || {
+        let report: Report = wait_for("the update", || {
             let answer = self.api.put("vm.update", &update_body(&target))?;
             if answer.status == 429 { Ok(None) } else { answer.json().map(Some) }
         })?;
@@ -138,7 +136,7 @@ impl Job {
 
     fn end(&mut self) -> Result<ExitStatus> {
         let process = &mut self.process;
-        wait_for("the end", SOON, || Ok(process.try_wait()?))
+        wait_for("the end", || Ok(process.try_wait()?))
     }
 }
 
@@ -232,9 +230,9 @@ pub fn background() -> Result<()> {
     }
     ensure!(pty.is_cooked()?, "the shell's terminal was made raw");
     fs::write(job.dir.path("go"), "")?;
-    wait_for("a raw terminal", SOON, || Ok((!pty.is_cooked()?).then_some(())))?;
+    wait_for("a raw terminal", || Ok((!pty.is_cooked()?).then_some(())))?;
     pty.master.write_all(b"typed")?;
-    wait_for("what was typed to be read", SOON, || Ok((waiting(&pty.slave)? == 0).then_some(())))?;
+    wait_for("what was typed to be read", || Ok((waiting(&pty.slave)? == 0).then_some(())))?;
     job.update()?;
     ensure!(!pty.is_cooked()?, "the update has left it");
     proc::signal(job.pid, libc::SIGTERM)?;

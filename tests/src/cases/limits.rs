@@ -1,6 +1,6 @@
 //! Limits of the process and what they send: they refuse, or cost what exceeds them, but never the guest.
 
-use std::{fs, os::unix::fs::MetadataExt, path::PathBuf, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -13,7 +13,6 @@ use crate::{
     native::{Counter, HugePages, guest},
 };
 
-const SOON: Duration = Duration::from_secs(60);
 const MEMORY: u64 = 128 << 20;
 const MEMORY_OPTION: &str = "size=128M";
 
@@ -39,7 +38,7 @@ pub fn refuse_or_drop() -> Result<()> {
     let setting = Setting { limit: Some((libc::RLIMIT_FSIZE, 64 << 20)), ..Setting::default() };
     let refused = match Vm::spawn("theseus-a", &args, &setting) {
         Ok(mut vm) => {
-            let status = vm.wait_exit(SOON)?;
+            let status = vm.wait_exit()?;
             format!("{status}: {}", vm.log_text())
         }
         Err(error) => format!("{error:#}"),
@@ -52,17 +51,17 @@ pub fn refuse_or_drop() -> Result<()> {
     let serial = format!("file={}", output.display());
     let mut vm = Vm::with_args(&["--kernel", &kernel_option, "--memory", MEMORY_OPTION, "--serial", &serial])?;
     let len = || fs::metadata(&output).map(|meta| meta.size()).unwrap_or(0);
-    wait_for("the guest to talk", SOON, || Ok((len() > 0).then_some(())))?;
+    wait_for("the guest to talk", || Ok((len() > 0).then_some(())))?;
     let max = len() + (64 << 10);
     proc::set_soft_limit(vm.pid(), libc::RLIMIT_FSIZE, max)?;
-    wait_for("output to be dropped", SOON, || Ok((vm.counter("/serial/dropped_bytes")? > 0).then_some(())))?;
+    wait_for("output to be dropped", || Ok((vm.counter("/serial/dropped_bytes")? > 0).then_some(())))?;
     ensure!(len() == max, "{} bytes were written, {max} were allowed", len());
     let refused = vm.ask_update(&vm.other_build()?)?;
     ensure!(refused.status == 409 && refused.body.contains("RLIMIT_FSIZE is "), "{refused:?}");
     ensure!(vm.is_running(), "it has ended");
     proc::set_soft_limit(vm.pid(), libc::RLIMIT_FSIZE, libc::RLIM_INFINITY)?;
     vm.update().context("without the limit")?;
-    wait_for("the guest to talk on", SOON, || Ok((len() > max).then_some(())))?;
+    wait_for("the guest to talk on", || Ok((len() > max).then_some(())))?;
     drop(vm);
     fs::remove_file(&output)?;
     fs::remove_file(&kernel)?;
@@ -82,7 +81,7 @@ fn counting() -> Result<Vm> {
 fn goes_on(vm: &Vm, what: &str) -> Result<()> {
     let counter = Counter::of(vm.pid())?;
     let before = counter.get();
-    wait_for(&format!("the guest to go on after {what}"), SOON, || {
+    wait_for(&format!("the guest to go on after {what}"), || {
         Ok((counter.get() > before + guest::pages(MEMORY)).then_some(()))
     })
 }
@@ -125,7 +124,7 @@ pub fn huge_pages() -> Result<()> {
     let refused = |what: &str, has: &str| {
         let error = match start() {
             Ok(vm) if vm.ping().is_ok() => bail!("{what}: started all the same"),
-            Ok(mut vm) => format!("{}: {}", vm.wait_exit(SOON)?, vm.log_text()),
+            Ok(mut vm) => format!("{}: {}", vm.wait_exit()?, vm.log_text()),
             // So soon that not even its socket was seen.
             Err(error) => format!("{error:#}"),
         };

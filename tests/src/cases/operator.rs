@@ -5,7 +5,6 @@ use std::{
     os::unix::net::UnixDatagram,
     path::Path,
     process::{Command, Output},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +13,7 @@ use serde_json::json;
 use super::deaths::taken_back;
 use crate::{
     harness::{
+        PATIENCE,
         builder::CMDLINE,
         hooks::Switch,
         lab::{self, Nic},
@@ -88,7 +88,7 @@ pub fn ch_remote() -> Result<()> {
     done(&vm, &["delete"])?;
     ensure!(!remote(&vm, &["info"])?.status.success(), "a VM that was deleted");
     done(&vm, &["shutdown-vmm"])?;
-    let status = vm.wait_exit(Duration::from_secs(20))?;
+    let status = vm.wait_exit()?;
     ensure!(status.success(), "{status}");
     fs::remove_file(&installed)?;
     let told = vm.story()?;
@@ -177,7 +177,7 @@ pub fn reset_with_nic() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2).reboots(), &[(Nic::IgbA, None)])?;
     for round in 1..=2 {
         rig.agent()?.call::<()>(&Request::Reboot { after_ms: 300 })?;
-        rig.vm.wait_event("vm rebooted", round, Duration::from_secs(60))?;
+        rig.vm.wait_event("vm rebooted", round)?;
         works(&mut rig).with_context(|| format!("reset {round}"))?;
         ensure!(rig.vm.ping()?.pid == rig.vm.pid(), "another process");
     }
@@ -201,7 +201,7 @@ fn works(rig: &mut Rig) -> Result<()> {
 pub fn supervisor_is_told() -> Result<()> {
     let path = std::env::temp_dir().join(format!("notify-{}", std::process::id()));
     let socket = UnixDatagram::bind(&path).with_context(|| format!("{}", path.display()))?;
-    socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
     let heard = || -> Result<String> {
         let mut text = [0; 256];
         let len = socket.recv(&mut text).context("nothing on the notify socket")?;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     cell::{Cell, DEADLINE_MS, End},
-    held,
+    held::{self, Verdict},
 };
 use crate::{
     cases::note,
@@ -22,27 +22,24 @@ use crate::{
         report::{Report, update_body},
         rig::Rig,
         table::{Table, ms},
-        traffic::RATE,
         vm::Vm,
-        wire::RING,
     },
     proto::{MemoryStats, Request, TimerFired},
 };
 
-/// What a timer may be late beside the outage, in software emulation: 0.1 to 1.1 s were seen after most roll backs, 2.2 s once. That the guest
-/// then faults its memory in anew is the likely reason, not a proven one.
-const TIMER_SLACK: Duration = Duration::from_secs(5);
+/// What a timer may be late beside the outage, in software emulation: 0.1 to 1.1 s were seen after most roll backs, 2.2 s once, and a slow
+/// machine takes several times that. That the guest then faults its memory in anew is the likely reason, not a proven one.
+const TIMER_SLACK: Duration = Duration::from_secs(30);
+/// The deadline of an update that is going to hang, as a multiple of the pause of one that does not: it must come to where it hangs.
+const DEADLINE_PAUSES: u64 = 8;
 
 /// What a cell showed.
 pub struct Shown {
     pub outage: Duration,
     /// How late the last of the timers that fell due in the outage was.
     pub late: Duration,
-    pub lost: u64,
-    /// max(0, rate x outage - receive descriptors)
-    pub may_lose: u64,
     /// Whether a packet that came in the pause, and none after it, was reported; None where that cannot be tried.
-    pub reported: Option<bool>,
+    pub reported: Option<Verdict>,
 }
 
 /// The guest of the matrix: 2 vCPUs, two containers, and a job that checks its memory.
@@ -50,6 +47,8 @@ pub struct Subject {
     rig: Rig,
     ram: GuestRam,
     vector: (String, u8),
+    /// Of an update that is going to hang.
+    deadline_ms: u64,
     /// Of the process after its first update.
     first: proc::Facts,
 }
@@ -61,22 +60,33 @@ impl Subject {
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 3 })?;
         let ram = GuestRam::of(rig.vm.pid())?;
         let vector = held::sources(rig.agent()?, &rig.wires[0])?.into_iter().next().context("no vector")?;
-        rig.vm.update()?;
+        let pause_ms = rig.vm.update()?.pause_us / 1000;
         let first = rig.vm.settled_facts()?;
-        Ok(Self { rig, ram, vector, first })
+        let deadline_ms = (DEADLINE_PAUSES * pause_ms).max(DEADLINE_MS);
+        Ok(Self { rig, ram, vector, deadline_ms, first })
     }
 
     /// A last look at every page of the memory that the guest's job has written.
     fn finish(self) -> Result<()> {
-        let memory: MemoryStats = self.rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+        let memory: MemoryStats = self.rig.agent()?.call(&Request::MemoryStop)?;
         ensure!(memory.pages_wrong == 0 && memory.passes > 0, "guest memory at the end: {memory:?}");
         Ok(())
+    }
+
+    /// As the file `fault` has it. Who hangs does so for much longer than the deadline.
+    fn fault(&self, cell: &Cell) -> String {
+        let kind = if cell.hangs_in_a_sleep() {
+            format!("hang:{}", 4 + 2 * self.deadline_ms / 1000)
+        } else {
+            cell.kind.into()
+        };
+        format!("{}:{kind}", cell.phase)
     }
 
     fn request(&self, cell: &Cell) -> Result<String> {
         let mut body = serde_json::json!({ "binary": self.rig.vm.other_build()? });
         if cell.hangs() {
-            body["deadline_ms"] = DEADLINE_MS.into();
+            body["deadline_ms"] = self.deadline_ms.into();
         }
         Ok(body.to_string())
     }
@@ -85,13 +95,13 @@ impl Subject {
     pub fn survive(&mut self, cell: &Cell) -> Result<Shown> {
         let rig = &mut self.rig;
         let traffic = rig.traffic()?;
-        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
+        traffic.moves_on(rig.agent()?, 25)?;
         let after_ms: Vec<u64> = (1..=20).map(|i| i * 100).collect();
         rig.agent()?.call::<()>(&Request::TimersArm { after_ms })?;
         let (before, pid) = (rig.vm.ping()?, rig.vm.pid());
 
         let request = self.request(cell)?;
-        let fault = Switch::with(&self.rig.vm.dir, "fault", &format!("{}:{}", cell.phase, cell.kind))?;
+        let fault = Switch::with(&self.rig.vm.dir, "fault", &self.fault(cell))?;
         let answer = self.ask(cell, &request)?;
         drop(fault);
         let outage = self.check_answer(cell, &answer, pid)?;
@@ -99,43 +109,32 @@ impl Subject {
         let rig = &mut self.rig;
         let after = rig.vm.ping()?;
         ensure!((after.build_id == before.build_id) == (cell.end != End::Updated), "{before:?} -> {after:?}");
-        let fired: Vec<TimerFired> = rig.agent()?.call(&Request::TimersWait { timeout_ms: 20_000 })?;
+        let fired: Vec<TimerFired> = rig.agent()?.call(&Request::TimersWait)?;
         // A stopped VMM has stopped its vCPUs too, whatever phase it is in.
-        let stopped = Duration::from_millis(if cell.kind == "stop" { DEADLINE_MS + 100 } else { 0 });
+        let stopped = Duration::from_millis(if cell.kind == "stop" { self.deadline_ms + 100 } else { 0 });
         let limit = (outage.max(stopped) + TIMER_SLACK).as_micros() as i64;
         ensure!(
             fired.iter().all(|timer| (0..limit).contains(&timer.late_us())),
             "timers: {fired:?}; outage {outage:?}"
         );
-        traffic.moves_on(rig.agent()?, 25, Duration::from_secs(20))?;
-        let may_lose = (u64::from(RATE) * outage.as_millis() as u64 / 1000).saturating_sub(u64::from(RING));
-        let mut lost = 0;
-        for account in traffic.finish(rig.agent()?)? {
-            for (name, way) in [("in", &account.to_guest), ("out", &account.from_guest)] {
-                let missing = way.got.lost_of(way.sent.packets);
-                ensure!(
-                    missing <= may_lose && way.got.duplicated + way.got.reordered + way.got.foreign == 0,
-                    "{} {name}: {way}; outage {outage:?}; missing {:?}; counters {}",
-                    account.name,
-                    account.missing,
-                    account.counters
-                );
-                lost += missing;
-            }
-        }
+        traffic.moves_on(rig.agent()?, 25)?;
+        traffic.finish_clean(rig.agent()?).with_context(|| format!("outage {outage:?}"))?;
         let memory: MemoryStats = rig.agent()?.call(&Request::MemoryStats)?;
-        crate::harness::wait_for("the guest's job to check its memory", Duration::from_secs(20), || {
+        crate::harness::wait_for("the guest's job to check its memory", || {
             let now: MemoryStats = rig.agent()?.call(&Request::MemoryStats)?;
             ensure!(now.pages_wrong == 0, "guest memory is damaged: {now:?}");
             Ok((now.pages_checked > memory.pages_checked).then_some(()))
         })?;
         let reported = self.silent_packet(cell)?;
-        ensure!(reported != Some(false), "the one packet that came in the pause was not reported");
+        ensure!(
+            reported.is_none_or(|verdict| verdict == Verdict::Delivered),
+            "the one packet that came in the pause: {reported:?}"
+        );
         self.rig.vm.update().context("the update after it")?;
         let growth = self.rig.vm.settled_facts()?.growth_since(&self.first, proc::Facts::FLAT_KIB);
         ensure!(growth.is_empty(), "after it the process is not what it was: {growth}");
         let late = fired.iter().map(TimerFired::late_us).max().unwrap_or(0);
-        Ok(Shown { outage, late: Duration::from_micros(late.max(0) as u64), lost, may_lose, reported })
+        Ok(Shown { outage, late: Duration::from_micros(late.max(0) as u64), reported })
     }
 
     fn ask(&mut self, cell: &Cell, request: &str) -> Result<Answer> {
@@ -147,10 +146,8 @@ impl Subject {
         let mut caller = vm.api.connect()?;
         caller.send("PUT", "vm.update", request)?;
         let pid = vm.pid();
-        crate::harness::wait_for("the VMM to stop", Duration::from_secs(20), || {
-            Ok((proc::state(pid)? == 'T').then_some(()))
-        })?;
-        std::thread::sleep(Duration::from_millis(DEADLINE_MS + 100));
+        crate::harness::wait_for("the VMM to stop", || Ok((proc::state(pid)? == 'T').then_some(())))?;
+        std::thread::sleep(Duration::from_millis(self.deadline_ms + 100));
         vm.signal(libc::SIGCONT)?;
         caller.receive()
     }
@@ -188,10 +185,10 @@ impl Subject {
         Ok(Duration::from_micros(report.pause_us))
     }
 
-    fn silent_packet(&mut self, cell: &Cell) -> Result<Option<bool>> {
+    fn silent_packet(&mut self, cell: &Cell) -> Result<Option<Verdict>> {
         let Some(held_at) = cell.held_at() else { return Ok(None) };
         let request = self.request(cell)?;
-        let _fault = Switch::with(&self.rig.vm.dir, "fault", &format!("{}:{}", cell.phase, cell.kind))?;
+        let _fault = Switch::with(&self.rig.vm.dir, "fault", &self.fault(cell))?;
         held::reported_after_roll_back(&mut self.rig, &self.ram, &self.vector, &request, held_at).map(Some)
     }
 }
@@ -202,21 +199,21 @@ fn crash(cell: &Cell) -> Result<()> {
     let _fault = Switch::with(&rig.vm.dir, "fault", &format!("{}:{}", cell.phase, cell.kind))?;
     let answer = rig.vm.ask_update(&rig.vm.other_build()?);
     ensure!(answer.is_err(), "{answer:?}");
-    let status = rig.vm.wait_exit(Duration::from_secs(20))?;
+    let status = rig.vm.wait_exit()?;
     ensure!(std::os::unix::process::ExitStatusExt::signal(&status).is_some(), "{status}");
     Ok(())
 }
 
 /// Runs `cells`, prints what each has shown and, at the end, the matrix. All of them are run, whatever fails.
 pub fn matrix(cells: &[Cell]) -> Result<()> {
-    let mut table = Table::new(["phase", "fault", "the guest", "outage, ms", "lost", "may lose", "silent packet"]);
+    let mut table = Table::new(["phase", "fault", "the guest", "outage, ms", "silent packet"]);
     let mut failures = Vec::new();
     let mut subject = None;
     for cell in cells {
         let Cell { phase, kind, end } = cell;
-        let row = |what: &str, rest: [String; 4]| {
-            let [a, b, c, d] = rest;
-            [phase.to_string(), kind.to_string(), what.to_string(), a, b, c, d]
+        let row = |what: &str, rest: [String; 2]| {
+            let [a, b] = rest;
+            [phase.to_string(), kind.to_string(), what.to_string(), a, b]
         };
         let kept = subject.take();
         let result = if *end == End::Crash {
@@ -231,7 +228,7 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
         };
         match result {
             Ok(None) => table.row(row("dies, as any VMM that crashes", Default::default())),
-            Ok(Some(Shown { outage, late, lost, may_lose, reported })) => {
+            Ok(Some(Shown { outage, late, reported })) => {
                 let what = match end {
                     End::Refused => "lives, refused",
                     End::Updated => "lives, updated",
@@ -239,11 +236,11 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
                     _ => "lives, new PID",
                 };
                 note(format_args!(
-                    "{phase}:{kind}: {what}, outage {outage:?}, timers late {late:?}, lost {lost}, silent packet {reported:?}"
+                    "{phase}:{kind}: {what}, outage {outage:?}, timers late {late:?}, silent packet {reported:?}"
                 ));
                 let reported = reported.map_or("-", |_| "reported").to_string();
                 let outage = ms(outage.as_micros() as u64);
-                table.row(row(what, [outage, lost.to_string(), may_lose.to_string(), reported]));
+                table.row(row(what, [outage, reported]));
             }
             Err(error) => {
                 note(format_args!("{phase}:{kind}: FAILED: {error:#}"));
@@ -275,7 +272,7 @@ pub fn one_cell_a_phase() -> Result<()> {
         ("vm", "enomem"),
         ("passthrough", "sigsys"),
         ("vcpus", "stop"),
-        ("devices", "hang:4"),
+        ("devices", "hang"),
         ("remap", "refused:1"),
         ("commit", "kill"),
         ("commit", "error"),
@@ -289,7 +286,8 @@ pub fn red_without_reinjection() -> Result<()> {
     let _hook = Switch::on(&subject.rig.vm.dir, "skip-reinjection")?;
     let seen = subject.silent_packet(&Cell::new("commit", "error"))?;
     subject.rig.agent()?.ping()?;
-    ensure!(seen == Some(false), "reported ({seen:?}) though nothing could deliver it");
+    // Only the driver's watchdog brings it to light.
+    ensure!(matches!(seen, Some(Verdict::Lost | Verdict::Unclear)), "{seen:?} though nothing could deliver it");
     Ok(())
 }
 
@@ -303,7 +301,7 @@ pub fn golden() -> Result<()> {
     let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
     let mut caller = rig.vm.api.connect()?;
     caller.send("PUT", "vm.update", &update_body(&rig.vm.other_build()?))?;
-    hold.wait_held(Duration::from_secs(30))?;
+    hold.wait_held()?;
     let mut state = proc::open_fd_to(rig.vm.pid(), "/memfd:saved-state", std::fs::File::options().read(true))?;
     let path = lab::results()?.join(format!("{}.state", version));
     std::io::copy(&mut state, &mut std::fs::File::create(&path)?)?;

@@ -8,7 +8,6 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     path::Path,
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -28,7 +27,6 @@ use crate::{
 /// Said by every kernel early, and late in its start.
 const EARLY: &str = "Linux version";
 const LATE: &str = "Freeing unused kernel image";
-const START: Duration = Duration::from_secs(120);
 
 /// Starts a guest whose kernel says what it does.
 fn linux(mode: &str) -> Result<Vm> {
@@ -49,10 +47,10 @@ fn whole(path: &Path) -> Result<Option<String>> {
 
 /// Updates `vm` between two lines that its kernel says, which `heard` gives so far.
 fn speaks_over_update(vm: &mut Vm, mut heard: impl FnMut() -> Result<String>) -> Result<()> {
-    wait_for("the kernel to start", START, || Ok(heard()?.contains(EARLY).then_some(())))?;
+    wait_for("the kernel to start", || Ok(heard()?.contains(EARLY).then_some(())))?;
     ensure!(!heard()?.contains(LATE), "the guest was faster than the update");
     vm.update()?;
-    wait_for("the kernel to go on", START, || Ok(heard()?.contains(LATE).then_some(())))?;
+    wait_for("the kernel to go on", || Ok(heard()?.contains(LATE).then_some(())))?;
     let text = heard()?;
     ensure!(text.matches(EARLY).count() == 1 && text.matches(LATE).count() == 1, "words came twice: {text}");
     Ok(())
@@ -77,7 +75,7 @@ pub fn terminal_gone() -> Result<()> {
     let counter = Counter::of(vm.pid())?;
     let goes_on = |what: &str| {
         let before = counter.get();
-        wait_for(&format!("the guest to go on after {what}"), Duration::from_secs(30), || {
+        wait_for(&format!("the guest to go on after {what}"), || {
             Ok((counter.get() > before + guest::pages(MEMORY)).then_some(()))
         })
     };
@@ -104,7 +102,7 @@ pub fn modes() -> Result<()> {
     // Standard output of the VMM, which the tests collect in its log.
     let mut vm = linux("tty")?;
     let log = vm.log.clone();
-    speaks_over_update(&mut vm, || wait_for("the log", START, || whole(&log))).context("tty")?;
+    speaks_over_update(&mut vm, || wait_for("the log", || whole(&log))).context("tty")?;
 
     let mut vm = linux("pty")?;
     let info = vm.info()?;

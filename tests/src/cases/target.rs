@@ -5,7 +5,6 @@ use std::{
     io::Write,
     os::unix::fs::{OpenOptionsExt, PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -29,7 +28,6 @@ use crate::{
 const SOMEBODY: u32 = 4711;
 /// What lets that one use the lab's devices and files.
 const DEVICES: &[u32] = &[CAP_DAC_OVERRIDE];
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Less than the guest's 512 MiB.
 const TOO_LITTLE: u64 = 64 << 20;
 
@@ -59,7 +57,7 @@ pub fn rewritten() -> Result<()> {
             let mut hold = Hold::arm(&vm.dir, phase)?;
             let mut caller = vm.api.connect()?;
             caller.send("PUT", "vm.update", &body.to_string())?;
-            hold.wait_held(PATIENCE)?;
+            hold.wait_held()?;
             let writer = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&target);
             let opened = writer.and_then(|mut file| file.write_all(&other));
             hold.release()?;

@@ -1,13 +1,16 @@
 //! Clocks, timers, and vCPUs that run or sleep through an update.
 
-use std::{thread::sleep, time::Duration};
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     cases::{MANY, check, note},
     clock::slope,
-    harness::{clock, lab, proc, rig, vm::Vm},
+    harness::{PATIENCE, clock, proc, rig, vm::Vm, wait_for},
     proto::{Request, TimerFired},
 };
 
@@ -15,6 +18,8 @@ use crate::{
 const CLOCK_LIMIT_US: f64 = 20.0;
 /// What a busy L1 in software emulation may add to the lateness of a timer, if it adds no more without an update.
 const TIMER_SLACK_US: i64 = 150_000;
+/// How often a timer may be late before it counts: a machine is slow now and then, a timer that is lost is lost every time.
+const SLOW_TRIES: u32 = 5;
 
 /// The guest's clock against L1's, before, between and after many updates.
 pub fn clock_updates() -> Result<()> {
@@ -42,31 +47,38 @@ pub fn clock_updates() -> Result<()> {
 
 /// Timers due before, in and after the pause.
 pub fn timer_over_update() -> Result<()> {
-    let vm = Vm::builder().boot()?;
-    let usual = latest(&vm, || Ok(0))?;
+    let mut vm = Vm::builder().boot()?;
+    let usual = latest(&mut vm, |_| Ok(0))?;
     let slack = TIMER_SLACK_US.max(2 * usual);
     for round in 0..3 {
-        let mut pause = 0;
-        let worst = latest(&vm, || {
-            pause = i64::try_from(vm.update_to(&lab::bin(["theseus-b", "theseus-a"][round % 2])?)?.pause_us)?;
-            Ok(pause)
-        })?;
-        note(format_args!(
-            "round {round}: the latest timer was {worst} us late, {usual} us without an update; pause {pause} us"
-        ));
-        ensure!(worst < pause + slack, "a timer was {worst} us late; pause {pause} us, without an update {usual} us");
+        for tries in 1.. {
+            let mut pause = 0;
+            let worst = latest(&mut vm, |vm| {
+                pause = i64::try_from(vm.update()?.pause_us)?;
+                Ok(pause)
+            })?;
+            note(format_args!(
+                "round {round}: the latest timer was {worst} us late, {usual} us without an update; pause {pause} us"
+            ));
+            if worst < pause + slack {
+                break;
+            }
+            ensure!(tries < SLOW_TRIES, "a timer was {worst} us late; pause {pause} us, without an update {usual} us");
+        }
     }
     Ok(())
 }
 
 /// Arms many timers, does `meanwhile`, and says how late the latest of them was, µs. None may be early.
-fn latest(vm: &Vm, meanwhile: impl FnOnce() -> Result<i64>) -> Result<i64> {
+fn latest(vm: &mut Vm, meanwhile: impl FnOnce(&mut Vm) -> Result<i64>) -> Result<i64> {
     // One every 20 ms: some of them fall into the pause wherever that is.
     let after_ms: Vec<u64> = (1..=150).map(|i| i * 20).collect();
     let expected = after_ms.len();
     vm.agent()?.call::<()>(&Request::TimersArm { after_ms })?;
-    meanwhile()?;
-    let fired: Vec<TimerFired> = vm.agent()?.call(&Request::TimersWait { timeout_ms: 20_000 })?;
+    // Asked for before: what comes over the serial line later would wake the guest.
+    let fired = vm.agent()?.start::<Vec<TimerFired>>(&Request::TimersWait)?;
+    meanwhile(vm)?;
+    let (fired, _) = fired.wait(PATIENCE)?;
     ensure!(fired.len() == expected, "{} of {expected} timers fired", fired.len());
     let early: Vec<_> = fired.iter().filter(|t| t.late_us() < 0).collect();
     ensure!(early.is_empty(), "fired before they were due: {early:?}");
@@ -75,50 +87,65 @@ fn latest(vm: &Vm, meanwhile: impl FnOnce() -> Result<i64>) -> Result<i64> {
 
 /// All vCPUs halted when the update comes; nothing but the guest's own timer wakes it afterwards.
 pub fn idle_guest_wakes() -> Result<()> {
+    const ROUNDS: u32 = 3;
     let mut vm = Vm::builder().cpus(2).boot()?;
-    for round in 0..3 {
-        vm.agent()?.call::<()>(&Request::TimersArm { after_ms: vec![4000] })?;
-        sleep(Duration::from_millis(500));
-        check_idle(&vm, "before the update")?;
+    let (mut shown, mut tries, mut after_ms) = (0, 0, 4000);
+    while shown < ROUNDS {
+        becomes_idle(&vm, "before the update")?;
+        let armed = Instant::now();
+        vm.agent()?.call::<()>(&Request::TimersArm { after_ms: vec![after_ms] })?;
+        // Asked for before: what comes over the serial line later would wake the guest.
+        let fired = vm.agent()?.start::<Vec<TimerFired>>(&Request::TimersWait)?;
         let report = vm.update()?;
-        check_idle(&vm, "after the update")?;
-        let fired: Vec<TimerFired> = vm.agent()?.call(&Request::TimersWait { timeout_ms: 20_000 })?;
+        becomes_idle(&vm, "after the update")?;
+        let idle_in_time = armed.elapsed() < Duration::from_millis(after_ms);
+        let (fired, _) = fired.wait(PATIENCE).context("the guest's timer has not woken it")?;
         let late = fired.first().map_or(i64::MAX, TimerFired::late_us);
-        ensure!(
-            (0..TIMER_SLACK_US + report.pause_us as i64).contains(&late),
-            "round {round}: the timer was {late} us late"
-        );
+        ensure!(late >= 0, "the timer fired {late} us before it was due");
         vm.agent()?.ping()?;
+        let is_prompt = late < TIMER_SLACK_US + report.pause_us as i64;
+        if idle_in_time && is_prompt {
+            (shown, tries) = (shown + 1, 0);
+            continue;
+        }
+        tries += 1;
+        note(format_args!("once more: idle before the timer was due: {idle_in_time}; the timer was {late} us late"));
+        ensure!(tries < SLOW_TRIES, "the timer was {late} us late; pause {} us", report.pause_us);
+        if !idle_in_time {
+            after_ms *= 2;
+        }
     }
     Ok(())
 }
 
-/// The vCPU threads use hardly any CPU for a while.
-fn check_idle(vm: &Vm, when: &str) -> Result<()> {
+/// Waits until the vCPU threads use hardly any CPU for a while.
+fn becomes_idle(vm: &Vm, when: &str) -> Result<()> {
     let used =
         |vm: &Vm| -> Result<u64> { (0..vm.cpus).map(|cpu| proc::thread_ticks(vm.pid(), &format!("vcpu{cpu}"))).sum() };
-    let before = used(vm)?;
-    sleep(Duration::from_secs(1));
-    let ticks = used(vm)? - before;
-    ensure!(ticks < 50, "the vCPUs of the idle guest used {ticks} of 100 clock ticks {when}");
-    Ok(())
+    wait_for(&format!("the guest to be idle {when}"), || {
+        let (before, since) = (used(vm)?, Instant::now());
+        sleep(Duration::from_millis(500));
+        let ticks = u128::from(used(vm)? - before);
+        // Of 100 a second: less than half of one CPU.
+        Ok((ticks * 20 < since.elapsed().as_millis()).then_some(()))
+    })
 }
 
 /// Each of 4 spinning vCPUs goes on after every update.
 pub fn four_busy_vcpus() -> Result<()> {
     let mut vm = Vm::builder().cpus(4).boot()?;
     vm.agent()?.call::<()>(&Request::BusyStart { cpus: vec![0, 1, 2, 3] })?;
-    let counts = |vm: &Vm| vm.agent()?.call_within::<Vec<u64>>(&Request::BusyStats, Duration::from_secs(60));
+    let counts = |vm: &Vm| vm.agent()?.call::<Vec<u64>>(&Request::BusyStats);
     for update in 1..=5 {
-        let before = counts(&vm)?;
         vm.update()?;
-        sleep(Duration::from_secs(1));
-        let after = counts(&vm)?;
-        ensure!(
-            after.len() == 4 && before.iter().zip(&after).all(|(b, a)| a > b),
-            "update {update}: {before:?} -> {after:?}"
-        );
+        // Read after it: what was done before it does not count.
+        let before = counts(&vm)?;
+        ensure!(before.len() == 4, "{before:?}");
+        wait_for(&format!("every vCPU to go on after update {update}"), || {
+            let after = counts(&vm)?;
+            Ok(before.iter().zip(&after).all(|(b, a)| a > b).then_some(()))
+        })?;
     }
-    vm.agent()?.call_within::<Vec<u64>>(&Request::BusyStop, Duration::from_secs(60))?;
+    vm.agent()?.call::<Vec<u64>>(&Request::BusyStop)?;
     Ok(())
 }

@@ -1,10 +1,6 @@
 //! Updates under traffic over passed-through NICs.
 
-use std::{
-    collections::HashSet,
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::collections::HashSet;
 
 use anyhow::{Context, Result, ensure};
 
@@ -29,9 +25,8 @@ use crate::{
 
 /// Updates `rig` back and forth under traffic; gives back the pauses, µs.
 fn updates_under_traffic(rig: &mut Rig, updates: u32) -> Result<Vec<u64>> {
-    let started = Instant::now();
     let traffic = rig.traffic()?;
-    traffic.moves_on(rig.agent()?, 200, Duration::from_secs(20))?;
+    traffic.moves_on(rig.agent()?, 200)?;
     let mut pauses = Vec::new();
     let mut builds = HashSet::new();
     for _ in 0..updates {
@@ -40,16 +35,17 @@ fn updates_under_traffic(rig: &mut Rig, updates: u32) -> Result<Vec<u64>> {
         pauses.push(report.pause_us);
         builds.insert(report.to.build_id);
         // Every image must carry traffic, not only the last.
-        traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
+        traffic.moves_on(rig.agent()?, 50)?;
     }
     ensure!(builds.len() == 2, "{builds:?}");
     note(format_args!("pauses, us: {pauses:?}"));
-    finish_clean(rig, traffic, started)?;
+    finish_clean(rig, traffic)?;
     Ok(pauses)
 }
 
 /// Ends `traffic`, of which nothing may be lost, and says how much it was.
-fn finish_clean(rig: &Rig, traffic: Traffic, started: Instant) -> Result<()> {
+fn finish_clean(rig: &Rig, traffic: Traffic) -> Result<()> {
+    let started = traffic.started();
     let packets = traffic.finish_clean(rig.agent()?)?;
     note(format_args!("{packets} packets ({:.0}/s), none lost", packets as f64 / started.elapsed().as_secs_f64()));
     Ok(())
@@ -58,10 +54,9 @@ fn finish_clean(rig: &Rig, traffic: Traffic, started: Instant) -> Result<()> {
 /// The lab itself: what is lost without an update is not the update's.
 pub fn without_update() -> Result<()> {
     rig::shared(|rig| {
-        let started = Instant::now();
         let traffic = rig.traffic()?;
-        traffic.moves_on(rig.agent()?, 5000, Duration::from_secs(60))?;
-        finish_clean(rig, traffic, started)
+        traffic.moves_on(rig.agent()?, 5000)?;
+        finish_clean(rig, traffic)
     })
 }
 
@@ -69,7 +64,7 @@ pub fn igb() -> Result<()> {
     rig::shared(|rig| {
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 7 })?;
         updates_under_traffic(rig, MANY)?;
-        let memory: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+        let memory: MemoryStats = rig.agent()?.call(&Request::MemoryStop)?;
         ensure!(memory.pages_wrong == 0 && memory.passes > 0, "{memory:?}");
         Ok(())
     })
@@ -84,7 +79,6 @@ pub fn three_nics() -> Result<()> {
         report.containers
     };
     ensure!(report_containers.len() == 2, "two containers are to be carried: {report_containers:?}");
-    sleep(Duration::from_millis(100));
     updates_under_traffic(&mut rig, 10)?;
     Ok(())
 }
@@ -99,7 +93,7 @@ pub fn disk_and_nic() -> Result<()> {
     let why = match apart {
         Err(error) => format!("{error:#}"),
         Ok(mut vm) => {
-            let status = vm.wait_exit(Duration::from_secs(30))?;
+            let status = vm.wait_exit()?;
             ensure!(!status.success(), "one group in two containers: {status}");
             vm.log_text()
         }
@@ -113,8 +107,8 @@ pub fn disk_and_nic() -> Result<()> {
     let mut checked = 0;
     for _ in 0..10 {
         // In every image, not only in the last.
-        traffic.moves_on(rig.agent()?, 50, Duration::from_secs(20))?;
-        wait_for("the disk to go on", Duration::from_secs(60), || {
+        traffic.moves_on(rig.agent()?, 50)?;
+        wait_for("the disk to go on", || {
             let stats: MemoryStats = rig.agent()?.call(&Request::DiskStats)?;
             Ok((stats.pages_checked > checked + 8).then(|| checked = stats.pages_checked))
         })?;
@@ -122,7 +116,7 @@ pub fn disk_and_nic() -> Result<()> {
         ensure!(report.devices.len() == 2 && report.containers.len() == 1, "{report:?}");
     }
     traffic.finish_clean(rig.agent()?)?;
-    let stats: MemoryStats = rig.agent()?.call_within(&Request::DiskStop, Duration::from_secs(120))?;
+    let stats: MemoryStats = rig.agent()?.call(&Request::DiskStop)?;
     note(format_args!("{} blocks of the disk checked, {} passes", stats.pages_checked, stats.passes));
     ensure!(stats.pages_wrong == 0 && stats.passes > 0, "{stats:?}");
     Ok(())
@@ -136,7 +130,7 @@ pub fn huge_pages() -> Result<()> {
         let mut rig = Rig::boot(Vm::builder().memory(memory), &[(Nic::IgbA, None)])?;
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 8 })?;
         updates_under_traffic(&mut rig, 3).with_context(|| memory.to_string())?;
-        let stats: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+        let stats: MemoryStats = rig.agent()?.call(&Request::MemoryStop)?;
         ensure!(stats.pages_wrong == 0, "{memory}: {stats:?}");
         let mapped = proc::huge_kib(rig.vm.pid())?;
         note(format_args!("{memory}: {mapped} KiB of huge pages"));
@@ -150,18 +144,18 @@ pub fn huge_pages() -> Result<()> {
 pub fn memory_behind_the_hole() -> Result<()> {
     const MIB: u64 = 64;
     let mut rig = Rig::boot(Vm::builder().cpus(2).memory("size=6G"), &[(Nic::IgbA, None)])?;
-    rig.agent()?.call_within::<()>(&Request::MemoryStart { mib: MIB, seed: 12 }, Duration::from_secs(60))?;
+    rig.agent()?.call::<()>(&Request::MemoryStart { mib: MIB, seed: 12 })?;
     updates_under_traffic(&mut rig, 3)?;
     let ram = GuestRam::of(rig.vm.pid())?;
     held::send(&rig.wires[0], 0, 0x5e3d)?;
-    let packet = wait_for("the packet in guest memory", Duration::from_secs(20), || Ok(ram.find_filler(0x5e3d)))?;
+    let packet = wait_for("the packet in guest memory", || Ok(ram.find_filler(0x5e3d)))?;
     ensure!(packet as u64 >= ram::HOLE, "the packet is at {packet:#x}, before the hole");
     drop(ram);
     unharmed(&mut rig, End::RolledBack, &["no memory in this image for the DMA mapping 0x100000000"], |rig| {
         let _fault = Switch::with(&rig.vm.dir, "fault", "remap:refused:1")?;
         rig.vm.ask_update(&rig.vm.other_build()?)
     })?;
-    let stats: MemoryStats = rig.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(60))?;
+    let stats: MemoryStats = rig.agent()?.call(&Request::MemoryStop)?;
     ensure!(stats.pages_wrong == 0 && stats.passes > 0, "{stats:?}");
     Ok(())
 }

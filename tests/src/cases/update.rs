@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::{
     cases::{MANY, note},
-    harness::{vm::Vm, wait_for},
+    harness::{PATIENCE, vm::Vm, wait_for},
     proto::{MachineInfo, MemoryStats, Request},
 };
 
@@ -34,7 +34,7 @@ pub fn plain() -> Result<()> {
         })?;
     }
     vm.agent()?.call::<Vec<u64>>(&Request::BusyStop)?;
-    let memory: MemoryStats = vm.agent()?.call_within(&Request::MemoryStop, Duration::from_secs(120))?;
+    let memory: MemoryStats = vm.agent()?.call(&Request::MemoryStop)?;
     ensure!(memory.pages_wrong == 0, "{memory:?}");
     let after = vm.agent()?.machine()?;
     ensure!(after.uptime_s > before.uptime_s && after.cpus_online == before.cpus_online, "{before:?} -> {after:?}");
@@ -51,7 +51,7 @@ pub fn plain() -> Result<()> {
 
 /// Waits until `counter` has passed `before`.
 fn goes_on(what: &str, before: u64, mut counter: impl FnMut() -> Result<u64>) -> Result<u64> {
-    wait_for(what, Duration::from_secs(30), || Ok(Some(counter()?).filter(|now| *now > before)))
+    wait_for(what, || Ok(Some(counter()?).filter(|now| *now > before)))
 }
 
 /// A paused guest stays paused over an update, and resumes in the new image.
@@ -69,7 +69,7 @@ pub fn paused() -> Result<()> {
     sleep(Duration::from_millis(500));
     vm.api.order("vm.resume")?;
     // What was sent to the paused guest is answered now.
-    ticket.wait(Duration::from_secs(20))?;
+    ticket.wait(PATIENCE)?;
     vm.update()?;
     vm.agent()?.ping()
 }

@@ -8,6 +8,7 @@ use std::{
     fs::File,
     io::{Read, Write},
     marker::PhantomData,
+    ops::Deref,
     os::unix::net::UnixStream,
     path::Path,
     sync::{
@@ -22,16 +23,15 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     clock::Sample,
-    harness::wait_for,
+    harness::{PATIENCE, wait_for},
     proto::{
         self, Answer, Line, LineBuffer, MachineInfo, MemoryStats, Nic, Notice, PciFunction, Request, Vector,
         encode_line,
     },
 };
 
-const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// A request of which nothing was heard for so long may have been lost.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_secs(60);
 
 struct Pending {
     line: String,
@@ -75,9 +75,23 @@ impl Shared {
     }
 }
 
+/// Asks the agent of one guest. It may be cloned for another thread, and gets errors once the agent is dropped.
+#[derive(Clone)]
+pub struct Asker {
+    shared: Arc<Shared>,
+}
+
 /// The agent of one guest.
 pub struct Agent {
-    shared: Arc<Shared>,
+    asker: Asker,
+}
+
+impl Deref for Agent {
+    type Target = Asker;
+
+    fn deref(&self) -> &Asker {
+        &self.asker
+    }
 }
 
 /// An answer to come.
@@ -116,50 +130,7 @@ impl<T: DeserializeOwned> Ticket<T> {
     }
 }
 
-impl<T> Drop for Ticket<T> {
-    fn drop(&mut self) {
-        lock(&self.shared.state).pending.remove(&self.id);
-    }
-}
-
-impl Agent {
-    /// Connects to the VMM's serial socket at `path`, which may be about to appear. What is not ours goes to `console`.
-    pub fn connect(path: &Path, console: &Path, deadline: Duration) -> Result<Self> {
-        let stream =
-            wait_for(&format!("serial socket {}", path.display()), deadline, || Ok(UnixStream::connect(path).ok()))?;
-        Self::over(stream, File::create(console)?)
-    }
-
-    fn over(stream: UnixStream, console: File) -> Result<Self> {
-        let writer = stream.try_clone()?;
-        writer.set_write_timeout(Some(CALL_DEADLINE))?;
-        let state = State { next_id: proto::UNASKED + 1, ..State::default() };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), writer: Mutex::new(writer) });
-        let reader = Arc::clone(&shared);
-        std::thread::Builder::new().name("serial".into()).spawn(move || read_all(stream, &reader, console))?;
-        Ok(Self { shared })
-    }
-
-    /// Waits until the agent says that it is up.
-    pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
-        let state = lock(&self.shared.state);
-        let (state, _) = self
-            .shared
-            .changed
-            .wait_timeout_while(state, deadline, |s| !s.ready && !s.closed)
-            .unwrap_or_else(PoisonError::into_inner);
-        if state.closed {
-            bail!("the serial line was closed before the agent was ready");
-        }
-        anyhow::ensure!(state.ready, "the guest's agent was not ready within {deadline:?}");
-        Ok(())
-    }
-
-    /// Requests that had to be sent more than once.
-    pub fn asked_again(&self) -> u64 {
-        lock(&self.shared.state).asked_again
-    }
-
+impl Asker {
     /// Asks without waiting.
     pub fn start<T: DeserializeOwned>(&self, request: &Request) -> Result<Ticket<T>> {
         let (sender, receiver) = mpsc::channel();
@@ -183,11 +154,60 @@ impl Agent {
 
     /// Asks and waits.
     pub fn call<T: DeserializeOwned>(&self, request: &Request) -> Result<T> {
-        self.call_within(request, CALL_DEADLINE)
+        self.call_within(request, PATIENCE)
     }
 
     pub fn call_within<T: DeserializeOwned>(&self, request: &Request, deadline: Duration) -> Result<T> {
         Ok(self.start(request)?.wait(deadline)?.0)
+    }
+}
+
+impl<T> Drop for Ticket<T> {
+    fn drop(&mut self) {
+        lock(&self.shared.state).pending.remove(&self.id);
+    }
+}
+
+impl Agent {
+    /// Connects to the VMM's serial socket at `path`, which may be about to appear. What is not ours goes to `console`.
+    pub fn connect(path: &Path, console: &Path) -> Result<Self> {
+        let stream = wait_for(&format!("serial socket {}", path.display()), || Ok(UnixStream::connect(path).ok()))?;
+        Self::over(stream, File::create(console)?)
+    }
+
+    fn over(stream: UnixStream, console: File) -> Result<Self> {
+        let writer = stream.try_clone()?;
+        writer.set_write_timeout(Some(PATIENCE))?;
+        let state = State { next_id: proto::UNASKED + 1, ..State::default() };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), writer: Mutex::new(writer) });
+        let reader = Arc::clone(&shared);
+        std::thread::Builder::new().name("serial".into()).spawn(move || read_all(stream, &reader, console))?;
+        Ok(Self { asker: Asker { shared } })
+    }
+
+    /// For another thread.
+    pub fn asker(&self) -> Asker {
+        self.asker.clone()
+    }
+
+    /// Waits until the agent says that it is up.
+    pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
+        let state = lock(&self.shared.state);
+        let (state, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(state, deadline, |s| !s.ready && !s.closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        if state.closed {
+            bail!("the serial line was closed before the agent was ready");
+        }
+        anyhow::ensure!(state.ready, "the guest's agent was not ready within {deadline:?}");
+        Ok(())
+    }
+
+    /// Requests that had to be sent more than once.
+    pub fn asked_again(&self) -> u64 {
+        lock(&self.shared.state).asked_again
     }
 
     pub fn ping(&self) -> Result<()> {
@@ -225,17 +245,17 @@ impl Agent {
     }
 
     pub fn cpuid(&self, cpu: usize) -> Result<Vec<String>> {
-        self.call_within(&Request::Cpuid { cpu }, Duration::from_secs(60))
+        self.call(&Request::Cpuid { cpu })
     }
 
     /// Remembers the CPUID leaves of all CPUs in the guest; how many each has.
     pub fn remember_cpuid(&self) -> Result<Vec<usize>> {
-        self.call_within(&Request::CpuidRemember, Duration::from_secs(60))
+        self.call(&Request::CpuidRemember)
     }
 
     /// How the CPUID leaves differ from those remembered.
     pub fn cpuid_changes(&self) -> Result<Vec<String>> {
-        self.call_within(&Request::CpuidChanges, Duration::from_secs(60))
+        self.call(&Request::CpuidChanges)
     }
 
     /// Interrupts whose name contains `name`, like `eth0`.
@@ -329,7 +349,7 @@ mod tests {
         let (agent, guest) = pair();
         let ticket = agent.start::<()>(&Request::Ping).unwrap();
         drop(guest);
-        let error = ticket.wait(Duration::from_secs(20)).unwrap_err();
+        let error = ticket.wait(PATIENCE).unwrap_err();
         assert!(error.to_string().contains("closed"), "{error}");
     }
 
@@ -338,6 +358,6 @@ mod tests {
         let (agent, mut guest) = pair();
         assert!(agent.wait_ready(Duration::from_millis(10)).is_err());
         guest.write_all(format!("booting {}", encode_line(proto::UNASKED, &Notice::Ready)).as_bytes()).unwrap();
-        agent.wait_ready(Duration::from_secs(10)).unwrap();
+        agent.wait_ready(PATIENCE).unwrap();
     }
 }

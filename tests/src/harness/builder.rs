@@ -5,11 +5,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 
 use crate::harness::{
-    lab, proc,
-    vm::{BOOT_DEADLINE, Setting, Vm},
+    PATIENCE, lab, proc,
+    vm::{Setting, Vm},
 };
 
 pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
@@ -53,7 +53,7 @@ impl Default for Builder {
             user: None,
             log_file: None,
             reboots: false,
-            patience: BOOT_DEADLINE,
+            patience: PATIENCE,
         }
     }
 }
@@ -167,10 +167,9 @@ impl Builder {
         let mut vm = self.start()?;
         if let Err(e) = vm.agent()?.wait_ready(patience) {
             // The VMM's end, if that is what it was, is the better explanation.
-            return match vm.wait_exit(Duration::from_secs(2)) {
-                Ok(status) => Err(anyhow!("the VMM ended before the guest was up: {status}")),
-                Err(_) => Err(e),
-            };
+            // The serial line may be closed a little before.
+            std::thread::sleep(Duration::from_secs(2));
+            return if vm.is_running() { Err(e) } else { Err(e.context("the VMM ended before the guest was up")) };
         }
         Ok(vm)
     }
@@ -179,7 +178,7 @@ impl Builder {
     pub fn start(self) -> Result<Vm> {
         let memory = self.memory.clone();
         for (bdf, _) in &self.devices {
-            proc::wait_group_free(bdf, Duration::from_secs(30))?;
+            proc::wait_group_free(bdf)?;
         }
         let mut args = vec![
             "--kernel".to_string(),

@@ -1,6 +1,6 @@
 //! The guest's clock against L1's; the method is told in [`crate::clock`].
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -26,9 +26,9 @@ pub struct Reading {
 }
 
 /// KVM's folder of the VM of process `pid` in debugfs. While the old VM of an update is dying there are two.
-pub fn kvm_dir(pid: u32, deadline: Duration) -> Result<PathBuf> {
+pub fn kvm_dir(pid: u32) -> Result<PathBuf> {
     let prefix = format!("{pid}-");
-    wait_for("KVM to show one VM of the VMM in debugfs", deadline, || {
+    wait_for("KVM to show one VM of the VMM in debugfs", || {
         let root = fs::read_dir("/sys/kernel/debug/kvm").context("is debugfs mounted on /sys/kernel/debug?")?;
         let mut dirs: Vec<PathBuf> =
             root.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(&prefix)).map(|e| e.path()).collect();
@@ -38,7 +38,7 @@ pub fn kvm_dir(pid: u32, deadline: Duration) -> Result<PathBuf> {
 
 /// TSC offset of each vCPU, as KVM has it.
 pub fn tsc_offsets(vm: &Vm) -> Result<Vec<i64>> {
-    let dir = kvm_dir(vm.pid(), Duration::from_secs(60))?;
+    let dir = kvm_dir(vm.pid())?;
     (0..vm.cpus)
         .map(|cpu| {
             let file = dir.join(format!("vcpu{cpu}/tsc-offset"));

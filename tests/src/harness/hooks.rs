@@ -10,10 +10,12 @@ use std::{
     io::{Read, Write},
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::{Context, Result, ensure};
+
+use crate::harness::PATIENCE;
 
 /// The environment variable with the folder of the switches.
 pub const ENV: &str = "THESEUS_TEST_HOOKS";
@@ -81,11 +83,11 @@ impl Hold {
     }
 
     /// Waits until the update is held.
-    pub fn wait_held(&mut self, deadline: Duration) -> Result<Instant> {
+    pub fn wait_held(&mut self) -> Result<Instant> {
         let mut poll = libc::pollfd { fd: self.held.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid pollfd.
-        let ready = unsafe { libc::poll(&mut poll, 1, deadline.as_millis() as libc::c_int) };
-        ensure!(ready == 1, "the update was not held within {deadline:?}: is this a build with test hooks?");
+        let ready = unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as libc::c_int) };
+        ensure!(ready == 1, "the update was not held within {PATIENCE:?}: is this a build with test hooks?");
         let now = Instant::now();
         let mut line = [0; 64];
         let _ = self.held.read(&mut line)?;

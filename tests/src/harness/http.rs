@@ -4,14 +4,12 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
 use serde::de::DeserializeOwned;
 
-/// Longer than any update may take.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(90);
+use crate::harness::PATIENCE;
 
 /// Status and body of an answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,8 +45,8 @@ pub struct Connection {
 impl Connection {
     pub fn open(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
-        stream.set_read_timeout(Some(ANSWER_DEADLINE))?;
-        stream.set_write_timeout(Some(ANSWER_DEADLINE))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
         Ok(Self { stream: BufReader::new(stream) })
     }
 
@@ -96,9 +94,8 @@ impl Connection {
         self.receive().with_context(|| format!("{method} {endpoint}"))
     }
 
-    /// Whether the other end has closed without another byte.
-    pub fn is_closed(&mut self, within: Duration) -> Result<bool> {
-        self.stream.get_mut().set_read_timeout(Some(within))?;
+    /// Waits until the other end has closed; false: it sent another byte, or never closes.
+    pub fn is_closed(&mut self) -> Result<bool> {
         let mut byte = [0];
         Ok(match self.stream.read(&mut byte) {
             Ok(read) => read == 0,

@@ -4,6 +4,7 @@ pub mod agent;
 pub mod builder;
 pub mod capabilities;
 pub mod clock;
+pub mod credit;
 pub mod hooks;
 pub mod http;
 pub mod lab;
@@ -22,18 +23,16 @@ pub mod wire;
 
 use std::time::{Duration, Instant};
 
+pub use crate::PATIENCE;
+
 /// Waits until `check` returns something, looking often; for what cannot be waited for otherwise (files of /proc, sysfs, debugfs).
-pub fn wait_for<T>(
-    what: &str,
-    deadline: Duration,
-    mut check: impl FnMut() -> anyhow::Result<Option<T>>,
-) -> anyhow::Result<T> {
+pub fn wait_for<T>(what: &str, mut check: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
     let started = Instant::now();
     loop {
         if let Some(value) = check()? {
             return Ok(value);
         }
-        anyhow::ensure!(started.elapsed() < deadline, "{what}: not within {deadline:?}");
+        anyhow::ensure!(started.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -5,7 +5,6 @@ use std::{
     fmt::Write as _,
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -220,11 +219,11 @@ pub fn thread_ticks(pid: u32, name: &str) -> Result<u64> {
 }
 
 /// Waits until the VFIO group of the device `bdf` can be opened: whoever was killed may still be resetting it.
-pub fn wait_group_free(bdf: &str, deadline: Duration) -> Result<()> {
+pub fn wait_group_free(bdf: &str) -> Result<()> {
     let link = fs::read_link(format!("/sys/bus/pci/devices/{bdf}/iommu_group"))
         .with_context(|| format!("{bdf} has no IOMMU group: is there an IOMMU?"))?;
     let group = Path::new("/dev/vfio").join(link.file_name().context("empty link")?);
-    wait_for(&format!("{} of {bdf} to be free", group.display()), deadline, || {
+    wait_for(&format!("{} of {bdf} to be free", group.display()), || {
         match fs::OpenOptions::new().read(true).write(true).open(&group) {
             Ok(_) => Ok(Some(())),
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(None),

@@ -1,9 +1,6 @@
 //! A guest with passed-through NICs whose wires are up. The common one is kept from test to test: a boot takes long.
 
-use std::{
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 
@@ -15,9 +12,6 @@ use crate::harness::{
     vm::Vm,
     wire::Wire,
 };
-
-/// How long traffic may take to get going.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Rig {
     pub vm: Vm,
@@ -42,9 +36,9 @@ impl Rig {
     /// One update, before and after which all NICs carry traffic, and which loses none of it.
     pub fn update_under_traffic(&mut self) -> Result<()> {
         let traffic = self.traffic()?;
-        traffic.moves_on(self.agent()?, 50, PATIENCE)?;
+        traffic.moves_on(self.agent()?, 50)?;
         self.vm.update()?;
-        traffic.moves_on(self.agent()?, 50, PATIENCE)?;
+        traffic.moves_on(self.agent()?, 50)?;
         traffic.finish_clean(self.agent()?)?;
         Ok(())
     }

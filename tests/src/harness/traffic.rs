@@ -1,19 +1,30 @@
 //! Numbered UDP packets in both directions over every wire, and the account of them.
 
-use std::{fmt, net::SocketAddr, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use crate::{
     counters,
-    harness::{agent::Agent, wait_for, wire::Wire},
+    harness::{
+        PATIENCE,
+        agent::Agent,
+        credit::{Credit, Ways},
+        wire::Wire,
+    },
     proto::{Request, Sent},
     seq::SeqStats,
     stream::{Receiver, Sender},
 };
 
-/// Packets a second, each way.
+/// Packets a second, each way, where the machine can carry so many.
 pub const RATE: u32 = 500;
+/// How often is looked whether the traffic goes on.
+const LOOK: Duration = Duration::from_millis(20);
 const FIRST_PORT: u16 = 9000;
 
 struct Flows {
@@ -29,6 +40,8 @@ struct Flows {
 /// Traffic that goes on until it is finished.
 pub struct Traffic {
     flows: Vec<Flows>,
+    credit: Credit,
+    started: Instant,
 }
 
 /// What became of the packets of one direction of one wire.
@@ -55,14 +68,15 @@ impl fmt::Display for Account {
         let Self { sent, got } = self;
         write!(
             f,
-            "sent {} (refused {}), lost {}, twice {}, reordered {}, foreign {}, longest gap {} us",
+            "sent {} (refused {}), lost {}, twice {}, reordered {}, foreign {}, longest gap {} us, longest wait for credit {} us",
             sent.packets,
             sent.errors,
             got.lost_of(sent.packets),
             got.duplicated,
             got.reordered,
             got.foreign,
-            got.max_gap_us
+            got.max_gap_us,
+            sent.longest_wait_us
         )
     }
 }
@@ -80,8 +94,9 @@ pub struct WireAccount {
 }
 
 impl Traffic {
+    /// At most `rate` packets a second, each way over each wire.
     pub fn start(agent: &Agent, wires: &[&Wire], rate: u32) -> Result<Self> {
-        let mut traffic = Self { flows: Vec::new() };
+        let (mut flows, mut ways) = (Vec::new(), Vec::new());
         for wire in wires {
             let inward = u32::from(wire.nic.index()) * 2;
             let outward = inward + 1;
@@ -89,10 +104,13 @@ impl Traffic {
                 (address(wire.guest_ip().into(), inward), address(wire.peer_ip(0).into(), outward));
             agent.call::<()>(&Request::RecvStart { flow: inward, at: to_guest.to_string() })?;
             let receiver = Receiver::start(outward, to_peer)?;
-            let sender = Sender::start(inward, SocketAddr::new(wire.peer_ip(0).into(), 0), to_guest, rate)?;
-            let from = format!("{}:0", wire.guest_ip());
-            agent.call::<()>(&Request::SendStart { flow: outward, from, to: to_peer.to_string(), rate })?;
-            traffic.flows.push(Flows {
+            let from = SocketAddr::new(wire.peer_ip(0).into(), 0);
+            let sender = Sender::start(inward, from, to_guest, rate, wire.window)?;
+            let (from, to, credit) = (format!("{}:0", wire.guest_ip()), to_peer.to_string(), wire.window);
+            agent.call::<()>(&Request::SendStart { flow: outward, from, to, rate, credit })?;
+            let (grant, tally) = (sender.grant().clone(), receiver.tally().clone());
+            ways.push(Ways { window: wire.window, inward, grant, outward, tally });
+            flows.push(Flows {
                 wire: (*wire).clone(),
                 inward,
                 outward,
@@ -100,7 +118,12 @@ impl Traffic {
                 receiver: Some(receiver),
             });
         }
-        Ok(traffic)
+        Ok(Self { flows, credit: Credit::start(agent.asker(), ways)?, started: Instant::now() })
+    }
+
+    /// Since when it goes on.
+    pub fn started(&self) -> Instant {
+        self.started
     }
 
     /// The account so far; packets on their way count as lost.
@@ -126,29 +149,42 @@ impl Traffic {
         Ok(accounts)
     }
 
-    /// Waits until every direction has moved `packets` on from now.
-    pub fn moves_on(&self, agent: &Agent, packets: u64, deadline: Duration) -> Result<()> {
-        let counts = |accounts: &[WireAccount]| -> Vec<u64> {
-            accounts.iter().flat_map(|a| [a.to_guest.got.unique, a.from_guest.got.unique]).collect()
-        };
-        let before = counts(&self.so_far(agent)?);
-        wait_for("traffic to go on in every direction", deadline, || {
-            let now = counts(&self.so_far(agent)?);
-            Ok(before.iter().zip(&now).all(|(b, n)| *n >= b + packets).then_some(()))
-        })
+    /// Waits until every direction has moved `packets` on from now, however long that takes: it fails where one stands still.
+    pub fn moves_on(&self, agent: &Agent, packets: u64) -> Result<()> {
+        let counts = || Ok::<_, anyhow::Error>(self.credit.exchange()?.concat());
+        let before = counts()?;
+        let (mut last, mut moved) = (before.clone(), vec![Instant::now(); before.len()]);
+        loop {
+            let now = counts()?;
+            let mut all = true;
+            for way in 0..now.len() {
+                if now[way] > last[way] {
+                    (last[way], moved[way]) = (now[way], Instant::now());
+                } else if now[way] < before[way] + packets && moved[way].elapsed() > PATIENCE {
+                    bail!("a direction of the traffic stands still for {PATIENCE:?}: {:?}", self.so_far(agent));
+                }
+                all &= now[way] >= before[way] + packets;
+            }
+            if all {
+                return Ok(());
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Ends it and counts.
-    pub fn finish(mut self, agent: &Agent) -> Result<Vec<WireAccount>> {
+    pub fn finish(self, agent: &Agent) -> Result<Vec<WireAccount>> {
+        let Self { mut flows, credit, .. } = self;
+        credit.stop();
         let mut accounts = Vec::new();
-        for flows in &mut self.flows {
+        for flows in &mut flows {
             let sent_in = flows.sender.take().map(Sender::stop).unwrap_or_default();
             let sent_out: Sent = agent.call(&Request::SendStop { flow: flows.outward })?;
             let stop = Request::RecvStop { flow: flows.inward, expected: sent_in.packets };
             let got_in = agent.start::<SeqStats>(&stop)?;
             let receiver = flows.receiver.take();
             let (got_out, missing) = receiver.map(|receiver| receiver.stop(sent_out.packets)).unwrap_or_default();
-            let (got_in, _) = got_in.wait(Duration::from_secs(30))?;
+            let (got_in, _) = got_in.wait(PATIENCE)?;
             accounts.push(WireAccount {
                 name: format!("{:?} ({})", flows.wire.nic, flows.wire.guest),
                 to_guest: Account { sent: sent_in, got: got_in },
@@ -190,7 +226,7 @@ mod tests {
 
     #[test]
     fn what_is_clean() {
-        let sent = Sent { packets: 100, errors: 0 };
+        let sent = Sent { packets: 100, ..Sent::default() };
         let got = SeqStats { unique: 100, next: 100, ..SeqStats::default() };
         assert!(Account { sent, got }.is_clean());
         for bad in [

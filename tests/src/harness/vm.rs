@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::harness::{
+    PATIENCE,
     agent::Agent,
     builder::Builder,
     capabilities, hooks,
@@ -22,9 +23,6 @@ use crate::harness::{
     report::{Ping, Report, update_body},
     wait_for,
 };
-
-/// From the start of the VMM to a guest agent that answers; nested software emulation is slow.
-pub const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 
 pub struct Vm {
     process: Process,
@@ -155,7 +153,7 @@ impl Vm {
         let api = vm.api.path.clone();
         let process = &mut vm.process;
         let log = vm.log.clone();
-        wait_for("API socket", Duration::from_secs(30), || {
+        wait_for("API socket", || {
             if let Some(status) = process.try_wait()? {
                 bail!("the VMM ended at once ({status}):\n{}", logs::tail(&log));
             }
@@ -180,7 +178,7 @@ impl Vm {
     /// Connects to the serial port of a guest that is about to boot.
     pub(super) fn attach(&mut self) -> Result<()> {
         let console = logs::create("console")?;
-        let agent = Agent::connect(&self.serial(), &console, Duration::from_secs(20));
+        let agent = Agent::connect(&self.serial(), &console);
         self.console = Some(console);
         if agent.is_err()
             && let Ok(Some(status)) = self.process.try_wait()
@@ -194,7 +192,7 @@ impl Vm {
     /// The guest was booted anew in this VMM: waits for its agent, on its new serial port.
     pub fn reconnect(&mut self) -> Result<()> {
         self.attach()?;
-        self.agent()?.wait_ready(BOOT_DEADLINE)
+        self.agent()?.wait_ready(PATIENCE)
     }
 
     pub fn ping(&self) -> Result<Ping> {
@@ -222,7 +220,7 @@ impl Vm {
         let answer = loop {
             let answer = self.ask_update(binary)?;
             // An update that meets the end of the one before may be told to wait.
-            if answer.status != 429 || started.elapsed() > Duration::from_secs(30) {
+            if answer.status != 429 || started.elapsed() > PATIENCE {
                 break answer;
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -264,9 +262,7 @@ impl Vm {
 
     /// Facts about the process, once the old address space of the last update is gone.
     pub fn settled_facts(&self) -> Result<proc::Facts> {
-        wait_for("the helper of the last update to end", Duration::from_secs(60), || {
-            Ok(proc::children(self.pid())?.is_empty().then_some(()))
-        })?;
+        wait_for("the helper of the last update to end", || Ok(proc::children(self.pid())?.is_empty().then_some(())))?;
         proc::Facts::of(self.pid())
     }
 
@@ -284,8 +280,8 @@ impl Vm {
     }
 
     /// Waits until `event` has been told so many times.
-    pub fn wait_event(&mut self, event: &str, times: usize, deadline: Duration) -> Result<()> {
-        wait_for(&format!("{times} times the event '{event}'"), deadline, || {
+    pub fn wait_event(&mut self, event: &str, times: usize) -> Result<()> {
+        wait_for(&format!("{times} times the event '{event}'"), || {
             if let Some(status) = self.process.try_wait()? {
                 bail!("the VMM has ended ({status}):\n{}", logs::tail(&self.log));
             }
@@ -314,9 +310,9 @@ impl Vm {
     }
 
     /// Waits for the end of the VMM.
-    pub fn wait_exit(&mut self, deadline: Duration) -> Result<ExitStatus> {
+    pub fn wait_exit(&mut self) -> Result<ExitStatus> {
         let process = &mut self.process;
-        wait_for("the VMM to end", deadline, || Ok(process.try_wait()?))
+        wait_for("the VMM to end", || Ok(process.try_wait()?))
     }
 
     pub fn is_running(&mut self) -> bool {

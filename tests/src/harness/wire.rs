@@ -2,23 +2,22 @@
 //!
 //! Each wire is a subnet of its own, with fixed ARP entries on both ends, so nothing but a test's packets is on it.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
 
 use crate::{
-    harness::{
-        agent::Agent,
-        lab::{self},
-    },
+    harness::{PATIENCE, agent::Agent, lab},
     net,
     proto::Request,
 };
 
 const PREFIX: u8 = 24;
-/// Ten times the drivers' default of 256: software emulation stretches every stall, of the guest or of L1, about tenfold, and packets that
-/// find the ring full are dropped by the device.
-pub const RING: u32 = 2560;
+/// Ten times the drivers' default of 256: packets that find the ring full are dropped by the device.
+const RING: u32 = 2560;
+/// Packets of one direction that may be on their way at once, where the rings have room for twice as many.
+const WINDOW: u32 = 512;
+const WINDOW_VARIABLE: &str = "LAB_WINDOW";
 
 #[derive(Debug, Clone)]
 pub struct Wire {
@@ -27,6 +26,8 @@ pub struct Wire {
     pub peer: String,
     /// The guest's interface.
     pub guest: String,
+    /// Packets of one direction that may be on their way at once.
+    pub window: u64,
 }
 
 impl Wire {
@@ -39,15 +40,20 @@ impl Wire {
         };
         let guest =
             found.with_context(|| format!("{nic:?} ({:?}) is not among the guest's NICs {nics:?}", nic.mac()))?;
-        let wire = Self { nic, peer: nic.peer()?, guest: guest.name.clone() };
-        agent.call::<()>(&Request::Ring { name: wire.guest.clone(), descriptors: RING })?;
-        net::set_receive_ring(&wire.peer, RING)?;
+        let mut wire = Self { nic, peer: nic.peer()?, guest: guest.name.clone(), window: 0 };
+        let ring: u32 = agent.call(&Request::Ring { name: wire.guest.clone(), descriptors: RING })?;
+        let ring = ring.min(net::set_receive_ring(&wire.peer, RING)?);
+        // Half a ring: a driver fills up the other half in batches.
+        wire.window = WINDOW.min(ring / 2).into();
+        // To see a check of the traffic fail: with a window that has no bounds, a machine that is busy enough loses packets.
+        if let Some(window) = std::env::var(WINDOW_VARIABLE).ok().and_then(|text| text.parse().ok()) {
+            wire.window = window;
+        }
         // Both at once: the carrier of one end may need the other.
         let request = Request::IfUp { name: wire.guest.clone(), ip: wire.guest_ip().to_string(), prefix: PREFIX };
         let guest_up = agent.start::<()>(&request)?;
-        net::interface_up(&wire.peer, wire.peer_ip(0), PREFIX, Duration::from_secs(20))
-            .with_context(|| format!("the peer of {nic:?}"))?;
-        guest_up.wait(Duration::from_secs(30))?;
+        net::interface_up(&wire.peer, wire.peer_ip(0), PREFIX).with_context(|| format!("the peer of {nic:?}"))?;
+        guest_up.wait(PATIENCE)?;
         let guest_mac = net::parse_mac(&guest.mac).context("the guest's MAC")?;
         net::set_neighbour(&wire.peer, wire.guest_ip(), guest_mac)?;
         let mac = std::fs::read_to_string(format!("/sys/class/net/{}/address", wire.peer))?.trim().to_string();

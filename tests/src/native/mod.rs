@@ -122,7 +122,7 @@ fn bare(size: u64, options: &str) -> Result<Vm> {
 fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>)> {
     let mut vm = bare(size, options)?;
     let counter = Counter::of(vm.pid())?;
-    wait_for("the guest to write all of its memory", Duration::from_secs(180), || {
+    wait_for("the guest to write all of its memory", || {
         ensure!(vm.is_running(), "the VMM has ended");
         Ok((counter.get() > 2 * guest::pages(size)).then_some(()))
     })?;

@@ -1,0 +1,66 @@
+//! In which order the guest's kernel ran an interrupt's handler and the watchdog of the driver, which fires all of its interrupts by itself.
+
+use std::{fs, io, path::PathBuf};
+
+use crate::{agent::machine, counters, proto::Traced};
+
+/// A buffer of its own beside that of [`counters::note_drops`].
+const INSTANCE: &str = "/sys/kernel/tracing/instances/order";
+
+/// From now on, and forgetting what was before: the interrupts of the vector that is called `vector`.
+pub fn start(vector: &str) -> io::Result<()> {
+    counters::mount_tracefs();
+    let dir = PathBuf::from(INSTANCE);
+    if !dir.exists() {
+        fs::create_dir(&dir).map_err(|e| io::Error::new(e.kind(), format!("{INSTANCE}: {e}")))?;
+    }
+    let vectors = machine::interrupts(vector)?;
+    let found = vectors.iter().find(|v| v.name == vector).ok_or_else(|| io::Error::other(format!("no {vector}")))?;
+    for (name, text) in [
+        // CLOCK_MONOTONIC, as in an Arrival.
+        ("trace_clock", "mono"),
+        ("events/irq/irq_handler_entry/filter", &format!("irq == {}", found.irq)),
+        ("events/irq/irq_handler_entry/enable", "1"),
+        ("events/workqueue/workqueue_execute_start/enable", "1"),
+        ("trace", ""),
+    ] {
+        fs::write(dir.join(name), text).map_err(|e| io::Error::new(e.kind(), format!("{INSTANCE}/{name}: {e}")))?;
+    }
+    Ok(())
+}
+
+/// What has happened since.
+pub fn read() -> io::Result<Vec<Traced>> {
+    Ok(fs::read_to_string(PathBuf::from(INSTANCE).join("trace"))?.lines().filter_map(parse).collect())
+}
+
+fn parse(line: &str) -> Option<Traced> {
+    let (head, is_interrupt) = match line.split_once(": irq_handler_entry: ") {
+        Some((head, _)) => (head, true),
+        None => {
+            let (head, event) = line.split_once(": workqueue_execute_start: ")?;
+            let function = event.split_once("function ")?.1;
+            // igb_watchdog_task, e1000_watchdog_task; others call it service task.
+            (function.contains("watchdog_task") || function.contains("service_task")).then_some((head, false))?
+        }
+    };
+    let (seconds, micros) = head.split_whitespace().next_back()?.split_once('.')?;
+    let at_ns = seconds.parse::<u64>().ok()? * 1_000_000_000 + micros.parse::<u64>().ok()? * 1000;
+    Some(Traced { at_ns, is_interrupt })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read() {
+        let irq = "          <idle>-0       [001] d.h1.   123.456789: irq_handler_entry: irq=25 name=eth0-TxRx-0";
+        let tick = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: function igb_watchdog_task [igb]";
+        let other = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: function vmstat_update";
+        assert_eq!(parse(irq), Some(Traced { at_ns: 123_456_789_000, is_interrupt: true }));
+        assert_eq!(parse(tick), Some(Traced { at_ns: 124_000_001_000, is_interrupt: false }));
+        assert_eq!(parse(other), None);
+        assert_eq!(parse("# tracer: nop"), None);
+    }
+}
