@@ -84,10 +84,8 @@ impl Subject {
     }
 
     fn request(&self, cell: &Cell) -> Result<String> {
-        let mut body = serde_json::json!({ "binary": self.rig.vm.other_build()? });
-        if cell.hangs() {
-            body["deadline_ms"] = self.deadline_ms.into();
-        }
+        let deadline_ms = if cell.hangs() { self.deadline_ms } else { held::HELD_DEADLINE_MS };
+        let body = serde_json::json!({ "binary": self.rig.vm.other_build()?, "deadline_ms": deadline_ms });
         Ok(body.to_string())
     }
 
