@@ -109,7 +109,7 @@ impl ApiError {
 
 /// EMFILE
 const NO_FILES: &str =
-    "the VMM has as many files open as it may: raise RLIMIT_NOFILE (ulimit -n; LimitNOFILE= of a systemd unit)";
+    "this process has as many files open as it may: raise RLIMIT_NOFILE (ulimit -n; LimitNOFILE= of a systemd unit)";
 /// ENFILE
 const NO_FILES_ON_HOST: &str = "this host has as many files open as it may: raise fs.file-max";
 
