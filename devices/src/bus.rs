@@ -3,13 +3,34 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-/// A device's registers. `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian.
+/// A device's registers. `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian. No access may take
+/// long: other vCPUs wait for it, see [`Target`].
 pub trait BusDevice: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-pub type SharedDevice = Arc<Mutex<dyn BusDevice>>;
+/// What answers on a bus, to several vCPUs at once.
+pub trait Target: Send + Sync {
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// False: other accesses were under way, and before their end this vCPU `is_wanted` elsewhere. Then nothing was written, and whoever has
+    /// taken the data from the guest owes it this write.
+    #[must_use]
+    fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool;
+}
+
+impl<D: BusDevice> Target for Mutex<D> {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8], _: &dyn Fn() -> bool) -> bool {
+        self.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        true
+    }
+}
+
+pub type SharedDevice = Arc<dyn Target>;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{name} bus: range {base:#x}+{len:#x} is empty, wraps, or overlaps another device")]
@@ -57,18 +78,20 @@ impl Bus {
     /// An address nobody answers reads as all ones, as on real hardware.
     pub fn read(&self, addr: u64, data: &mut [u8]) {
         match self.find(addr, data.len()) {
-            Some((offset, device)) => {
-                device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
-            }
+            Some((offset, device)) => device.read(offset, data),
             None => data.fill(0xFF),
         }
     }
 
-    /// A write that nobody takes is dropped.
+    /// A write that nobody takes is dropped. Waits for the accesses that are under way.
     pub fn write(&self, addr: u64, data: &[u8]) {
-        if let Some((offset, device)) = self.find(addr, data.len()) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
-        }
+        let _never_gives_up = self.write_unless(addr, data, &|| false);
+    }
+
+    /// As [`Target::write`].
+    #[must_use]
+    pub fn write_unless(&self, addr: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
+        self.find(addr, data.len()).is_none_or(|(offset, device)| device.write(offset, data, is_wanted))
     }
 }
 

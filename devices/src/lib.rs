@@ -6,4 +6,5 @@ pub mod catalogue;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;
+pub mod turn;
 pub mod vfio;

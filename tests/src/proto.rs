@@ -173,6 +173,16 @@ pub enum Request {
     Pci,
     /// `u32`: enables MSI-X on the device at `bdf`, whose driver is taken off it, with all vectors unmasked; how many they are.
     VectorsOn { bdf: String },
+    /// `u16` of the configuration space of the device at `bdf`.
+    ConfigRead { bdf: String, offset: u64 },
+    /// `()`
+    ConfigWrite { bdf: String, offset: u64, value: u16 },
+    /// `()`: one thread for each of `cpus`, pinned to it, resets the function at `bdf`, whose driver is taken off it, over and over.
+    ResetsStart { bdf: String, cpus: Vec<usize> },
+    /// `Vec<u64>`: resets done so far by each thread.
+    ResetsStats,
+    /// `Vec<u64>`
+    ResetsStop,
     /// `Vec<Vector>`: the lines of /proc/interrupts whose name contains `name`.
     Interrupts { name: String },
     /// `Vec<Vector>`: answers when the sum of the counts of those lines grew.

@@ -13,7 +13,7 @@ use theseus_resources::Vault;
 
 use crate::update::arbiter::Way;
 use crate::update::back::{HANDOVER_VARIABLE, Image, Inherited};
-use crate::update::park::{self, Return};
+use crate::update::park::{self, DeviceMapping, Parked, Return};
 use crate::update::target::{Ended, Target, run_child};
 use crate::update::timeline::{Phase, Timeline};
 
@@ -26,6 +26,8 @@ pub struct ExecPlan {
     pub target: Arc<Target>,
     pub inherited: Inherited,
     pub release: RawFd,
+    /// Where this image has devices mapped: with it they would stay busy.
+    pub devices: Vec<DeviceMapping>,
     pub vault: Vault,
     pub timeline: Arc<Timeline>,
 }
@@ -94,7 +96,7 @@ impl Orders {
 
 /// Parks the address space and execs. Whatever this returns, everything is as before, and the guest is this image's.
 fn exec(plan: ExecPlan) -> String {
-    let ExecPlan { target, inherited, release, vault, timeline } = plan;
+    let ExecPlan { target, inherited, release, devices, vault, timeline } = plan;
     let image = Image::new(HANDOVER_VARIABLE, &inherited.to_string());
     // Signal dispositions are reset by exec: until the new image can receive signals, they wait.
     let _blocked = match BlockedSignals::new() {
@@ -110,14 +112,14 @@ fn exec(plan: ExecPlan) -> String {
     let parked = match () {
         () if crate::test_hooks::skip_park() => Ok(None),
         () if crate::test_hooks::fail_park() => Err(std::io::Error::from_raw_os_error(libc::EAGAIN)),
-        () => park::park(release, &timeline, back).map(Some),
+        () => park::park(release, &timeline, back, &devices).map(Some),
     };
     let helper = match parked {
-        Ok(pid) => pid,
+        Ok(parked) => parked,
         // Without a helper nobody would bring the guest back from an image that is killed or hangs.
         Err(error) => return format!("cannot park the old address space: {error}: raise pids.max or RLIMIT_NPROC"),
     };
-    timeline.set_helper(helper.unwrap_or(0).unsigned_abs());
+    timeline.set_helper(helper.as_ref().map_or(0, Parked::pid).unsigned_abs());
     // From here on the guest may be the helper's at any moment, should we get stuck. A panic is as good as an error.
     let reason = catch_unwind(AssertUnwindSafe(|| {
         timeline.pass(Phase::Park)?;
@@ -134,10 +136,8 @@ fn exec(plan: ExecPlan) -> String {
     if !timeline.arbiter().commit(Way::Forward) {
         crate::update::back::superseded();
     }
-    if let Some(pid) = helper {
-        // SAFETY: a count of one into an eventfd that the plan's owner keeps open.
-        unsafe { libc::write(release, 1u64.to_ne_bytes().as_ptr().cast(), 8) };
-        park::reap(pid, HELPER_END);
+    if let Some(parked) = helper {
+        parked.dismiss(release, HELPER_END);
     }
     reason
 }

@@ -1,12 +1,13 @@
 //! PCI bus 0: 32 slots with one function each. Both configuration mechanisms come through here.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::PciDevice;
+use crate::turn::Turn;
 
 pub const SLOTS: usize = 32;
 
-pub type SharedPciDevice = Arc<Mutex<dyn PciDevice>>;
+pub type SharedPciDevice = Arc<Turn<dyn PciDevice>>;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PciBusError {
@@ -88,7 +89,7 @@ impl PciBus {
     /// Absent functions read as all ones.
     pub(super) fn read(&self, address: Address, data: &mut [u8]) {
         let Some(device) = self.find(address) else { return data.fill(0xFF) };
-        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut device = device.lock();
         let mut rest = data;
         let mut offset = address.offset;
         while let Some(count) = piece(offset, rest.len()) {
@@ -100,9 +101,10 @@ impl PciBus {
         rest.fill(0xFF);
     }
 
-    pub(super) fn write(&self, address: Address, data: &[u8]) {
-        let Some(device) = self.find(address) else { return };
-        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+    /// As [`crate::bus::Target::write`].
+    pub(super) fn write(&self, address: Address, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
+        let Some(device) = self.find(address) else { return true };
+        let Some(mut device) = device.lock_unless(is_wanted) else { return false };
         let mut rest = data;
         let mut offset = address.offset;
         while let Some(count) = piece(offset, rest.len()) {
@@ -111,6 +113,7 @@ impl PciBus {
             offset += count as u16;
             rest = later;
         }
+        true
     }
 }
 
@@ -146,9 +149,9 @@ pub(super) mod tests {
         }
     }
 
-    pub(crate) fn bus_with_probe(slot: u8) -> (Arc<PciBus>, Arc<Mutex<Probe>>) {
+    pub(crate) fn bus_with_probe(slot: u8) -> (Arc<PciBus>, Arc<Turn<Probe>>) {
         let bus = Arc::new(PciBus::new());
-        let probe = Arc::new(Mutex::new(Probe::default()));
+        let probe = Arc::new(Turn::new(Probe::default()));
         bus.add(Some(slot), probe.clone()).unwrap();
         (bus, probe)
     }
@@ -177,16 +180,16 @@ pub(super) mod tests {
         let mut data = [0; 8];
         bus.read(at(0x11), &mut data);
         assert_eq!(data, [0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18]);
-        assert_eq!(probe.lock().unwrap().accesses, [(0x11, 1), (0x12, 2), (0x14, 4), (0x18, 1)]);
+        assert_eq!(probe.lock().accesses, [(0x11, 1), (0x12, 2), (0x14, 4), (0x18, 1)]);
         bus.read(at(0xFFC), &mut data);
         assert_eq!(data, [0xFC, 0xFD, 0xFE, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF]);
-        bus.write(at(0x12), &[1, 2, 3, 4]);
-        assert_eq!(probe.lock().unwrap().written, [(0x12, vec![1, 2]), (0x14, vec![3, 4])]);
+        assert!(bus.write(at(0x12), &[1, 2, 3, 4], &|| true));
+        assert_eq!(probe.lock().written, [(0x12, vec![1, 2]), (0x14, vec![3, 4])]);
         for absent in [Address { bus: 1, ..at(0) }, Address { slot: 1, ..at(0) }, Address { function: 1, ..at(0) }] {
             bus.read(absent, &mut data);
             assert_eq!(data, [0xFF; 8]);
-            bus.write(absent, &data);
+            assert!(bus.write(absent, &data, &|| true));
         }
-        assert_eq!(probe.lock().unwrap().written.len(), 2);
+        assert_eq!(probe.lock().written.len(), 2);
     }
 }

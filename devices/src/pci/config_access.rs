@@ -1,11 +1,12 @@
 //! PCI configuration mechanism #1 (PCI Local Bus 3.0, 3.2.2.3.2): ports 0xCF8 (address) to 0xCFF (data).
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
 use super::bus::{Address, PciBus};
-use crate::bus::BusDevice;
+use crate::bus::Target;
 use crate::carried::{Carried, CarryError};
 
 /// Ports: address and data, 4 bytes each.
@@ -18,51 +19,57 @@ const ADDRESS_BITS: u32 = 0x80FF_FFFC;
 pub struct PciConfigAccess {
     /// As in [`super::ecam::Ecam`].
     bus: Weak<PciBus>,
-    /// What was last written to 0xCF8.
-    address: u32,
+    /// What was last written to 0xCF8. Not behind a lock: a write to a function may take long, and is none of who reads the address.
+    address: AtomicU32,
 }
 
 impl PciConfigAccess {
     pub fn new(bus: &Arc<PciBus>) -> Self {
-        Self { bus: Arc::downgrade(bus), address: 0 }
+        Self { bus: Arc::downgrade(bus), address: AtomicU32::new(0) }
     }
 
     /// The guest was reset.
-    pub fn reset(&mut self) {
-        self.address = 0;
+    pub fn reset(&self) {
+        self.address.store(0, Ordering::Relaxed);
+    }
+
+    fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
     }
 
     /// The function and register that an access at `offset` from 0xCFC means; `None` if the mechanism is not enabled or
     /// the access leaves the dword.
     fn target(&self, offset: u64, len: usize) -> Option<Address> {
         let within = u16::try_from(offset.checked_sub(DATA)?).ok()?;
-        if self.address & ENABLE == 0 || usize::from(within).checked_add(len)? > 4 {
+        let address = self.address();
+        if address & ENABLE == 0 || usize::from(within).checked_add(len)? > 4 {
             return None;
         }
-        let [register, function, bus, _] = self.address.to_le_bytes();
+        let [register, function, bus, _] = address.to_le_bytes();
         Some(Address { bus, slot: function >> 3, function: function & 7, offset: u16::from(register) + within })
     }
 }
 
-impl BusDevice for PciConfigAccess {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+impl Target for PciConfigAccess {
+    fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some((target, bus)) = self.target(offset, data.len()).zip(self.bus.upgrade()) {
             return bus.read(target, data);
         }
         match (offset, <&mut [u8; 4]>::try_from(&mut *data)) {
-            (0, Ok(address)) => *address = self.address.to_le_bytes(),
+            (0, Ok(address)) => *address = self.address().to_le_bytes(),
             _ => data.fill(0xFF),
         }
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
         if let Some((target, bus)) = self.target(offset, data.len()).zip(self.bus.upgrade()) {
-            return bus.write(target, data);
+            return bus.write(target, data, is_wanted);
         }
         // Only a whole dword reaches the address register; the bytes at these ports are other registers (0xCF9, reset).
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.address = u32::from_le_bytes(address) & ADDRESS_BITS;
+            self.address.store(u32::from_le_bytes(address) & ADDRESS_BITS, Ordering::Relaxed);
         }
+        true
     }
 }
 
@@ -78,13 +85,13 @@ impl Carried for PciConfigAccess {
     type Parts<'a> = &'a Arc<PciBus>;
 
     fn save(&self) -> Result<PciConfigAccessState, CarryError> {
-        let Self { bus: _, address } = self;
-        Ok(PciConfigAccessState { address: *address })
+        let Self { bus: _, address: _ } = self;
+        Ok(PciConfigAccessState { address: self.address() })
     }
 
     fn restore(state: PciConfigAccessState, bus: &Arc<PciBus>) -> Result<Self, CarryError> {
         let PciConfigAccessState { address } = state;
-        Ok(Self { bus: Arc::downgrade(bus), address: address & ADDRESS_BITS })
+        Ok(Self { bus: Arc::downgrade(bus), address: AtomicU32::new(address & ADDRESS_BITS) })
     }
 }
 
@@ -93,7 +100,11 @@ mod tests {
     use super::super::bus::tests::bus_with_probe;
     use super::*;
 
-    fn read<const N: usize>(access: &mut PciConfigAccess, offset: u64) -> [u8; N] {
+    fn write(access: &PciConfigAccess, offset: u64, data: &[u8]) {
+        assert!(access.write(offset, data, &|| false));
+    }
+
+    fn read<const N: usize>(access: &PciConfigAccess, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         access.read(offset, &mut data);
         data
@@ -102,32 +113,32 @@ mod tests {
     #[test]
     fn address_then_data_in_every_size() {
         let (bus, probe) = bus_with_probe(3);
-        let mut access = PciConfigAccess::new(&bus);
-        assert_eq!(read::<4>(&mut access, 4), [0xFF; 4], "not enabled");
-        access.write(0, &0x8000_1843u32.to_le_bytes());
-        assert_eq!(read::<4>(&mut access, 0), 0x8000_1840u32.to_le_bytes());
-        assert_eq!(read::<4>(&mut access, 4), [0x40, 0x41, 0x42, 0x43]);
-        assert_eq!(read::<2>(&mut access, 6), [0x42, 0x43]);
-        assert_eq!(read::<1>(&mut access, 7), [0x43]);
-        assert_eq!(read::<4>(&mut access, 6), [0xFF; 4], "crosses the dword");
-        access.write(5, &[9]);
-        assert_eq!(probe.lock().unwrap().written, [(0x41, vec![9])]);
+        let access = PciConfigAccess::new(&bus);
+        assert_eq!(read::<4>(&access, 4), [0xFF; 4], "not enabled");
+        write(&access, 0, &0x8000_1843u32.to_le_bytes());
+        assert_eq!(read::<4>(&access, 0), 0x8000_1840u32.to_le_bytes());
+        assert_eq!(read::<4>(&access, 4), [0x40, 0x41, 0x42, 0x43]);
+        assert_eq!(read::<2>(&access, 6), [0x42, 0x43]);
+        assert_eq!(read::<1>(&access, 7), [0x43]);
+        assert_eq!(read::<4>(&access, 6), [0xFF; 4], "crosses the dword");
+        write(&access, 5, &[9]);
+        assert_eq!(probe.lock().written, [(0x41, vec![9])]);
         // What Linux does to probe (pci_check_type1).
-        access.write(3, &[1]);
-        assert_eq!(read::<4>(&mut access, 0), 0x8000_1840u32.to_le_bytes());
-        assert_eq!(read::<1>(&mut access, 1), [0xFF]);
+        write(&access, 3, &[1]);
+        assert_eq!(read::<4>(&access, 0), 0x8000_1840u32.to_le_bytes());
+        assert_eq!(read::<1>(&access, 1), [0xFF]);
         for absent in [0x8000_2000u32, 0x8000_1900, 0x8001_1800, 0x0000_1800] {
-            access.write(0, &absent.to_le_bytes());
-            assert_eq!(read::<4>(&mut access, 4), [0xFF; 4]);
+            write(&access, 0, &absent.to_le_bytes());
+            assert_eq!(read::<4>(&access, 4), [0xFF; 4]);
         }
     }
 
     #[test]
     fn the_latch_goes_over() {
         let (bus, _probe) = bus_with_probe(3);
-        let mut access = PciConfigAccess::new(&bus);
-        access.write(0, &0x8000_1840u32.to_le_bytes());
-        let mut access = PciConfigAccess::restore(access.save().unwrap(), &bus).unwrap();
-        assert_eq!(read::<1>(&mut access, 4), [0x40]);
+        let access = PciConfigAccess::new(&bus);
+        write(&access, 0, &0x8000_1840u32.to_le_bytes());
+        let access = PciConfigAccess::restore(access.save().unwrap(), &bus).unwrap();
+        assert_eq!(read::<1>(&access, 4), [0x40]);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags};
@@ -18,9 +18,10 @@ use super::device::{DeviceError, PAGE, Region, VfioDevice};
 use super::pci::Wiring;
 use super::pci_regs::*;
 use super::signals;
-use crate::bus::{BusDevice, SharedDevice};
+use crate::bus::{SharedDevice, Target as BusTarget};
 use crate::pci::complaints::Complaints;
 use crate::pci::msix::Msix;
+use crate::turn::{Turn, TurnGuard};
 
 /// A guest moves its BARs as often as it likes.
 static STUCK: Rate = Rate::new(10, Duration::from_secs(60));
@@ -108,7 +109,7 @@ pub enum BarKind {
 /// What a BAR is built on.
 pub struct BarParts<'a> {
     pub device: &'a Arc<VfioDevice>,
-    pub msix: &'a Arc<Mutex<Msix>>,
+    pub msix: &'a Arc<Turn<Msix>>,
     pub layout: &'a MsixLayout,
 }
 
@@ -126,7 +127,7 @@ impl Bar {
         let trapped = trapped.into_iter().map(|(start, size)| {
             let (device, region, msix) = (parts.device.clone(), region.clone(), parts.msix.clone());
             let trap = Trap { device, region, start, msix, table: table.clone(), pba: pba.clone() };
-            (start, size, Arc::new(Mutex::new(trap)) as SharedDevice)
+            (start, size, Arc::new(trap) as SharedDevice)
         });
         Ok(Self {
             register,
@@ -181,6 +182,11 @@ impl Bar {
             let into = offset.checked_sub(*start)?;
             (into.checked_add(size)? <= mapping.size).then(|| mapping.hva + into)
         })
+    }
+
+    /// (address, size) of all its mappings in this process.
+    pub fn mappings(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.direct.iter().map(|(_, mapping)| (mapping.hva, mapping.size))
     }
 
     pub fn region(&self) -> u32 {
@@ -312,7 +318,7 @@ struct Trap {
     region: Region,
     /// Where in the BAR the part starts.
     start: u64,
-    msix: Arc<Mutex<Msix>>,
+    msix: Arc<Turn<Msix>>,
     /// In this BAR, if they are here.
     table: Option<Range<u64>>,
     pba: Option<Range<u64>>,
@@ -327,8 +333,7 @@ enum Target {
 
 impl Trap {
     /// What the host has refused is tried again at each access.
-    fn msix(&self) -> MutexGuard<'_, Msix> {
-        let mut msix = self.msix.lock().unwrap_or_else(PoisonError::into_inner);
+    fn settled<'a>(&self, mut msix: TurnGuard<'a, Msix>) -> TurnGuard<'a, Msix> {
         let _ = signals::settle(&self.device, &mut msix);
         msix
     }
@@ -363,9 +368,9 @@ impl Trap {
     }
 }
 
-impl BusDevice for Trap {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let msix = self.msix();
+impl BusTarget for Trap {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let msix = self.settled(self.msix.lock());
         for (at, range) in self.pieces(offset, data.len()) {
             let data = &mut data[range];
             match self.target(at) {
@@ -376,13 +381,15 @@ impl BusDevice for Trap {
         }
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        let mut msix = self.msix();
+    fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
+        let Some(msix) = self.msix.lock_unless(is_wanted) else { return false };
+        let mut msix = self.settled(msix);
         // All of an access to the table is one write: an unmask must not be seen before the message beside it.
         if let (Some((at, _)), true) = (self.pieces(offset, data.len()).first(), data.len() == 8)
             && let (Target::Table(first), Target::Table(_)) = (self.target(*at), self.target(at.saturating_add(4)))
         {
-            return msix.table_write(first, data);
+            msix.table_write(first, data);
+            return true;
         }
         for (at, range) in self.pieces(offset, data.len()) {
             let data = &data[range];
@@ -392,6 +399,7 @@ impl BusDevice for Trap {
                 Target::Device(at) => self.device.write(&self.region, at, data),
             }
         }
+        true
     }
 }
 

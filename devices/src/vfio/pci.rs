@@ -12,7 +12,8 @@
 //! and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::Vault;
@@ -33,6 +34,10 @@ use crate::interrupt::{Memslots, Msi};
 use crate::pci::PciDevice;
 use crate::pci::complaints::Complaints;
 use crate::pci::msix::{Msix, MsixError, MsixState};
+use crate::turn::{Turn, TurnGuard};
+
+/// How long a save waits for a vCPU that is in an access to the device. Else a guest could block whoever saves.
+pub const SOON: Duration = Duration::from_secs(5);
 
 /// What a device is wired to in this image.
 #[derive(Clone)]
@@ -62,7 +67,7 @@ pub struct VfioPci {
     device: Arc<VfioDevice>,
     filter: ConfigFilter,
     layout: MsixLayout,
-    msix: Arc<Mutex<Msix>>,
+    msix: Arc<Turn<Msix>>,
     bars: Vec<Bar>,
     decoded: Decoded,
     /// COMMAND as the guest last wrote it: its decode bits say which BARs are mapped.
@@ -148,7 +153,7 @@ impl VfioPci {
         filter.set_bars(&registers);
         let device = Arc::new(device);
         let msix = Msix::new(id, layout.vectors, wiring.msi.clone(), wiring.vault.clone());
-        let msix = Arc::new(Mutex::new(msix));
+        let msix = Arc::new(Turn::new(msix));
         let parts = BarParts { device: &device, msix: &msix, layout: &layout };
         let regions =
             registers.iter().filter_map(|register| Some((*register, device.bars().get(usize::from(register.index))?)));
@@ -191,14 +196,23 @@ impl VfioPci {
         &self.group
     }
 
-    fn msix(&self) -> MutexGuard<'_, Msix> {
-        // Every change of it is whole for each vector; a poisoned lock must not stop the guest's interrupts.
-        self.msix.lock().unwrap_or_else(PoisonError::into_inner)
+    fn msix(&self) -> TurnGuard<'_, Msix> {
+        self.msix.lock()
+    }
+
+    /// What accesses to its MSI-X table and the pages around it wait for, beside the device itself.
+    pub fn msix_turn(&self) -> Arc<Turn<Msix>> {
+        self.msix.clone()
     }
 
     /// Where this process has a part of a BAR mapped, for [`Passthrough::remap`].
     pub fn bar_vaddr(&self, region: u32, offset: u64, size: u64) -> Option<u64> {
         self.bars.iter().find(|bar| bar.region() == region)?.vaddr(offset, size)
+    }
+
+    /// (address, size) of everything of it that is mapped in this process.
+    pub fn mappings(&self) -> Vec<(u64, u64)> {
+        self.bars.iter().flat_map(Bar::mappings).collect()
     }
 
     /// Detaches all irqfds before an update; undone by [`VfioPci::attach_irqfds`]. vCPUs must be stopped.
@@ -270,7 +284,7 @@ impl VfioPci {
     /// guest is its own, as it asks things of VFIO.
     pub fn settle(&mut self) {
         let msix = self.msix.clone();
-        let mut msix = msix.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut msix = msix.lock();
         if let Err(e) = signals::settle(&self.device, &mut msix) {
             self.complaints.warn(|| format!("device '{}': {e}", self.id));
         }
@@ -363,13 +377,14 @@ impl Carried for VfioPci {
             active: bar.active().clone(),
             leftover_dma: bar.leftover_dma().to_vec(),
         });
+        let msix = self.msix.lock_first(SOON).map_err(|held| CarryError::State(held.to_string()))?;
         Ok(VfioPciState {
             id: id.clone(),
             group: group.number(),
             device: device.save(),
             filter: filter.clone(),
             layout: *layout,
-            msix: self.msix().save(),
+            msix: msix.save(),
             bars: bars.collect(),
             decoded: decoded.clone(),
             command: *command,
@@ -388,7 +403,7 @@ impl Carried for VfioPci {
         let device = Arc::new(VfioDevice::restore(device, enabled, claims)?);
         let is_loud = filter.adopt_intx_disable(&*device);
         let msix = Msix::restore(&id, msix, wiring.msi.clone(), wiring.vault.clone(), claims);
-        let msix = Arc::new(Mutex::new(msix.map_err(|e| wrong(e.to_string()))?));
+        let msix = Arc::new(Turn::new(msix.map_err(|e| wrong(e.to_string()))?));
         let mut this = Self {
             id,
             group,

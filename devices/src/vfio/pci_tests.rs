@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::IntoRawFd;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use theseus_resources::{Purpose, StateReader, StateWriter};

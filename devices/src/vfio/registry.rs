@@ -15,6 +15,7 @@ use super::invalidate::{InvalidateError, Invalidated, invalidate_all};
 use super::pci::{PassthroughError, VfioPci, Wiring};
 use super::pci_regs::{COMMAND, DISABLE_INTX, INTERRUPT_PIN};
 use crate::carried::{Carried, CarryError};
+use crate::turn::Turn;
 
 /// The container of devices that name none.
 pub const DEFAULT_CONTAINER: &str = "default";
@@ -103,7 +104,7 @@ impl Passthrough {
         config: &DeviceConfig,
         wiring: Wiring,
         windows: &mut Windows,
-    ) -> Result<Arc<Mutex<VfioPci>>, AttachError> {
+    ) -> Result<Arc<Turn<VfioPci>>, AttachError> {
         let mut inner = self.lock();
         let device = self.open(&mut inner, config, wiring, windows);
         inner.prune();
@@ -120,7 +121,7 @@ impl Passthrough {
         config: &DeviceConfig,
         wiring: Wiring,
         windows: &mut Windows,
-    ) -> Result<Arc<Mutex<VfioPci>>, AttachReason> {
+    ) -> Result<Arc<Turn<VfioPci>>, AttachReason> {
         let (bdf, number) = identify(&config.path)?;
         let name = config.container.as_deref().unwrap_or(DEFAULT_CONTAINER);
         let group = match inner.groups.iter().find(|group| group.number() == number) {
@@ -145,7 +146,7 @@ impl Passthrough {
                 config.id
             );
         }
-        Ok(Arc::new(Mutex::new(device)))
+        Ok(Arc::new(Turn::new(device)))
     }
 
     fn open_group(&self, inner: &mut Inner, number: u32, name: &str) -> Result<Arc<Group>, AttachReason> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-pub use state::{VcpuState, XsaveBytes};
+pub use state::{OwedWrite, VcpuState, XsaveBytes};
 
 use crate::{Error, Hypervisor, Result, Vm};
 

@@ -51,6 +51,20 @@ pub struct VcpuState {
     pub events: kvm_vcpu_events,
     pub tsc_offset: u64,
     pub tsc_khz: u32,
+    /// What its last instruction has written and nobody carried out yet: to be done, in this order, before its next instruction.
+    #[serde(default)]
+    pub owed: Vec<OwedWrite>,
+}
+
+/// A write by an exit that KVM has completed already.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwedWrite {
+    /// To a port, else to memory.
+    pub is_port: bool,
+    pub address: u64,
+    /// 1 to 8 bytes.
+    #[serde(with = "serde_bytes")]
+    pub data: Vec<u8>,
 }
 
 impl VcpuState {
@@ -106,6 +120,7 @@ impl Vcpu {
             events,
             tsc_offset: raw::tsc_offset(fd).map_err(self.io_err("read the TSC offset"))?,
             tsc_khz: self.tsc_khz(),
+            owed: Vec::new(),
         }))
     }
 

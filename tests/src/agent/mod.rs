@@ -5,6 +5,7 @@
 
 mod jobs;
 mod machine;
+mod resets;
 mod rewriter;
 mod trace;
 mod tty;
@@ -34,6 +35,7 @@ struct Agent {
     memory: Mutex<Option<Rewriter>>,
     disk: Mutex<Option<Rewriter>>,
     busy: Mutex<Option<jobs::Busy>>,
+    resets: Mutex<Option<resets::Resets>>,
     timers: Mutex<Option<jobs::Timers>>,
     power_button: Mutex<Option<machine::PowerButton>>,
     cpuid: Mutex<Vec<Vec<String>>>,
@@ -115,6 +117,7 @@ fn waits(request: &Request) -> bool {
             | Request::RecvStop { .. }
             | Request::MemoryStop
             | Request::DiskStop
+            | Request::ResetsStop
             | Request::IfUp { .. }
     )
 }
@@ -213,6 +216,21 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::CpuidChanges => value(machine::changes(&lock(&agent.cpuid), &machine::cpuid_of_all()?)),
         Request::Pci => value(machine::pci()?),
         Request::VectorsOn { bdf } => value(vectors::on(&bdf)?),
+        Request::ConfigRead { bdf, offset } => value(resets::config_read(&bdf, offset)?),
+        Request::ConfigWrite { bdf, offset, value: word } => value(resets::config_write(&bdf, offset, word)?),
+        Request::ResetsStart { bdf, cpus } => {
+            let mut resets = lock(&agent.resets);
+            if resets.is_some() {
+                return Err("a device is being reset".into());
+            }
+            *resets = Some(resets::Resets::start(&bdf, &cpus)?);
+            value(())
+        }
+        Request::ResetsStats => value(lock(&agent.resets).as_ref().ok_or("no device is being reset")?.counts()),
+        Request::ResetsStop => {
+            let resets = lock(&agent.resets).take().ok_or("no device is being reset")?;
+            value(resets.stop())
+        }
         Request::Interrupts { name } => value(machine::interrupts(&name)?),
         Request::InterruptsWait { name, timeout_ms } => value(machine::interrupts_wait(&name, timeout_ms)?),
         Request::TraceStart { vector } => value(trace::start(&vector)?),

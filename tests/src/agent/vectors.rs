@@ -17,13 +17,10 @@ const DATA: u32 = 0x30;
 
 /// Enables MSI-X on the device at `bdf` with every vector unmasked. How many they are.
 pub fn on(bdf: &str) -> io::Result<u32> {
-    let dir = format!("/sys/bus/pci/devices/{bdf}");
-    if fs::exists(format!("{dir}/driver"))? {
-        fs::write(format!("{dir}/driver/unbind"), bdf)?;
-    }
+    let dir = take_driver_off(bdf)?;
     fs::write(format!("{dir}/enable"), "1")?;
     let config = OpenOptions::new().read(true).write(true).open(format!("{dir}/config"))?;
-    let at = capability(&config)?;
+    let at = capability(&config, MSIX)?;
     let control = u16::from_le_bytes(read(&config, at + 2)?);
     let table = u32::from_le_bytes(read(&config, at + 4)?);
     let count = usize::from(control & 0x7ff) + 1;
@@ -56,23 +53,33 @@ pub fn on(bdf: &str) -> io::Result<u32> {
     Ok(count as u32)
 }
 
+/// The device's folder.
+pub fn take_driver_off(bdf: &str) -> io::Result<String> {
+    let dir = format!("/sys/bus/pci/devices/{bdf}");
+    if fs::exists(format!("{dir}/driver"))? {
+        fs::write(format!("{dir}/driver/unbind"), bdf)?;
+    }
+    Ok(dir)
+}
+
 fn read<const N: usize>(config: &File, at: u64) -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     config.read_exact_at(&mut bytes, at)?;
     Ok(bytes)
 }
 
-fn capability(config: &File) -> io::Result<u64> {
+/// Where the capability `wanted` is.
+pub fn capability(config: &File, wanted: u8) -> io::Result<u64> {
     let [mut at] = read(config, CAPABILITIES)?;
     for _ in 0..48 {
         if at < 0x40 {
             break;
         }
         let [id, next] = read(config, at.into())?;
-        if id == MSIX {
+        if id == wanted {
             return Ok(at.into());
         }
         at = next & !3;
     }
-    Err(Error::other("no MSI-X capability"))
+    Err(Error::other(format!("no capability {wanted:#x}")))
 }

@@ -9,6 +9,7 @@ mod deaths;
 mod failures;
 pub mod frozen;
 mod held;
+mod hostile;
 mod jobs;
 mod limits;
 mod meetings;
@@ -124,7 +125,10 @@ const CASES: &[Case] = &[
     with(&[Nic::IgbA], "refused_by_bounds", bounds::of_the_vmm),
     with(&[Nic::IgbA], "target_with_fewer_rights", target::with_fewer_rights),
     with(&[Nic::IgbA], "log_stands_still", bounds::log_stands_still),
+    unwired(&[Nic::IgbA], "intx_stays_off", hostile::intx_stays_off),
+    unwired(&[Nic::IgbA], "resets_without_end", hostile::resets_without_end),
     unwired(&[Nic::IgbA], "device_without_wire", operator::device_without_wire),
+    unwired(&[Nic::IgbA], "devices_free_at_once", operator::devices_free_at_once),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
     with(&[Nic::IgbA], "reset_with_nic", operator::reset_with_nic),
     with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),

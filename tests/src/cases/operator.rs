@@ -220,3 +220,27 @@ pub fn supervisor_is_told() -> Result<()> {
     fs::remove_file(Path::new(&path))?;
     Ok(())
 }
+
+/// Whoever is told that a VM or a VMM has shut down, or sees the VMM end, can give its devices to another at once; soon after an update, too, whose
+/// old address space is still being torn down.
+pub fn devices_free_at_once() -> Result<()> {
+    for end in ["vmm.shutdown", "vm.shutdown", "SIGTERM", "power-off"] {
+        let mut vm = Vm::builder().memory("size=1G").device(Nic::IgbA, None)?.boot()?;
+        vm.update()?;
+        match end {
+            "SIGTERM" => {
+                vm.signal(libc::SIGTERM)?;
+                vm.wait_exit()?;
+            }
+            "power-off" => {
+                vm.agent()?.call::<()>(&Request::PowerOff { after_ms: 0 })?;
+                vm.wait_exit()?;
+            }
+            order => vm.api.order(order)?,
+        }
+        let next = Vm::builder().at_once().device(Nic::IgbA, None)?.start().with_context(|| format!("after {end}"))?;
+        // Its first answer comes when the guest runs.
+        next.ping().with_context(|| format!("after {end}: {}", next.log_text()))?;
+    }
+    Ok(())
+}

@@ -33,6 +33,7 @@ pub struct Builder {
     log_file: Option<PathBuf>,
     reboots: bool,
     patience: Duration,
+    waits_for_devices: bool,
 }
 
 impl Default for Builder {
@@ -54,6 +55,7 @@ impl Default for Builder {
             log_file: None,
             reboots: false,
             patience: PATIENCE,
+            waits_for_devices: true,
         }
     }
 }
@@ -97,6 +99,12 @@ impl Builder {
     /// For a guest that takes longer than others to come up.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
+        self
+    }
+
+    /// Its devices must be free now.
+    pub fn at_once(mut self) -> Self {
+        self.waits_for_devices = false;
         self
     }
 
@@ -177,7 +185,7 @@ impl Builder {
     /// Starts the VMM with a guest, and connects to its serial port.
     pub fn start(self) -> Result<Vm> {
         let memory = self.memory.clone();
-        for (bdf, _) in &self.devices {
+        for (bdf, _) in self.devices.iter().filter(|_| self.waits_for_devices) {
             proc::wait_group_free(bdf)?;
         }
         let mut args = vec![

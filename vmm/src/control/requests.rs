@@ -80,7 +80,7 @@ impl Control {
                 booted
             }
             Request::Info => self.info(),
-            Request::Pause => self.on_machine(|machine| Ok(machine.vcpus.pause(PAUSE)?)),
+            Request::Pause => self.on_machine(|machine| machine.pause(PAUSE)),
             Request::Resume => self.on_machine(|machine| {
                 machine.passthrough.settle(&machine.vm);
                 Ok(machine.vcpus.resume()?)

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use theseus_api::types::{SerialConfig, SerialMode};
-use theseus_devices::bus::{Bus, BusDevice};
+use theseus_devices::bus::{Bus, Target};
 use theseus_devices::carried::Carried;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_devices::legacy::cmos::Cmos;
@@ -14,6 +14,7 @@ use theseus_devices::pci::bus::PciBus;
 use theseus_devices::pci::config_access::PciConfigAccess;
 use theseus_devices::pci::ecam::Ecam;
 use theseus_devices::pci::host_bridge::HostBridge;
+use theseus_devices::turn::Turn;
 use theseus_hypervisor::Vm;
 use theseus_resources::{Claims, StateReader, StateWriter, Vault, layout};
 
@@ -40,8 +41,8 @@ pub struct Devices {
     pub cmos: Arc<Mutex<Cmos>>,
     pub i8042: Arc<Mutex<I8042>>,
     pub pm: Arc<Mutex<Pm>>,
-    pub config_access: Arc<Mutex<PciConfigAccess>>,
-    pub host_bridge: Arc<Mutex<HostBridge>>,
+    pub config_access: Arc<PciConfigAccess>,
+    pub host_bridge: Arc<Turn<HostBridge>>,
     pub pci: Arc<PciBus>,
 }
 
@@ -89,8 +90,8 @@ impl Devices {
             cmos: shared(Cmos::new(ram_size)),
             i8042: shared(I8042::new(requests.clone())),
             pm: shared(Pm::new(requests.clone(), pin(vm, layout::GED_GSI))),
-            config_access: shared(PciConfigAccess::new(&pci)),
-            host_bridge: shared(HostBridge::new(revision)),
+            config_access: Arc::new(PciConfigAccess::new(&pci)),
+            host_bridge: Arc::new(Turn::new(HostBridge::new(revision))),
             pci,
         })
     }
@@ -103,8 +104,8 @@ impl Devices {
         save(writer, "cmos", cmos)?;
         save(writer, "i8042", i8042)?;
         save(writer, "acpi-pm", pm)?;
-        save(writer, "pci-config-access", config_access)?;
-        save(writer, "pci-host-bridge", host_bridge)
+        add(writer, "pci-config-access", &**config_access)?;
+        add(writer, "pci-host-bridge", &*host_bridge.lock())
     }
 
     /// The IRQ chip must be restored before: pending interrupts are raised again.
@@ -124,8 +125,12 @@ impl Devices {
             cmos: shared(Cmos::restore(cmos, ()).map_err(device("cmos"))?),
             i8042: shared(I8042::restore(i8042, requests.clone()).map_err(device("i8042"))?),
             pm: shared(Pm::restore(pm, PmParts { requests: requests.clone(), ged }).map_err(device("acpi-pm"))?),
-            config_access: shared(PciConfigAccess::restore(config_access, &pci).map_err(device("pci-config-access"))?),
-            host_bridge: shared(HostBridge::restore(host_bridge, ()).map_err(device("pci-host-bridge"))?),
+            config_access: PciConfigAccess::restore(config_access, &pci)
+                .map(Arc::new)
+                .map_err(device("pci-config-access"))?,
+            host_bridge: HostBridge::restore(host_bridge, ())
+                .map(|bridge| Arc::new(Turn::new(bridge)))
+                .map_err(device("pci-host-bridge"))?,
             pci,
         })
     }
@@ -140,7 +145,7 @@ impl Devices {
         plug(&buses.pio, layout::I8042_PORT.into(), I8042_PORTS, i8042)?;
         plug(&buses.pio, layout::PM_BASE.into(), layout::PM_SIZE.into(), pm)?;
         plug(&buses.pio, layout::PCI_CONFIG_ADDRESS.into(), 8, config_access)?;
-        plug(&buses.mmio, layout::ECAM_BASE, layout::ECAM_SIZE, &shared(Ecam::new(pci)))?;
+        plug(&buses.mmio, layout::ECAM_BASE, layout::ECAM_SIZE, &Arc::new(Ecam::new(pci)))?;
         pci.add(Some(0), host_bridge.clone()).map_err(|e| MachineError::Config(e.to_string()))?;
         Ok(())
     }
@@ -150,7 +155,7 @@ fn pin(vm: &Arc<Vm>, gsi: u32) -> Arc<Pin> {
     Arc::new(Pin { vm: vm.clone(), gsi })
 }
 
-fn plug<T: BusDevice + 'static>(bus: &Bus, base: u64, len: u64, device: &Arc<Mutex<T>>) -> Result<(), MachineError> {
+fn plug<T: Target + 'static>(bus: &Bus, base: u64, len: u64, device: &Arc<T>) -> Result<(), MachineError> {
     Ok(bus.insert(base, len, device.clone())?)
 }
 
@@ -159,7 +164,11 @@ fn device(name: &'static str) -> impl FnOnce(theseus_devices::carried::CarryErro
 }
 
 fn save<T: Carried>(writer: &mut StateWriter, name: &'static str, carried: &Mutex<T>) -> Result<(), MachineError> {
-    let state = lock(carried).save().map_err(device(name))?;
+    add(writer, name, &*lock(carried))
+}
+
+fn add<T: Carried>(writer: &mut StateWriter, name: &'static str, carried: &T) -> Result<(), MachineError> {
+    let state = carried.save().map_err(device(name))?;
     Ok(writer.add(name, T::KIND, T::VERSION, &state)?)
 }
 

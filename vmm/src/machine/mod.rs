@@ -52,6 +52,8 @@ pub enum MachineError {
     Device { name: String, source: theseus_devices::carried::CarryError },
     #[error("{0}")]
     Passthrough(String),
+    #[error("{source}{}", held.iter().map(|held| format!("; {held}")).collect::<String>())]
+    Stuck { source: VcpuError, held: Vec<String> },
 }
 
 /// What outlives every machine of this process.
@@ -79,6 +81,12 @@ impl Machine {
     /// The number of bytes of RAM that the guest has.
     pub fn memory_size(&self) -> u64 {
         self.ram.size()
+    }
+
+    /// Stops the vCPUs. Where one does not come, the error names the devices that are being accessed.
+    pub fn pause(&mut self, within: std::time::Duration) -> Result<(), MachineError> {
+        let held = |source| MachineError::Stuck { source, held: self.passthrough.held() };
+        self.vcpus.pause(within).map_err(held)
     }
 
     /// Fills this image's page tables, in the background.

@@ -3,11 +3,15 @@
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
 use theseus_devices::carried::Carried;
 use theseus_devices::pci::bus::PciBus;
+use theseus_devices::pci::msix::Msix;
+use theseus_devices::turn::Turn;
+use theseus_devices::vfio::pci::SOON;
 use theseus_devices::vfio::{
     self, BarAddress, BarKind, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring,
 };
@@ -20,10 +24,27 @@ use super::devices::{Buses, lock};
 use super::glue::{VmMemslots, VmMsi};
 use crate::update::arbiter::Way;
 
+/// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
+const A_MOMENT: Duration = Duration::from_millis(500);
+
 struct Plugged {
     /// On PCI bus 0.
     slot: u8,
-    device: Arc<Mutex<VfioPci>>,
+    /// As the device has them, which a vCPU may be in a long access to.
+    id: String,
+    host_bdf: String,
+    device: Arc<Turn<VfioPci>>,
+    msix: Arc<Turn<Msix>>,
+}
+
+impl Plugged {
+    fn new(slot: u8, device: Arc<Turn<VfioPci>>) -> Self {
+        let (id, host_bdf, msix) = {
+            let device = device.lock();
+            (device.id().to_owned(), device.host_bdf().to_owned(), device.msix_turn())
+        };
+        Self { slot, id, host_bdf, device, msix }
+    }
 }
 
 pub struct PassthroughDevices {
@@ -89,7 +110,7 @@ impl PassthroughDevices {
             let config = vfio::DeviceConfig { path: config.path.clone(), id, container: config.container.clone() };
             let device = registry.attach(&config, wiring(vm, buses, vault), &mut windows).map_err(failed)?;
             let slot = pci.add(None, device.clone()).map_err(failed)?;
-            plugged.push(Plugged { slot, device });
+            plugged.push(Plugged::new(slot, device));
         }
         let this = Self { plugged, registry, window64, windows: Mutex::new(windows) };
         this.tell_kvm(vm)?;
@@ -107,7 +128,21 @@ impl PassthroughDevices {
     }
 
     pub fn ids(&self) -> Vec<String> {
-        self.plugged.iter().map(|plugged| lock(&plugged.device).id().to_owned()).collect()
+        self.plugged.iter().map(|plugged| plugged.id.clone()).collect()
+    }
+
+    /// The devices that somebody is in an access to, and for how long.
+    pub fn held(&self) -> Vec<String> {
+        let held = |plugged: &Plugged| {
+            let held = plugged.device.held().or_else(|| plugged.msix.held())?;
+            Some(format!("device '{}': {held}", plugged.id))
+        };
+        self.plugged.iter().filter_map(held).collect()
+    }
+
+    /// (address, size) of everything of the devices that is mapped in this process.
+    pub fn mappings(&self) -> Vec<(u64, u64)> {
+        self.plugged.iter().flat_map(|plugged| plugged.device.lock().mappings()).collect()
     }
 
     pub fn container_names(&self) -> Vec<String> {
@@ -117,12 +152,13 @@ impl PassthroughDevices {
     /// For vm.info.
     pub fn tree(&self) -> Vec<DeviceNode> {
         let node = |plugged: &Plugged| {
-            let device = lock(&plugged.device);
+            // Without them where a vCPU is in an access that does not end: an answer all the same.
+            let device = plugged.device.lock_first(A_MOMENT);
             DeviceNode {
-                id: device.id().to_owned(),
-                resources: device.bars().map(bar).collect(),
+                id: plugged.id.clone(),
+                resources: device.map(|device| device.bars().map(bar).collect()).unwrap_or_default(),
                 pci_bdf: Some(format!("0000:00:{:02x}.0", plugged.slot)),
-                host_bdf: Some(device.host_bdf().to_owned()),
+                host_bdf: Some(plugged.host_bdf.clone()),
                 ..Default::default()
             }
         };
@@ -134,7 +170,7 @@ impl PassthroughDevices {
     pub fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
         self.settle(vm);
         for plugged in &self.plugged {
-            let device = lock(&plugged.device);
+            let device = plugged.device.lock();
             device.quiesce_irqfds().map_err(|error| failed(format!("{}: {error}", device.id())))?;
         }
         self.registry.group_fds().iter().try_for_each(|group| Ok(vm.vfio_del(group.as_fd())?))
@@ -145,13 +181,13 @@ impl PassthroughDevices {
         if let Err(error) = self.tell_kvm(vm) {
             log::error!("{error}");
         }
-        self.plugged.iter().for_each(|plugged| lock(&plugged.device).settle());
+        self.plugged.iter().for_each(|plugged| plugged.device.lock().settle());
     }
 
     pub fn resume(&self, vm: &Vm) {
         self.settle(vm);
         for plugged in &self.plugged {
-            let device = lock(&plugged.device);
+            let device = plugged.device.lock();
             if let Err(error) = device.attach_irqfds() {
                 log::error!("after an update that did not happen: {}: {error}", device.id());
             }
@@ -194,8 +230,8 @@ impl PassthroughDevices {
             if refused_bar == Some(bars.replace(bars.get() + 1)) {
                 return None;
             }
-            let plugged = self.plugged.iter().find(|plugged| lock(&plugged.device).id() == id)?;
-            lock(&plugged.device).bar_vaddr(region, offset, size)
+            let plugged = self.plugged.iter().find(|plugged| plugged.id == id)?;
+            plugged.device.lock().bar_vaddr(region, offset, size)
         };
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
         let remapped = unsafe { self.registry.remap(&ranges, bar_vaddr) };
@@ -205,13 +241,13 @@ impl PassthroughDevices {
         if !crate::test_hooks::skip_irqfds() {
             for plugged in &self.plugged {
                 // A vector that cannot fire would be lost silently: as long as there is a way back, that is better.
-                let device = lock(&plugged.device);
+                let device = plugged.device.lock();
                 way.bear(device.attach_irqfds().map_err(|error| failed(format!("{}: {error}", device.id()))))?;
             }
         }
         if way != Way::Forward && !crate::test_hooks::skip_reinjection() {
             for plugged in &self.plugged {
-                lock(&plugged.device).signal_all();
+                plugged.device.lock().signal_all();
             }
         }
         Ok(())
@@ -221,7 +257,7 @@ impl PassthroughDevices {
     pub fn release(&self, vm: &Vm) {
         let mut windows = lock(&self.windows);
         for plugged in &self.plugged {
-            lock(&plugged.device).release(&mut windows);
+            plugged.device.lock().release(&mut windows);
         }
         for group in self.registry.group_fds() {
             if let Err(error) = vm.vfio_del(group.as_fd()) {
@@ -235,15 +271,15 @@ impl PassthroughDevices {
         let Self { plugged, registry, window64, windows: _ } = self;
         let layout = Layout {
             window64: (window64.start, window64.end),
-            devices: plugged.iter().map(|plugged| (plugged.slot, lock(&plugged.device).id().to_owned())).collect(),
+            devices: plugged.iter().map(|plugged| (plugged.slot, plugged.id.clone())).collect(),
         };
         writer.add("vfio-layout", LAYOUT.0, LAYOUT.1, &layout)?;
         let state = registry.save().map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
         writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &state)?;
         for (plugged, (_, id)) in plugged.iter().zip(&layout.devices) {
             let name = section(id);
-            let state =
-                lock(&plugged.device).save().map_err(|source| MachineError::Device { name: name.clone(), source })?;
+            let device = plugged.device.lock_first(SOON).map_err(|held| failed(format!("device '{id}': {held}")))?;
+            let state = device.save().map_err(|source| MachineError::Device { name: name.clone(), source })?;
             writer.add(&name, VfioPci::KIND, VfioPci::VERSION, &state)?;
         }
         Ok(())
@@ -273,9 +309,9 @@ impl PassthroughDevices {
             };
             let device =
                 VfioPci::restore(state, parts).map_err(|source| MachineError::Device { name: section(&id), source })?;
-            let device = Arc::new(Mutex::new(device));
+            let device = Arc::new(Turn::new(device));
             pci.add(Some(slot), device.clone()).map_err(failed)?;
-            plugged.push(Plugged { slot, device });
+            plugged.push(Plugged::new(slot, device));
         }
         Ok(Self { plugged, registry, window64, windows: Mutex::new(windows) })
     }

@@ -103,6 +103,11 @@ impl MachineState {
             if state.index != index {
                 return Err(MachineError::Config(format!("section 'vcpu{index}' holds vCPU {}", state.index)));
             }
+            if state.owed.iter().any(|write| !matches!(write.data.len(), 1..=8)) {
+                return Err(MachineError::Config(format!(
+                    "section 'vcpu{index}' holds a write of no size that there is"
+                )));
+            }
             states.push((state, placements.get(index as usize).cloned().unwrap_or_default()));
         }
         Ok(Self {

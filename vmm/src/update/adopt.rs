@@ -121,6 +121,9 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     if way == Way::Forward {
         crate::test_hooks::fault("committed")?;
     }
+    if let Some(machine) = &machine {
+        machine.passthrough.settle(&machine.vm);
+    }
     if let Some(machine) = machine.as_mut().filter(|_| running) {
         machine.vcpus.resume().map_err(|error| text(&error))?;
     }
@@ -128,9 +131,6 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
 
     // From here on the guest runs, and no error is worth losing it.
     back.committed();
-    if let Some(machine) = &machine {
-        machine.passthrough.settle(&machine.vm);
-    }
     let mut supervisor = std::mem::take(&mut handover.supervisor);
     if way == Way::Forward {
         supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));

@@ -6,13 +6,13 @@
 //!
 //! ```text
 //!   park -> waits for the release eventfd, the death of the image, or the deadline
-//!        -> released, or the guest runs: close_range (a held VFIO group would stay busy until the end of the tear-down)
-//!             -> SCHED_IDLE -> exit
+//!        -> released, or the guest runs: munmap of the devices, close_range (a VFIO group is busy as long as somebody has one or
+//!             the other, and at exit the memory goes first: exit_mm before exit_files) -> SCHED_IDLE -> exit
 //!        -> takes the arbiter: kills the image, waits for its exit (which gives up its KVM VM and its fds), execs the old binary
 //! ```
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -34,45 +34,97 @@ pub struct Return {
     pub env: *const *const libc::c_char,
 }
 
-/// What the helper is told; lives on its stack.
+/// A mapping of a device's registers: its address and size.
+pub type DeviceMapping = (u64, u64);
+
+/// What the helper is told; at the low end of its stack, which grows towards it, with the devices' mappings right behind.
 struct Orders {
     release: RawFd,
     image: RawFd,
     page: *const Page,
     back: Return,
+    /// There was no exec: this address space, and what is mapped in it, still is the image's.
+    is_shared: AtomicBool,
+    devices: *const DeviceMapping,
+    device_count: usize,
+}
+
+/// A helper that waits.
+#[must_use]
+pub struct Parked {
+    pid: libc::pid_t,
+    orders: *mut Orders,
+    /// Bytes of its stack.
+    size: usize,
+}
+
+impl Parked {
+    pub fn pid(&self) -> libc::pid_t {
+        self.pid
+    }
+
+    /// After an exec that failed: lets the helper go, which `release` does, and takes its stack back.
+    pub fn dismiss(self, release: RawFd, patience: Duration) {
+        let Self { pid, orders, size } = self;
+        // SAFETY: the stack is there until the end of this function.
+        unsafe { &*orders }.is_shared.store(true, Ordering::SeqCst);
+        // SAFETY: a count of one into an eventfd that the caller keeps open.
+        unsafe { libc::write(release, 1u64.to_ne_bytes().as_ptr().cast(), 8) };
+        if reap(pid, patience) {
+            // SAFETY: mapped by `park`; whoever ran on it is gone.
+            let _ = unsafe { rustix::mm::munmap(orders.cast(), size) };
+        }
+    }
 }
 
 /// Starts the helper. To be called on the main thread right before exec, with all signals blocked and the kept fds open for exec, as
-/// the helper gets a copy of them. Returns its PID.
+/// the helper gets a copy of them.
 ///
-/// `release`: an eventfd whose first count lets it go. If the exec then fails, commit first, then write to it and reap the PID.
-pub fn park(release: RawFd, timeline: &Timeline, back: Return) -> std::io::Result<libc::pid_t> {
+/// `release`: an eventfd whose first count lets it go. If the exec then fails, commit first, then [`Parked::dismiss`] it. `devices`: what it
+/// unmaps when it goes.
+pub fn park(release: RawFd, timeline: &Timeline, back: Return, devices: &[DeviceMapping]) -> std::io::Result<Parked> {
     // The helper has its own copy of the fd table: ours closes with this function.
     let image = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
-    // SAFETY: a fresh private mapping. Never unmapped here: exec leaves it to the helper.
+    let size = (STACK + size_of::<Orders>() + size_of_val(devices)).next_multiple_of(4096);
+    // SAFETY: a fresh private mapping. Exec leaves it to the helper.
     let stack = unsafe {
-        rustix::mm::mmap_anonymous(std::ptr::null_mut(), STACK, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+        rustix::mm::mmap_anonymous(std::ptr::null_mut(), size, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
     }?;
     let orders = stack.cast::<Orders>();
-    // SAFETY: inside the fresh mapping, page aligned.
-    unsafe { orders.write(Orders { release, image: image.as_raw_fd(), page: timeline.page(), back }) };
+    // SAFETY: inside the fresh mapping, which has room for both, aligned as Orders is.
+    let list = unsafe { orders.add(1) }.cast::<DeviceMapping>();
+    let told = Orders {
+        release,
+        image: image.as_raw_fd(),
+        page: timeline.page(),
+        back,
+        is_shared: AtomicBool::new(false),
+        devices: list,
+        device_count: devices.len(),
+    };
+    // SAFETY: likewise; nobody else knows the mapping yet.
+    unsafe {
+        orders.write(told);
+        list.copy_from_nonoverlapping(devices.as_ptr(), devices.len());
+    }
     // SAFETY: one past the last byte of the mapping.
-    let top = unsafe { stack.cast::<u8>().add(STACK) };
+    let top = unsafe { stack.cast::<u8>().add(size) };
     // SAFETY: the child runs `helper` on its own stack, which makes system calls only; it has its own fd table, so nothing
     // it closes is ours. Without CLONE_VFORK: both go on.
     let pid = unsafe { libc::clone(helper, top.cast(), libc::CLONE_VM | libc::SIGCHLD, orders.cast()) };
     if pid < 0 {
         let error = std::io::Error::last_os_error();
         // SAFETY: mapped above, nobody uses it.
-        let _ = unsafe { rustix::mm::munmap(stack, STACK) };
+        let _ = unsafe { rustix::mm::munmap(stack, size) };
         return Err(error);
     }
-    Ok(pid)
+    Ok(Parked { pid, orders, size })
 }
 
 extern "C" fn helper(orders: *mut libc::c_void) -> libc::c_int {
     // SAFETY: written by `park` before the clone; this stack is ours alone.
-    let Orders { release, image, page, back } = unsafe { orders.cast::<Orders>().read() };
+    let orders = unsafe { &*orders.cast::<Orders>() };
+    let Orders { release, image, page, back, .. } = *orders;
     // SAFETY: the update's page stays mapped in this address space: the thread that would unmap it waits for the exec, or for us.
     let page = unsafe { &*page };
     if let Some(because) = watch(release, image, page) {
@@ -81,8 +133,13 @@ extern "C" fn helper(orders: *mut libc::c_void) -> libc::c_int {
         // Nobody is left who could run the guest.
         raw::exit(crate::EXIT_LOST as usize);
     }
-    // SAFETY: raw system calls on our own fds and scheduling.
+    // SAFETY: raw system calls on our own fds and scheduling, and, if nobody else is left in this address space, on mappings that nobody uses.
     unsafe {
+        let devices = if orders.is_shared.load(Ordering::SeqCst) { 0 } else { orders.device_count };
+        for n in 0..devices {
+            let (address, size) = orders.devices.add(n).read();
+            raw::call(libc::SYS_munmap, [address as usize, size as usize, 0, 0, 0]);
+        }
         raw::call(libc::SYS_close_range, [0, u32::MAX as usize, 0, 0, 0]);
         let param = 0i32;
         let idle = libc::SCHED_IDLE as usize;
@@ -236,18 +293,60 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     /// A helper that, should it ever take over, would run nothing.
-    fn parked(patience: Duration) -> (libc::pid_t, EventFd, Timeline) {
+    fn parked(patience: Duration, devices: &[DeviceMapping]) -> (Parked, EventFd, Timeline) {
         let release = EventFd::new(libc::EFD_CLOEXEC).unwrap();
         let (timeline, _fd) = Timeline::new(&Vault::new()).unwrap();
         timeline.start_deadline(patience);
         let back = Return { binary: -1, args: std::ptr::null(), env: std::ptr::null() };
-        let pid = park(release.as_raw_fd(), &timeline, back).unwrap();
-        (pid, release, timeline)
+        let parked = park(release.as_raw_fd(), &timeline, back, devices).unwrap();
+        (parked, release, timeline)
+    }
+
+    fn is_mapped(address: u64) -> bool {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().any(|line| {
+            let mut ends = line.split([' ', '-']).map(|end| u64::from_str_radix(end, 16).unwrap_or(0));
+            (ends.next().unwrap()..ends.next().unwrap()).contains(&address)
+        })
+    }
+
+    /// As if it were a device's: two pages, so that not all of it is one mapping with its neighbours.
+    fn device() -> DeviceMapping {
+        // SAFETY: a fresh mapping.
+        let at = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), 8192, ProtFlags::READ, MapFlags::SHARED).unwrap()
+        };
+        (at as u64, 8192)
+    }
+
+    #[test]
+    fn devices_are_unmapped_before_all_else() {
+        let devices = [device(), device()];
+        // As after an exec: nobody uses them any more.
+        let (parked, release, _timeline) = parked(Duration::from_secs(600), &devices);
+        release.write(1).unwrap();
+        assert!(reap(parked.pid(), Duration::from_secs(30)));
+        assert!(devices.iter().all(|(address, _)| !is_mapped(*address)));
+    }
+
+    #[test]
+    fn an_exec_that_failed_costs_nothing() {
+        let devices = [device()];
+        let (parked, release, timeline) = parked(Duration::from_secs(600), &devices);
+        assert!(timeline.arbiter().commit(Way::Forward));
+        let stack = parked.orders as u64;
+        assert!(is_mapped(stack));
+        parked.dismiss(release.as_raw_fd(), Duration::from_secs(30));
+        assert!(!is_mapped(stack), "its stack is left behind");
+        assert!(is_mapped(devices[0].0), "the devices are still in use");
+        // SAFETY: mapped above.
+        unsafe { rustix::mm::munmap(devices[0].0 as *mut _, 8192) }.unwrap();
     }
 
     #[test]
     fn a_helper_goes_when_it_is_let_go() {
-        let (pid, release, timeline) = parked(Duration::from_secs(600));
+        let (parked, release, timeline) = parked(Duration::from_secs(600), &[]);
+        let pid = parked.pid();
         assert!(!reap(pid, Duration::ZERO), "it waits");
         release.write(1).unwrap();
         assert!(reap(pid, Duration::from_secs(30)));
@@ -256,7 +355,8 @@ mod tests {
 
     #[test]
     fn a_helper_leaves_a_committed_guest_alone_whatever_the_deadline() {
-        let (pid, release, timeline) = parked(Duration::from_secs(600));
+        let (parked, release, timeline) = parked(Duration::from_secs(600), &[]);
+        let pid = parked.pid();
         assert!(timeline.arbiter().commit(Way::Forward));
         timeline.page().deadline.store(1, Ordering::Relaxed);
         assert!(!reap(pid, Duration::ZERO), "it waits for its release");

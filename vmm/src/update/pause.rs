@@ -105,7 +105,7 @@ impl<'a> Paused<'a> {
             Some(machine) => {
                 let was_running = machine.vcpus.is_running();
                 // vCPUs first: a vector that the guest enables while we look would be missed.
-                machine.vcpus.pause(drain).map_err(|error| error.to_string())?;
+                machine.pause(drain).map_err(|error| error.to_string())?;
                 let guest = StoppedGuest { machine, was_running };
                 if (subject.guest_asked)() {
                     return Err(GUEST_ASKED.into());
@@ -210,6 +210,7 @@ impl Invalidated<'_> {
                 timeline: kept.timeline.as_raw_fd(),
             },
             release: kept.release.0.as_raw_fd(),
+            devices: paused.guest.as_ref().map(|guest| guest.machine.passthrough.mappings()).unwrap_or_default(),
             vault: paused.host.vault.clone(),
             timeline: Arc::clone(&paused.prepared.timeline),
         };

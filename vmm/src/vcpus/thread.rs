@@ -5,13 +5,38 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 
+use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequest;
-use theseus_hypervisor::vcpu::ExitFlag;
+use theseus_hypervisor::vcpu::{ExitFlag, OwedWrite};
 use theseus_hypervisor::{Exit, Vcpu, VcpuState};
 
 use super::{Command, Event, Shared, Start, VcpuError, signal};
 use crate::boot;
 use crate::update::back::panic_text;
+
+/// Writes that this vCPU was taken away from while it waited for its turn at a device. A read waits: KVM cannot complete its instruction without it.
+struct Owed(Vec<OwedWrite>);
+
+impl Owed {
+    fn write(&mut self, bus: &Bus, is_port: bool, address: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) {
+        // One after the other, as the guest has made them.
+        if !self.0.is_empty() || !bus.write_unless(address, data, is_wanted) {
+            self.0.push(OwedWrite { is_port, address, data: data.to_vec() });
+        }
+    }
+
+    /// Carries them out. False: the vCPU was wanted again before that.
+    fn pay(&mut self, pio: &Bus, mmio: &Bus, is_wanted: &dyn Fn() -> bool) -> bool {
+        while let Some(OwedWrite { is_port, address, data }) = self.0.first() {
+            let bus = if *is_port { pio } else { mmio };
+            if !bus.write_unless(*address, data, is_wanted) {
+                return false;
+            }
+            self.0.remove(0);
+        }
+        true
+    }
+}
 
 pub(super) struct Body {
     pub index: u32,
@@ -33,26 +58,30 @@ impl Body {
 
     pub(super) fn main(&self, start: Start, introduce: &Sender<(libc::pid_t, ExitFlag)>) {
         signal::unblock_kick();
-        let (mut vcpu, state) = match self.create(start) {
+        let (mut vcpu, mut state) = match self.create(start) {
             Ok(created) => created,
             Err(error) => return self.tell(Event::Ready(Err(error))),
         };
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         let _ = introduce.send((tid, vcpu.exit_flag()));
         self.tell(Event::Ready(Ok(())));
+        let mut owed = Owed(state.as_mut().map_or_else(Vec::new, |state| std::mem::take(&mut state.owed)));
         while let Ok(command) = self.commands.recv() {
             match command {
                 Command::RestoreLate => {
                     let result = state.as_ref().map_or(Ok(()), |state| vcpu.restore_late(state));
                     self.tell(Event::Ready(result.map_err(|source| self.error(source))));
                 }
-                Command::Run => self.run(&mut vcpu),
+                Command::Run => self.run(&mut vcpu, &mut owed),
                 Command::Pause => {
                     self.pauses.fetch_sub(1, Ordering::SeqCst);
                     self.tell(Event::Paused);
                 }
                 Command::Save(turn) => {
-                    let saved = vcpu.save().map_err(|source| self.error(source));
+                    let saved = vcpu.save().map_err(|source| self.error(source)).map(|mut state| {
+                        state.owed.clone_from(&owed.0);
+                        state
+                    });
                     self.tell(Event::Saved(turn, saved));
                 }
                 Command::End => return,
@@ -117,18 +146,31 @@ impl Body {
 
     /// In the guest until a pause is asked for, until it cannot go on, or until its machine is about to end: a vCPU that has asked for that
     /// waits like one that is stopped, and so do the others from their next exit on.
-    fn run(&self, vcpu: &mut Vcpu) {
+    fn run(&self, vcpu: &mut Vcpu, owed: &mut Owed) {
+        let Shared { pio, mmio, .. } = &self.shared;
+        let is_wanted = || self.is_wanted();
+        if !owed.pay(pio, mmio, &is_wanted) {
+            return;
+        }
         self.clear_exit_flag(vcpu);
         while !self.shared.requests.pending() {
+            if !owed.0.is_empty() {
+                // Not one more instruction: KVM only completes the one whose write this is.
+                vcpu.set_immediate_exit(true);
+            }
             match vcpu.run() {
                 Ok(Exit::IoIn(port, size, data)) => {
-                    data.chunks_mut(size).for_each(|one| self.shared.pio.read(port.into(), one));
+                    owed.pay(pio, mmio, &|| false);
+                    data.chunks_mut(size).for_each(|one| pio.read(port.into(), one));
                 }
                 Ok(Exit::IoOut(port, size, data)) => {
-                    data.chunks(size).for_each(|one| self.shared.pio.write(port.into(), one));
+                    data.chunks(size).for_each(|one| owed.write(pio, true, port.into(), one, &is_wanted));
                 }
-                Ok(Exit::MmioRead(addr, data)) => self.shared.mmio.read(addr, data),
-                Ok(Exit::MmioWrite(addr, data)) => self.shared.mmio.write(addr, data),
+                Ok(Exit::MmioRead(addr, data)) => {
+                    owed.pay(pio, mmio, &|| false);
+                    mmio.read(addr, data);
+                }
+                Ok(Exit::MmioWrite(addr, data)) => owed.write(mmio, false, addr, data, &is_wanted),
                 // KVM completes what the last exit left pending before it looks at the exit flag, so here nothing is.
                 Ok(Exit::Interrupted) if self.is_wanted() => return,
                 Ok(Exit::Interrupted) => self.clear_exit_flag(vcpu),
@@ -140,5 +182,56 @@ impl Body {
                 Err(error) => return self.fail(error.to_string()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::sync::{Arc, Mutex};
+
+    use theseus_devices::bus::Target;
+
+    use super::*;
+
+    /// A device that another vCPU is in an access to.
+    #[derive(Default)]
+    struct Busy {
+        busy: AtomicBool,
+        written: Mutex<Vec<(u64, Vec<u8>)>>,
+    }
+
+    impl Target for Busy {
+        fn read(&self, _: u64, _: &mut [u8]) {}
+
+        fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
+            if self.busy.load(Ordering::SeqCst) && is_wanted() {
+                return false;
+            }
+            self.written.lock().unwrap().push((offset, data.to_vec()));
+            true
+        }
+    }
+
+    #[test]
+    fn what_a_vcpu_is_taken_away_from_it_owes() {
+        let (device, pio, mmio) = (Arc::new(Busy::default()), Bus::new("port"), Bus::new("MMIO"));
+        pio.insert(0xCF8, 8, device.clone()).unwrap();
+        mmio.insert(0x1000, 16, device.clone()).unwrap();
+        let mut owed = Owed(Vec::new());
+        device.busy.store(true, Ordering::SeqCst);
+        owed.write(&pio, true, 0xCFC, &[1], &|| true);
+        device.busy.store(false, Ordering::SeqCst);
+        // The second half of an access that crosses a page: free by now, but not its turn.
+        owed.write(&mmio, false, 0x1008, &[2, 3], &|| true);
+        assert!(device.written.lock().unwrap().is_empty());
+        let carried = owed.0.clone();
+        device.busy.store(true, Ordering::SeqCst);
+        assert!(!owed.pay(&pio, &mmio, &|| true), "wanted again");
+        assert_eq!(owed.0, carried);
+        device.busy.store(false, Ordering::SeqCst);
+        assert!(owed.pay(&pio, &mmio, &|| true));
+        assert_eq!(*device.written.lock().unwrap(), [(4, vec![1]), (8, vec![2, 3])]);
+        assert!(owed.0.is_empty());
     }
 }
