@@ -19,6 +19,12 @@ use crate::types::{CpusConfig, DeviceConfig, MemoryConfig, SOCKET_PATH_MAX, Seri
 #[error("{0}")]
 pub struct ArgError(String);
 
+impl ArgError {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
 type Result<T> = std::result::Result<T, ArgError>;
 
 fn err<T>(message: String) -> Result<T> {

@@ -2,6 +2,7 @@
 //!
 //! The crate knows nothing of the VMM: the server hands every [`Request`] to a [`server::Backend`] and sends back its [`Reply`].
 
+pub mod access;
 pub mod args;
 pub mod client;
 mod request;

@@ -44,7 +44,7 @@ pub type Reply = Result<Body, ApiError>;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}", causes.join(": "))]
 pub struct ApiError {
-    /// HTTP status: 400, 404, 409, 429 or 500.
+    /// HTTP status: 400, 403, 404, 409, 429 or 500.
     pub status: u16,
     /// Outermost cause first; the body of the answer.
     pub causes: Vec<String>,
@@ -58,6 +58,11 @@ impl ApiError {
     /// 400: the request makes no sense, whatever the state.
     pub fn bad_request(cause: impl Into<String>) -> Self {
         Self::new(400, cause)
+    }
+
+    /// 403: this user may not use the API.
+    pub fn forbidden(cause: impl Into<String>) -> Self {
+        Self::new(403, cause)
     }
 
     /// 404: no such route, VM or device.

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use theseus_api::access::api_listen;
 use theseus_api::client::{Client, ClientError};
-use theseus_api::server::{Backend, KeptConnection, MAX_CONNECTIONS, ReplyTo, Server, bind};
+use theseus_api::server::{Backend, KeptConnection, MAX_CONNECTIONS, ReplyTo, Server, bind, bind_for};
 use theseus_api::{ApiError, Body, Request};
 
 const SOON: Duration = Duration::from_secs(5);
@@ -266,16 +267,78 @@ fn a_client_that_hangs_up_is_harmless() {
 }
 
 #[test]
-fn connections_are_limited() {
+fn the_oldest_idle_connection_makes_room() {
     let f = Fixture::new();
-    let mut open: Vec<Client> = (0..MAX_CONNECTIONS).map(|_| f.client()).collect();
+    let mut oldest = f.raw();
+    let mut open: Vec<Client> = (1..MAX_CONNECTIONS).map(|_| f.client()).collect();
+    // Not the oldest any more once it has asked; then the first of the others is.
+    oldest.write_all(PING).unwrap();
+    read_response(&mut oldest);
     for client in &mut open {
         assert_eq!(client.get("vmm.ping").unwrap().status, 200);
     }
-    let (head, body) = read_response(&mut f.raw());
-    assert!(head.starts_with("HTTP/1.1 429") && body.contains("64 connections"), "{head}{body}");
-    open.pop();
-    eventually("the place is not given up", || f.client().get("vmm.ping").is_ok_and(|r| r.status == 200));
+    oldest.write_all(PING).unwrap();
+    read_response(&mut oldest);
+    let mut new = f.client();
+    assert_eq!(new.get("vmm.ping").unwrap().status, 200);
+    assert!(matches!(open[0].get("vmm.ping"), Err(ClientError::Broken(_))), "it was closed between two requests");
+    oldest.write_all(PING).unwrap();
+    read_response(&mut oldest);
+    assert_eq!(f.server.freeze(None, SOON).unwrap().idle().count(), MAX_CONNECTIONS);
+}
+
+#[test]
+fn who_finds_no_room_is_told_after_the_request() {
+    let f = Fixture::new();
+    let mut busy: Vec<_> = (0..MAX_CONNECTIONS).map(|_| f.raw()).collect();
+    for stream in &mut busy {
+        stream.write_all(b"PUT /api/v1/vm.pause HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    }
+    let mut held: Vec<_> = busy.iter().map(|_| f.held()).collect();
+    // As much as no socket takes unread.
+    let body = format!(r#"{{"payload":{{"kernel":"/k","cmdline":"{}"}}}}"#, "x".repeat(3 << 20));
+    let response = f.client().put("vm.create", Some(&body)).unwrap();
+    assert_eq!(response.status, 429, "{}", response.body);
+    assert!(response.causes()[0].contains("64 requests"), "{}", response.body);
+    held.pop().unwrap().send(Ok(Body::Empty));
+    assert_eq!(f.client().get("vmm.ping").unwrap().status, 200, "the one that is idle now makes room");
+    drop(held);
+}
+
+/// A thread of another user, as the kernel tells a server of it. Nobody but root can make one.
+#[test]
+fn other_users_are_told_that_they_may_not() {
+    const UID: u32 = 65_534;
+    if !rustix::process::geteuid().is_root() {
+        return println!("not tried: this is not root");
+    }
+    let f = Fixture::new();
+    std::fs::set_permissions(&f.path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+    std::fs::set_permissions(f.path.parent().unwrap(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let ask = |path: &PathBuf| {
+        let path = path.clone();
+        let other = std::thread::spawn(move || {
+            // SAFETY: the system call itself, which unlike libc's function changes this thread only.
+            let changed = unsafe { libc::syscall(libc::SYS_setresuid, UID, UID, UID) };
+            assert_eq!(changed, 0);
+            let mut client = Client::new(&path).unwrap();
+            client.set_timeout(Some(SOON));
+            client.get("vmm.ping").unwrap()
+        });
+        other.join().unwrap()
+    };
+    let refused = ask(&f.path);
+    assert_eq!(refused.status, 403, "{}", refused.body);
+    assert!(refused.causes()[0].contains("user 65534 may not use this API"), "{}", refused.body);
+    assert_eq!(f.client().get("vmm.ping").unwrap().status, 200);
+
+    let listen = api_listen(f.path.with_extension("open").to_str().unwrap()).unwrap();
+    let path = f.path.with_extension("open");
+    let listener = bind_for(&path, listen.file_mode(&[UID]), None).unwrap();
+    let (sender, _) = mpsc::channel();
+    let _server =
+        Server::start_for(listen.peers(&[UID]), listener, vec![], Arc::new(Fake(Mutex::new(sender)))).unwrap();
+    assert_eq!(ask(&path).status, 200);
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved state's
-//! envelope ([`state`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]). Beside it [`rate`], which all use.
+//! envelope ([`state`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]). Beside it [`rate`] and [`socket`], which several crates use.
 
 pub mod alloc;
 pub mod hugepages;
 pub mod layout;
 pub mod ram;
 pub mod rate;
+pub mod socket;
 pub mod state;
 pub mod vault;
 

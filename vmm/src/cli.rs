@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use theseus_api::access::{ApiListen, api_listen};
 use theseus_api::args::{self, ApiSocket, ForeignOptions};
 use theseus_api::types::{CpusConfig, DeviceConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
 
@@ -10,9 +11,12 @@ use theseus_api::types::{CpusConfig, DeviceConfig, MemoryConfig, PayloadConfig, 
 #[derive(Parser, Debug)]
 #[command(name = "theseus", disable_version_flag = true)]
 pub struct Cli {
-    /// Unix socket of the REST API: a path, path=PATH or fd=N.
-    #[arg(long, value_parser = args::socket)]
-    pub api_socket: Option<ApiSocket>,
+    /// Unix socket of the REST API: a path, path=PATH or fd=N, with ,mode=0660 and ,group=GROUP behind it.
+    #[arg(long, value_parser = api_listen)]
+    pub api_socket: Option<ApiListen>,
+    /// A user who may use the API beside root and the VMM's own; may be given several times.
+    #[arg(long, requires = "api_socket", value_name = "UID")]
+    pub api_uid: Vec<u32>,
     /// boot=N[,max=N]
     #[arg(long, requires = "kernel", value_parser = args::cpus)]
     pub cpus: Option<CpusConfig>,

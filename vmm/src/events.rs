@@ -4,12 +4,12 @@
 //! events, and never holds the VMM up.
 
 use std::fs::File;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::{Value, json};
 use theseus_api::args::ApiSocket;
 use theseus_resources::vault::VaultError;
@@ -39,13 +39,13 @@ impl EventStream {
                 .create(true)
                 .append(true)
                 .read(true)
+                .mode(crate::logging::MODE)
+                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                 .open(path)
                 .with_context(|| format!("event stream {}", path.display()))?
                 .into(),
-            // SAFETY: the one who started us says that this fd is ours.
-            Some(ApiSocket::Fd(fd)) => unsafe { OwnedFd::from_raw_fd(*fd) },
+            Some(ApiSocket::Fd(fd)) => crate::inherited(*fd).with_context(|| format!("event stream: fd={fd}"))?,
         };
-        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).context("event stream: is that fd open?")?;
         Ok(Self(Some(vault.keep("event stream", Purpose::Log, fd))))
     }
 
@@ -67,8 +67,7 @@ impl EventStream {
             line["properties"] = shortened(&line["properties"]);
         }
         // Not O_NONBLOCK, which would hold for all who share the open file.
-        let ready = rustix::event::poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default()));
-        if ready != Ok(1) || rustix::io::write(fd, format!("{line}\n").as_bytes()).is_err() {
+        if !crate::ready(fd) || rustix::io::write(fd, format!("{line}\n").as_bytes()).is_err() {
             LOST.fetch_add(1, Ordering::Relaxed);
             log::debug!("event lost: {line}");
         }

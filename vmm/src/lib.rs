@@ -16,6 +16,7 @@ mod update;
 mod vcpus;
 
 use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -25,15 +26,18 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use theseus_api::access::{ApiListen, Peers};
 use theseus_api::args::ApiSocket;
 use theseus_api::server::{self, KeptConnection, Server};
 use theseus_api::types::VmConfig;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::Vault;
+use theseus_resources::rate::Rate;
 
 use cli::{Cli, OnReset};
-use control::{Control, Inbox, Queue, Vm};
+use control::{Control, Inbox, Queue, Vm, Wish};
 use events::EventStream;
 use logging::LogConfig;
 use machine::Host;
@@ -57,6 +61,7 @@ pub const EXIT_LOST: i32 = 70;
 
 /// When a thread that could not be started is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
+static NO_THREAD: Rate = Rate::new(2, Duration::from_secs(60));
 
 pub fn main() -> ExitCode {
     let started = update::timeline::now_ns();
@@ -67,10 +72,11 @@ pub fn main() -> ExitCode {
         Some(inherited) => Ok(after_update(inherited, started)),
         None => by_command_line(&Cli::parse()),
     };
+    logging::settle();
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(error) => {
-            say(&text(&error));
+            say(std::io::stderr(), &text(&error));
             ExitCode::FAILURE
         }
     }
@@ -81,9 +87,17 @@ fn text(error: &anyhow::Error) -> String {
     theseus_api::ApiError::chain(500, error.as_ref()).to_string()
 }
 
-/// To standard error, if there still is one: `eprintln!` would panic.
-fn say(what: &str) {
-    let _ = writeln!(std::io::stderr(), "theseus: {what}");
+/// To standard output or error, if it takes it now: neither `println!`, which panics where nobody listens any more, nor a write that waits for a
+/// terminal which stands still.
+fn say(mut to: impl Write + AsFd, what: &str) {
+    if ready(&to) {
+        let _ = writeln!(to, "theseus: {what}");
+    }
+}
+
+/// Whether a write of a line (PIPE_BUF bytes at most, pipe(7)) would not wait.
+fn ready(fd: &impl AsFd) -> bool {
+    rustix::event::poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default())) == Ok(1)
 }
 
 /// The life of an image that an update has started. Returns the exit code; an image that fails before its commit becomes the old binary.
@@ -91,14 +105,14 @@ fn after_update(inherited: Inherited, started: u64) -> i32 {
     let lost = |reason: &str| {
         log::error!("the guest is lost to this process: {reason}");
         logging::finish();
-        say(&format!("the guest is lost to this process: {reason}"));
+        say(std::io::stderr(), &format!("the guest is lost to this process: {reason}"));
         EXIT_LOST
     };
     let mut back = match WayBack::new(inherited) {
         Ok(back) => back,
         Err(error) => return lost(&format!("the update's timeline cannot be mapped: {error}")),
     };
-    let life = catch_unwind(AssertUnwindSafe(|| run(|parts| take_over(parts, &mut back, started))));
+    let life = catch_unwind(AssertUnwindSafe(|| run(IfNone::TryAgain, |parts| take_over(parts, &mut back, started))));
     let cause = match life {
         Ok(Ok(code)) => return code,
         Ok(Err(error)) => text(&error),
@@ -123,11 +137,11 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
     cli.warnings().iter().for_each(|warning| log::warn!("{warning}"));
     signals::warn_of_limits();
-    run(|parts| boot(parts, cli))
+    run(IfNone::Fail, |parts| boot(parts, cli))
 }
 
 /// Starts the other threads, with what `prepare` boots or takes over, and then serves them. Returns the exit code.
-fn run(prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result<i32> {
+fn run(if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result<i32> {
     let signals = Signals::new().context("signals")?;
     vcpus::install_kick_handler().context("signals")?;
     // exec leaves "fd N" or the file's old name as the thread's name.
@@ -135,24 +149,36 @@ fn run(prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result
     let (queue, inbox) = control::queue().context("control queue")?;
     let (main, orders) = main_thread::orders();
     let control = prepare(Parts { signals, queue, inbox, main })?;
-    start(control);
+    start(control, if_none)?;
     Ok(orders.serve())
 }
 
-/// Starts the control thread. A guest may be running already, and no lack of threads is worth losing it: the helper of an update, for one,
-/// gives its own back soon.
-fn start(control: Control) {
+/// What to do where a thread cannot be started.
+#[derive(Clone, Copy, PartialEq)]
+enum IfNone {
+    /// Nothing runs yet.
+    Fail,
+    /// A guest runs, and no lack of threads is worth losing it: the helper of an update, for one, gives its own back soon.
+    TryAgain,
+}
+
+fn start(control: Control, if_none: IfNone) -> anyhow::Result<()> {
     let hand_over = loop {
         let (sender, receiver) = channel::<Control>();
         let body = move || receiver.recv().into_iter().for_each(Control::run);
         match std::thread::Builder::new().name("control".into()).spawn(body) {
             Ok(_) => break sender,
-            Err(error) => log::error!("cannot start the control thread: {error}: raise RLIMIT_NPROC or pids.max"),
+            Err(error) => {
+                let what = format!("cannot start the control thread: {error}: raise RLIMIT_NPROC or pids.max");
+                anyhow::ensure!(if_none == IfNone::TryAgain, what);
+                NO_THREAD.warn(|| what);
+            }
         }
         std::thread::sleep(AGAIN);
     };
     // Its receiver waits in the thread.
     let _ = hand_over.send(control);
+    Ok(())
 }
 
 /// Decodes a saved state as the dry run of an update does; the error says why it cannot be taken over. For tests and fuzzing.
@@ -177,9 +203,13 @@ impl Parts {
             inbox,
             signals,
             server,
+            peers: Peers::default(),
             supervisor,
             events,
             vm: Vm::None,
+            booting: None,
+            unwanted: None,
+            waiting: Default::default(),
             helper: None,
             hurry: None,
             resets: Default::default(),
@@ -203,50 +233,68 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
         config.is_some() || cli.api_socket.is_some(),
         "nothing to do: give --kernel for a guest, --api-socket for an API, or both"
     );
-    let server = cli.api_socket.as_ref().map(|socket| serve_api(socket, &parts.queue)).transpose()?;
+    let server = cli.api_socket.as_ref().map(|listen| serve_api(listen, &cli.api_uid, &parts.queue)).transpose()?;
     let ends_on_reset = cli.on_reset == OnReset::Exit;
     let mut supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone(), ends_on_reset);
     supervisor.is_started_from(update::target::started_from());
     supervisor.write_pid_file()?;
     let events = EventStream::open(cli.event_monitor.as_ref(), &host.vault)?;
+    let peers = cli.api_socket.as_ref().map(|listen| listen.peers(&cli.api_uid)).unwrap_or_default();
     let mut control = parts.control(host, server, supervisor, events);
+    control.peers = peers;
     let say = |control: &Control, source, event| control.events.say(source, event, serde_json::json!({}));
     say(&control, "vmm", "starting");
     if let Some(config) = config {
         say(&control, "vm", "created");
         say(&control, "vm", "booting");
-        control.boot_config(config, true).context("the guest cannot be booted")?;
-        say(&control, "vm", "booted");
+        control.vm = Vm::Created(config.clone());
+        control.start_boot(config, Wish::CommandLine);
+    } else {
+        control.supervisor.ready();
     }
-    control.supervisor.ready();
     Ok(control)
 }
 
-fn serve_api(socket: &ApiSocket, queue: &Queue) -> anyhow::Result<Server> {
-    let listener = match socket {
-        ApiSocket::Path(path) => server::bind(path)?,
+fn serve_api(listen: &ApiListen, uids: &[u32], queue: &Queue) -> anyhow::Result<Server> {
+    let listener = match &listen.socket {
+        ApiSocket::Path(path) => server::bind_for(path, listen.file_mode(uids), listen.group)?,
         ApiSocket::Fd(fd) => {
-            use std::os::fd::FromRawFd;
-            // SAFETY: the one who started us says that this fd is ours.
-            unsafe { UnixListener::from_raw_fd(*fd) }
+            let socket = inherited(*fd).with_context(|| format!("--api-socket fd={fd}"))?;
+            let wrong = theseus_resources::socket::not_listening(&socket);
+            anyhow::ensure!(wrong.is_none(), "--api-socket fd={fd}: {}", wrong.unwrap_or_default());
+            UnixListener::from(socket)
         }
     };
-    start_api(listener, Vec::new(), queue)
+    start_api(listen.peers(uids), listener, Vec::new(), queue)
 }
 
-fn start_api(listener: UnixListener, kept: Vec<KeptConnection>, queue: &Queue) -> anyhow::Result<Server> {
-    Server::start(listener, kept, Arc::new(queue.clone())).context("the API server cannot be started")
+/// An fd that whoever has started this process has opened for it.
+fn inherited(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    // SAFETY: for this one call, which finds out whether it is open.
+    let is_open = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) });
+    is_open.context("is not open: whoever starts this process has to leave it open")?;
+    // SAFETY: open, and the one who started us says that it is ours.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+fn start_api(peers: Peers, listener: UnixListener, kept: Vec<KeptConnection>, queue: &Queue) -> anyhow::Result<Server> {
+    Server::start_for(peers, listener, kept, Arc::new(queue.clone())).context("the API server cannot be started")
 }
 
 fn take_over(parts: Parts, back: &mut WayBack, started: u64) -> anyhow::Result<Control> {
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
     let adopted = update::adopt::adopt(back, requests, started).map_err(anyhow::Error::msg)?;
-    let Adopted { host, machine, config, was_shut_down, api, helper, supervisor, events } = adopted;
+    let Adopted { host, machine, config, was_shut_down, api, peers, helper, supervisor, events } = adopted;
     // The guest runs: an API that cannot be served is no reason to lose it.
     let server = api.and_then(|api| {
-        start_api(api.listener, api.connections, &parts.queue).inspect_err(|error| log::error!("{error:#}")).ok()
+        start_api(peers.clone(), api.listener, api.connections, &parts.queue)
+            .inspect_err(|error| log::error!("{error:#}"))
+            .ok()
     });
     let mut control = parts.control(host, server, supervisor, events);
+    control.peers = peers;
     control.helper = helper;
     control.vm = match (machine, config) {
         (Some(mut machine), _) => {

@@ -5,13 +5,21 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
+
+/// Of files that this process makes: what is in them is nobody else's business. The umask may take from it.
+pub const MODE: u32 = 0o640;
+
+/// Linux's, bytes (pipe(7)): what is longer may wait though the pipe is ready.
+const PIPE_BUF: usize = 4096;
 
 /// How much may wait, bytes; the rest is dropped.
 const WAITING_MAX: usize = 64 << 10;
@@ -36,7 +44,7 @@ static FLUSHED: Condvar = Condvar::new();
 impl LogConfig {
     /// Once per image.
     pub fn start(self) -> anyhow::Result<()> {
-        let file = self.file.as_deref().map(open).transpose()?;
+        let file = self.file.as_deref().map(|path| open(path, Wait::No)).transpose()?;
         sink().file = file;
         self.init()
     }
@@ -100,6 +108,14 @@ impl Drop for Held {
     }
 }
 
+/// Who opens a log file.
+#[derive(Clone, Copy, PartialEq)]
+enum Wait {
+    /// A thread that has nothing else to do, and may wait for the reader of a FIFO.
+    Yes,
+    No,
+}
+
 /// Ends a hold. What has waited is written by a thread of its own: the caller has a guest to serve, however long the log takes.
 pub fn release() {
     let mut sink = sink();
@@ -117,6 +133,11 @@ pub fn release() {
 /// The same before the end of the process, which waits for the log, but not for ever.
 pub fn finish() {
     release();
+    settle();
+}
+
+/// Before the end of the process.
+pub fn settle() {
     drop(FLUSHED.wait_timeout_while(sink(), PATIENCE, |sink| sink.flushing));
 }
 
@@ -124,7 +145,7 @@ pub fn finish() {
 fn flush() {
     let unopened = sink().unopened();
     if let Some(path) = unopened {
-        match open(path) {
+        match open(path, Wait::Yes) {
             Ok(file) => sink().file = Some(file),
             Err(error) => log::error!("{error:#}: the log goes to standard error"),
         }
@@ -143,9 +164,17 @@ fn flush() {
 }
 
 /// Appended to, so that the image after an update goes on in the same file.
-fn open(path: &Path) -> anyhow::Result<Arc<File>> {
-    let file = File::options().create(true).append(true).open(path);
-    file.map(Arc::new).with_context(|| format!("cannot open the log file {}", path.display()))
+fn open(path: &Path, wait: Wait) -> anyhow::Result<Arc<File>> {
+    let flags = libc::O_NOCTTY | if wait == Wait::Yes { 0 } else { libc::O_NONBLOCK };
+    let file = File::options().create(true).append(true).mode(MODE).custom_flags(flags).open(path);
+    let file = file.and_then(|file| {
+        // What is written to it later may wait, in the thread for that.
+        rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+        Ok(Arc::new(file))
+    });
+    file.with_context(|| {
+        format!("cannot open the log file {} (if it is a FIFO: does anybody read it?)", path.display())
+    })
 }
 
 /// What cannot be written (the disk is full, RLIMIT_FSIZE is reached, nobody reads any more) is counted.
@@ -178,6 +207,14 @@ struct Sink {
 }
 
 impl Sink {
+    fn takes_a_line(&self) -> bool {
+        self.waiting.is_empty()
+            && match &self.file {
+                Some(file) => crate::ready(file),
+                None => crate::ready(&std::io::stderr()),
+            }
+    }
+
     /// The file that the log is to go to, if that is still to be opened.
     fn unopened(&self) -> Option<&'static Path> {
         IN_USE.get().and_then(|config| config.file.as_deref()).filter(|_| self.file.is_none())
@@ -195,16 +232,26 @@ struct Lines;
 impl Write for Lines {
     fn write(&mut self, record: &[u8]) -> std::io::Result<usize> {
         let mut sink = sink();
-        if sink.holds > 0 || sink.flushing {
-            if sink.waiting.len() + record.len() <= WAITING_MAX {
-                sink.waiting.extend_from_slice(record);
-            } else {
-                drop_bytes(record.len());
-            }
-        } else {
+        let held = sink.holds > 0 || sink.flushing;
+        if !held && record.len() <= PIPE_BUF && sink.takes_a_line() {
             let file = sink.file.clone();
             drop(sink);
             write(file, record);
+            return Ok(record.len());
+        }
+        if sink.waiting.len() + record.len() <= WAITING_MAX {
+            sink.waiting.extend_from_slice(record);
+        } else {
+            drop_bytes(record.len());
+        }
+        if !held {
+            // Whoever logs has something else to do than to wait for the log.
+            sink.flushing = true;
+            drop(sink);
+            if std::thread::Builder::new().name("log".into()).spawn(flush).is_err() {
+                // The next line tries again.
+                self::sink().flushing = false;
+            }
         }
         Ok(record.len())
     }
@@ -240,7 +287,7 @@ mod tests {
     fn what_is_logged_waits_for_the_end_of_the_hold_and_a_log_that_takes_nothing_holds_nobody_up() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        sink().file = Some(open(&path).unwrap());
+        sink().file = Some(open(&path, Wait::No).unwrap());
         let line = |text: &str| Lines.write_all(text.as_bytes()).unwrap();
         line("1 ");
         let (outer, inner) = (Held::new(), Held::new());
@@ -271,9 +318,22 @@ mod tests {
         assert_eq!(&text[full..], b"5 6 8 ");
         assert_eq!(stands_still(), None);
         assert_eq!(dropped(), WAITING_MAX as u64);
+
+        // Nobody holds it, but it takes nothing: who logs goes on.
+        (&*sink().file.clone().unwrap()).write_all(&vec![b'.'; full]).unwrap();
+        line("9 ");
+        line("10 ");
+        assert!(stands_still().unwrap().contains("the log takes nothing"));
+        let mut text = vec![0; full + 5];
+        std::io::Read::read_exact(&mut &reader, &mut text).unwrap();
+        assert_eq!(&text[full..], b"9 10 ");
+        assert_eq!(stands_still(), None);
         drop(reader);
         line("9 ");
         assert_eq!(dropped(), WAITING_MAX as u64 + 2);
         sink().file = None;
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+        assert!(format!("{:#}", open(&fifo, Wait::No).unwrap_err()).contains("does anybody read it"));
     }
 }

@@ -3,13 +3,19 @@
 //!
 //! An update keeps the PID. Only a roll back by the parked helper changes it.
 
+use std::io::Write;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+
+/// How long whoever listens may take for a message.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the command line says of it; goes over with every update.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -50,8 +56,7 @@ impl Supervisor {
         let Some(path) = &self.pid_file else { return Ok(()) };
         let mut new = path.clone().into_os_string();
         new.push(".new");
-        std::fs::write(&new, format!("{}\n", std::process::id()))
-            .and_then(|()| std::fs::rename(&new, path))
+        replace(Path::new(&new), path, &format!("{}\n", std::process::id()))
             .with_context(|| format!("PID file {}", path.display()))
     }
 
@@ -71,13 +76,28 @@ impl Supervisor {
     }
 }
 
+/// Never by what somebody may have left at either name: a link there would lead to any file that this user may write.
+fn replace(new: &Path, path: &Path, text: &str) -> std::io::Result<()> {
+    match std::fs::remove_file(new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // O_EXCL, which follows no link.
+    std::fs::File::options().write(true).create_new(true).mode(0o644).open(new)?.write_all(text.as_bytes())?;
+    std::fs::rename(new, path)
+}
+
 fn notify(text: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
     let address = match name.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
         path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path)),
     };
-    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(text.as_bytes(), &address));
+    let sent = address.and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.send_to_addr(text.as_bytes(), &address)
+    });
     if let Err(error) = sent {
         log::warn!("systemd cannot be notified: {error}");
     }
@@ -96,6 +116,16 @@ mod tests {
         supervisor.write_pid_file().unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        // Planted links are replaced, and what they lead to is left alone.
+        let precious = dir.path().join("precious");
+        std::fs::write(&precious, "precious").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        for link in [&path, &dir.path().join("pid.new")] {
+            std::os::unix::fs::symlink(&precious, link).unwrap();
+        }
+        supervisor.write_pid_file().unwrap();
+        assert_eq!(std::fs::read_to_string(&precious).unwrap(), "precious");
+        assert!(!std::fs::symlink_metadata(&path).unwrap().is_symlink());
         let nowhere = Supervisor::new(Some("/nowhere/pid".into()), None, false);
         assert!(format!("{:#}", nowhere.write_pid_file().unwrap_err()).contains("/nowhere/pid"));
     }

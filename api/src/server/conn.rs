@@ -68,6 +68,8 @@ impl Gate {
 
 struct State {
     phase: Phase,
+    /// When it came, or its last request ended.
+    idle_since: Instant,
     scanner: HeadScanner,
     /// The task, when a read had to wait for something else than the socket.
     reader: Option<Waker>,
@@ -82,7 +84,8 @@ pub(super) struct Conn {
 
 impl Conn {
     pub(super) fn new(id: ConnId, stream: UnixStream, gate: Arc<Gate>) -> Self {
-        let state = State { phase: Phase::Idle, scanner: HeadScanner::default(), reader: None };
+        let state =
+            State { phase: Phase::Idle, idle_since: Instant::now(), scanner: HeadScanner::default(), reader: None };
         Self { id, stream, gate, state: Mutex::new(state) }
     }
 
@@ -107,6 +110,7 @@ impl Conn {
         state.phase = phase;
         if phase == Phase::Idle {
             state.scanner = HeadScanner::default();
+            state.idle_since = Instant::now();
             // hyper asks for the next head before the last flush is through, and would not ask again.
             if let Some(reader) = state.reader.take() {
                 reader.wake();
@@ -114,6 +118,21 @@ impl Conn {
         }
         drop(state);
         self.gate.changed();
+    }
+
+    /// Since when it stands between two requests, with none waiting to be read.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let empty = || matches!(rustix::net::recv(&self.stream, &mut [0u8; 1], flags), Err(rustix::io::Errno::AGAIN));
+        (state.phase == Phase::Idle && empty()).then_some(state.idle_since)
+    }
+
+    /// Ends it: its client sees the end of the stream, and its task too.
+    pub(super) fn close(&self) {
+        if let Err(e) = rustix::net::shutdown(&self.stream, Shutdown::Both) {
+            log::debug!("API: connection {} cannot be closed: {e}", self.id.0);
+        }
     }
 
     pub(super) fn wake_reader(&self) {

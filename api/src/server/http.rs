@@ -68,15 +68,16 @@ fn handle(
         let (parts, body) = request.into_parts();
         let expects = parts.headers.contains_key(EXPECT);
         let reply = match read_body(body, expects).await {
-            Ok(body) => match Request::parse(parts.method.as_str(), parts.uri.path(), &body) {
-                Ok(request) => submit(entry, request).await,
-                Err(e) => Err(e),
+            Ok(body) => match (&entry.refusal, Request::parse(parts.method.as_str(), parts.uri.path(), &body)) {
+                (Some(refusal), _) => Err(refusal.clone()),
+                (None, Ok(request)) => submit(entry, request).await,
+                (None, Err(e)) => Err(e),
             },
             Err(e) => Err(e),
         };
         entry.conn.set_phase(Phase::Answering { begun: false });
         let mut response = response(&reply);
-        if length.is_none() {
+        if length.is_none() || entry.refusal.is_some() {
             // Where a chunked body ends is known to the parser only, which may have read past it.
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }

@@ -11,22 +11,39 @@ mod http;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use theseus_resources::rate::Rate;
+use theseus_resources::socket::{self, Peer};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
+use crate::access::Peers;
 use crate::request::{ApiError, Reply, Request};
 use conn::{Conn, Gate};
 pub use freeze::{FreezeError, Frozen};
 
-/// Connections served at a time; one more is answered 429.
+/// Connections served at a time. One more takes the place of the one that has been idle for longest; where none is idle, it is answered 429.
 pub const MAX_CONNECTIONS: usize = 64;
+
+/// Connections that are turned away at a time, with an answer to their request; more are only closed.
+const MAX_REFUSED: usize = 16;
+
+/// How long one that is turned away may take for its request and the answer.
+const REFUSAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// After an accept that failed, doubled with each that fails again.
+const BACK_OFF: Duration = Duration::from_millis(100);
+const BACK_OFF_MAX: Duration = Duration::from_secs(2);
+
+/// Log lines that a client, or a lack of fds, can provoke.
+static REFUSED: Rate = Rate::new(5, Duration::from_secs(60));
+static ACCEPT: Rate = Rate::new(5, Duration::from_secs(60));
 
 /// How long a client may take to send a request, or to read an answer. A connection may be idle for ever.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -89,6 +106,9 @@ struct Shared {
     conns: Mutex<HashMap<ConnId, Arc<Conn>>>,
     next_id: AtomicU64,
     backend: Arc<dyn Backend>,
+    peers: Peers,
+    /// Connections that are being turned away.
+    refused: AtomicUsize,
 }
 
 impl Shared {
@@ -96,33 +116,72 @@ impl Shared {
         self.conns.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves a connection in a task of its own; refuses it when there are too many.
+    /// Takes a new connection, if its client may use the API.
+    fn accept(self: &Arc<Self>, stream: tokio::net::UnixStream) {
+        match Peer::of(&stream) {
+            Ok(peer) if self.peers.admit(&peer) => self.adopt(stream, None),
+            Ok(Peer { uid, .. }) => {
+                REFUSED.warn(|| format!("API: user {uid} is refused: --api-uid {uid} would let them in"));
+                let cause = format!("user {uid} may not use this API: the VMM's user, root and those of --api-uid may");
+                self.refuse(stream, ApiError::forbidden(cause));
+            }
+            Err(e) => REFUSED.warn(|| format!("API: a client is refused, as who it is cannot be found out: {e}")),
+        }
+    }
+
+    /// Serves a connection in a task of its own.
     fn adopt(self: &Arc<Self>, stream: tokio::net::UnixStream, answer: Option<Reply>) {
+        if self.conns().len() >= MAX_CONNECTIONS && !self.close_an_idle_one() {
+            let cause = format!("{MAX_CONNECTIONS} requests are being served: try again later");
+            return self.refuse(stream, ApiError::busy(cause));
+        }
+        let conn = self.connection(stream);
+        self.conns().insert(conn.id(), conn.clone());
+        tokio::spawn(http::serve(Registered { shared: self.clone(), conn, refusal: None }, answer));
+    }
+
+    fn connection(&self, stream: tokio::net::UnixStream) -> Arc<Conn> {
+        let id = ConnId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        Arc::new(Conn::new(id, stream, self.gate.clone()))
+    }
+
+    /// Makes room: clients keep connections open for a next request that may never come. Whether there was one.
+    fn close_an_idle_one(&self) -> bool {
         let mut conns = self.conns();
-        if conns.len() >= MAX_CONNECTIONS {
-            drop(conns);
-            let busy =
-                ApiError::busy(format!("{MAX_CONNECTIONS} connections are open: close some, or try again later"));
-            http::answer_and_forget(&stream, &Err(busy));
+        let idle = conns.values().filter_map(|conn| Some((conn.idle_since()?, conn.clone())));
+        let Some((_, oldest)) = idle.min_by_key(|(since, _)| *since) else { return false };
+        oldest.close();
+        conns.remove(&oldest.id());
+        true
+    }
+
+    /// Reads a request and answers it with `refusal`: many clients do not look for an answer before they have sent all they have, and take a
+    /// socket that is closed before for a server that is gone.
+    fn refuse(self: &Arc<Self>, stream: tokio::net::UnixStream, refusal: ApiError) {
+        if self.refused.fetch_add(1, Ordering::Relaxed) >= MAX_REFUSED {
+            self.refused.fetch_sub(1, Ordering::Relaxed);
             return;
         }
-        let id = ConnId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let conn = Arc::new(Conn::new(id, stream, self.gate.clone()));
-        conns.insert(id, conn.clone());
-        drop(conns);
-        tokio::spawn(http::serve(Registered { shared: self.clone(), conn }, answer));
+        let entry = Registered { shared: self.clone(), conn: self.connection(stream), refusal: Some(refusal) };
+        tokio::spawn(tokio::time::timeout(REFUSAL_PATIENCE, http::serve(entry, None)));
     }
 }
 
-/// An entry in the table of connections that goes when its task does, panics included.
+/// A connection while its task lives: its entry in the table of connections goes with it, panics included.
 struct Registered {
     shared: Arc<Shared>,
     conn: Arc<Conn>,
+    /// It is not in the table, and this is the answer to its one request.
+    refusal: Option<ApiError>,
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.shared.conns().remove(&self.conn.id());
+        if self.refusal.is_some() {
+            self.shared.refused.fetch_sub(1, Ordering::Relaxed);
+        } else {
+            self.shared.conns().remove(&self.conn.id());
+        }
         self.shared.gate.changed();
     }
 }
@@ -142,10 +201,24 @@ impl Server {
     /// # Errors
     /// When the event loop or the thread cannot be made; `kept` are closed then.
     pub fn start(listener: UnixListener, kept: Vec<KeptConnection>, backend: Arc<dyn Backend>) -> io::Result<Self> {
-        Self::with_patience(listener, kept, backend, PATIENCE)
+        Self::start_for(Peers::default(), listener, kept, backend)
+    }
+
+    /// The same for more than root and this process' own user. Connections that are kept have been let in already.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn start_for(
+        peers: Peers,
+        listener: UnixListener,
+        kept: Vec<KeptConnection>,
+        backend: Arc<dyn Backend>,
+    ) -> io::Result<Self> {
+        Self::with_patience(peers, listener, kept, backend, PATIENCE)
     }
 
     fn with_patience(
+        peers: Peers,
         listener: UnixListener,
         kept: Vec<KeptConnection>,
         backend: Arc<dyn Backend>,
@@ -169,6 +242,8 @@ impl Server {
             conns: Mutex::default(),
             next_id: AtomicU64::new(1),
             backend,
+            peers,
+            refused: AtomicUsize::new(0),
         });
         let (control, orders) = mpsc::unbounded_channel();
         let accepting = listener.clone();
@@ -179,6 +254,9 @@ impl Server {
                 }
                 run(accepting, shared, orders).await;
             })
+        });
+        let thread = thread.map_err(|e| {
+            io::Error::new(e.kind(), format!("cannot start the api thread: {e}: raise RLIMIT_NPROC or pids.max"))
         })?;
         Ok(Self { listener, control, thread: Some(thread) })
     }
@@ -203,7 +281,13 @@ async fn run(
     shared: Arc<Shared>,
     mut orders: mpsc::UnboundedReceiver<Control>,
 ) {
+    // The reason why accept fails, such as no free fd, lasts for a while: we do not spin on it.
+    let (mut not_before, mut back_off) = (Instant::now(), BACK_OFF);
     loop {
+        let accept = async {
+            tokio::time::sleep_until(not_before).await;
+            listener.accept().await
+        };
         tokio::select! {
             biased;
             order = orders.recv() => match order {
@@ -211,40 +295,38 @@ async fn run(
                 Some(Control::Stop) => return freeze::settle(&shared, None, STOP_WAIT).await,
                 None => return,
             },
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => shared.adopt(stream, None),
+            accepted = accept => match accepted {
+                Ok((stream, _)) => {
+                    back_off = BACK_OFF;
+                    shared.accept(stream);
+                }
                 Err(e) => {
-                    log::warn!("API: accept failed: {e}; raise the limit of open files if that is it");
-                    // The reason, such as no free fd, lasts for a while: do not spin on it.
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    ACCEPT.warn(|| format!("API: accept failed: {e}; raise the limit of open files if that is it"));
+                    // It may have had the fd that is missing.
+                    shared.close_an_idle_one();
+                    not_before = Instant::now() + back_off;
+                    back_off = (back_off * 2).min(BACK_OFF_MAX);
                 }
             },
         }
     }
 }
 
-/// Makes the listening socket at `path`, in place of one that nobody listens on any more.
+/// Makes the listening socket at `path`, for this process' user only, in place of one that nobody listens on any more.
 ///
 /// # Errors
 /// When something else is there, or somebody answers.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
-    let named = |e: io::Error, what: &str| io::Error::new(e.kind(), format!("{}: {what}: {e}", path.display()));
-    let refuse = |what: &str| Err(io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {what}", path.display())));
-    match std::fs::symlink_metadata(path) {
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return refuse("there is a file which is not a socket: choose another path for the API socket");
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Ok(_) => return refuse("the socket is being served: is another theseus using it?"),
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(|e| named(e, "a stale API socket cannot be removed"))?;
-            }
-            Err(e) => return Err(named(e, "the API socket is there and cannot be tried")),
-        },
-        Err(_) => {}
-    }
-    UnixListener::bind(path).map_err(|e| named(e, "the API socket cannot be made (does the folder exist?)"))
+    bind_for(path, socket::PRIVATE, None)
 }
+
+/// The same for whom the mode and the group of the socket's file let in, see [`socket::listen`].
+pub fn bind_for(path: &Path, mode: u32, group: Option<u32>) -> io::Result<UnixListener> {
+    socket::listen(path, mode, group, BACKLOG).map(UnixListener::from)
+}
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
 
 #[cfg(test)]
 mod tests {
@@ -268,7 +350,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
         let patience = Duration::from_millis(200);
-        let server = Server::with_patience(bind(&path).unwrap(), vec![], Arc::new(Large), patience).unwrap();
+        let server =
+            Server::with_patience(Peers::default(), bind(&path).unwrap(), vec![], Arc::new(Large), patience).unwrap();
         let connect = |bytes: &[u8]| {
             let mut stream = UnixStream::connect(&path).unwrap();
             stream.set_read_timeout(Some(LONG)).unwrap();

@@ -2,6 +2,7 @@
 
 mod api;
 pub mod boot;
+pub mod booting;
 pub mod bounds;
 pub mod cell;
 mod connections;
@@ -74,6 +75,8 @@ const CASES: &[Case] = &[
     plain("power_button", boot::power_button),
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),
+    plain("files_that_are_none", booting::files_that_are_none),
+    plain("served_while_booting", booting::served_while_booting),
     plain("update_plain", update::plain),
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),

@@ -33,7 +33,7 @@ fn linux(mode: &str) -> Result<Vm> {
     let (kernel, initramfs) = (lab::kernel()?.display().to_string(), lab::initramfs()?.display().to_string());
     let cmdline = "console=ttyS0 panic=-1";
     let args = ["--kernel", &kernel, "--initramfs", &initramfs, "--cmdline", cmdline, "--memory", "size=256M"];
-    Vm::with_args(&[&args[..], &["--serial", mode]].concat())
+    Vm::with_args(&[&args[..], &["--serial", mode]].concat())?.booted()
 }
 
 /// None where kernel 7's 9p, on which the tests' logs are, takes a file that grows while it is read for one that has no data (ENODATA).

@@ -103,9 +103,9 @@ impl Vm {
         Self::spawn("theseus-a", &args.map(str::to_owned), &setting)?.booted()
     }
 
-    /// The API's socket is there before the guest is; its first answer comes after.
-    pub fn booted(self) -> Result<Self> {
-        self.ping()?;
+    /// The API is there before the guest is.
+    pub fn booted(mut self) -> Result<Self> {
+        self.wait_event("vm booted", 1)?;
         Ok(self)
     }
 

@@ -126,8 +126,7 @@ fn load_segment(
     kernel.file.seek(SeekFrom::Start(offset)).map_err(read_error)?;
     mem.read_exact_volatile_from(GuestAddress(paddr), &mut kernel.file, file_size as usize)
         .map_err(|error| read_error(std::io::Error::other(error)))?;
-    let zeros = vec![0; (mem_size - file_size) as usize];
-    super::write(mem, &zeros, paddr + file_size)?;
+    // What follows up to `mem_size` is zero: guest memory is fresh.
     Ok(paddr..end)
 }
 

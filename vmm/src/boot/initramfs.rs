@@ -1,6 +1,5 @@
 //! Loads an initramfs as high as the kernel allows, where the kernel's own unpacking cannot reach it.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
@@ -19,13 +18,10 @@ pub struct Initramfs {
 
 /// Loads `path` at the top of `room`, page aligned.
 pub fn load(mem: &GuestMemoryMmap, path: &Path, room: Range<u64>) -> Result<Initramfs, BootError> {
-    let open_error = |source| BootError::Open { path: path.into(), source };
     let error = |reason: String| BootError::Initramfs { path: path.into(), reason };
-    let mut file = File::open(path).map_err(open_error)?;
-    let metadata = file.metadata().map_err(open_error)?;
-    if !metadata.is_file() {
+    let Some((mut file, metadata)) = super::file::open(path)? else {
         return Err(BootError::NotAFile { path: path.into() });
-    }
+    };
     let size = metadata.len();
     if size == 0 {
         return Err(error("is empty; give a cpio archive, or leave it out".into()));

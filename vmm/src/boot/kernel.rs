@@ -54,13 +54,10 @@ impl KernelFile<'_> {
 
 /// Loads `path` into guest memory between 1 MiB and `low_ram_end`.
 pub fn load(mem: &GuestMemoryMmap, path: &Path, low_ram_end: u64) -> Result<LoadedKernel, BootError> {
-    let open_error = |source| BootError::Open { path: path.into(), source };
-    let file = File::open(path).map_err(open_error)?;
-    let metadata = file.metadata().map_err(open_error)?;
-    let mut kernel = KernelFile { path, file, len: metadata.len() };
-    if !metadata.is_file() {
+    let Some((file, metadata)) = super::file::open(path)? else {
         return Err(BootError::NotAFile { path: path.into() });
-    }
+    };
+    let mut kernel = KernelFile { path, file, len: metadata.len() };
 
     let mut start = vec![0; bzimage::HEADER_END.min(usize::try_from(kernel.len).unwrap_or(usize::MAX))];
     kernel.read_at(0, &mut start)?;

@@ -14,6 +14,7 @@ mod bzimage;
 pub mod cpuid;
 mod elf;
 mod error;
+mod file;
 mod initramfs;
 mod kernel;
 mod lowmem;

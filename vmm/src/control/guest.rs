@@ -1,16 +1,14 @@
 //! What becomes of a guest that ends itself, or cannot go on.
 
-use std::io::Write;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events};
-use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::{Value, json};
 use theseus_devices::interrupt::GuestRequest;
 use theseus_resources::rate::Rate;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Control, RESET, Vm};
+use super::{Control, RESET, Vm, Wish};
 
 /// How often a guest that resets itself is booted anew: often enough for any that means it, and a guest that does nothing else takes neither
 /// all of a host's CPU nor its disk (each boot is three events, and some lines of a verbose log).
@@ -79,18 +77,12 @@ impl Control {
         self.events.say("vm", "rebooting", json!({}));
         let runs = self.vm.machine().is_some_and(|machine| machine.vcpus.is_running());
         self.shut_down();
-        let Some(config) = self.vm.config().cloned() else { return };
-        match self.boot_config(config, runs) {
-            Ok(()) => self.events.say("vm", "rebooted", json!({})),
-            Err(error) => {
-                let reason = format!("it has reset itself, and cannot be booted again: {error}");
-                log::error!("{reason}");
-                self.guest_failed(&reason);
-            }
+        if let Some(config) = self.vm.config().cloned() {
+            self.start_boot(config, Wish::Reset { runs });
         }
     }
 
-    fn guest_failed(&mut self, reason: &str) {
+    pub(super) fn guest_failed(&mut self, reason: &str) {
         self.events.say("vm", "failed", json!({ "reason": reason }));
         if self.vm.machine().is_none() {
             self.events.say("vm", "shutdown", json!({}));
@@ -101,11 +93,12 @@ impl Control {
     fn end_with(&mut self, what: &str, code: i32) {
         log::info!("{what}");
         self.end(code, json!({}));
-        say(what);
+        crate::say(std::io::stdout(), what);
     }
 
     /// The end of the guest, if there is one, and of the process. `properties`: of the last event.
     pub(super) fn end(&mut self, code: i32, properties: Value) {
+        self.give_up_boot("the end of the VMM");
         if self.vm.machine().is_some() {
             self.shut_down();
             self.events.say("vm", "shutdown", json!({}));
@@ -115,14 +108,5 @@ impl Control {
         }
         self.events.say("vmm", "shutdown", properties);
         self.exit = Some(code);
-    }
-}
-
-/// To standard output, if it takes it now: neither println!, which panics where nobody listens any more, nor a write to a terminal that
-/// stands still.
-fn say(what: &str) {
-    let stdout = std::io::stdout();
-    if rustix::event::poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(&Timespec::default())) == Ok(1) {
-        let _ = writeln!(stdout.lock(), "theseus: {what}");
     }
 }

@@ -1,16 +1,19 @@
 //! The control thread: one event loop that owns the machine. API requests and what the guest asks of the machine arrive in its queue.
 
 mod admit;
+mod boot;
 mod guest;
 mod queue;
 mod requests;
 mod vm;
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use theseus_api::access::Peers;
 use theseus_api::server::Server;
 use theseus_devices::legacy::serial::SerialDevice;
 use vmm_sys_util::timerfd::TimerFd;
@@ -22,6 +25,7 @@ use crate::main_thread::MainThread;
 use crate::signals::Signals;
 use crate::supervisor::Supervisor;
 use crate::update::adopt::Helper;
+pub use boot::{Booting, UnderWay, Wish};
 pub use guest::Resets;
 pub use queue::{Inbox, Queue, queue};
 pub use vm::Vm;
@@ -33,9 +37,17 @@ pub struct Control {
     pub inbox: Inbox,
     pub signals: Signals,
     pub server: Option<Server>,
+    /// Whom it lets in.
+    pub peers: Peers,
     pub supervisor: Supervisor,
     pub events: EventStream,
     pub vm: Vm,
+    /// The boot that is under way.
+    pub booting: Option<Booting>,
+    /// One that was given up, until it has ended.
+    pub unwanted: Option<UnderWay>,
+    /// Requests that wait for the boot.
+    pub waiting: VecDeque<queue::Call>,
     /// Of the last update, until it is reaped.
     pub helper: Option<Helper>,
     /// When that helper has been at idle priority for long enough; None before the loop stands.
@@ -71,6 +83,8 @@ impl Control {
                 if let Some(server) = control.server.take() {
                     server.stop();
                 }
+                control.booting.iter().for_each(Booting::end);
+                control.unwanted.iter().for_each(UnderWay::end);
                 // Ends the vCPU threads and puts a terminal back into its old mode.
                 drop(control);
                 return Ok(code);
@@ -81,10 +95,12 @@ impl Control {
     fn drain(&mut self) {
         let _ = self.inbox.wake.read();
         while self.exit.is_none() {
-            if self.act_for_guest() {
+            if self.finish_boot() || self.act_for_guest() {
                 continue;
             }
-            match self.inbox.call() {
+            let waiting = if self.booting.is_none() { self.waiting.pop_front() } else { None };
+            match waiting.or_else(|| self.inbox.call()) {
+                Some(call) if self.booting.is_some() && boot::needs_machine(&call.0) => self.waiting.push_back(call),
                 Some((request, reply)) => self.serve_request(request, reply),
                 None => return,
             }

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use serde_json::json;
 use theseus_api::server::ReplyTo;
-use theseus_api::types::{PayloadConfig, PingInfo, SerialMode, UpdateOutcome, UpdateRequest, VmConfig, VmInfo};
+use theseus_api::types::{PayloadConfig, PingInfo, SerialMode, UpdateOutcome, UpdateRequest, VmInfo, VmState};
 use theseus_api::{ApiError, Body, Reply, Request};
 
 use super::admit::admit;
 use super::queue::update_under_way;
-use super::{Control, Vm};
+use super::{Control, Vm, Wish};
 use crate::boot;
 use crate::build_info;
 use crate::machine::devices::lock;
@@ -20,20 +20,28 @@ use crate::update::{self, Subject};
 /// How long vm.pause waits for the vCPUs.
 const PAUSE: Duration = Duration::from_secs(5);
 /// How long an update waits for the end of the one before: its tear-down runs at idle priority.
-const HELPER_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const HELPER_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Control {
     pub(super) fn serve_request(&mut self, request: Request, reply: ReplyTo) {
-        if let Err(error) = admit(self.vm.state(), &request) {
+        // A VM that is being booted is as good as booted for those who want it to end.
+        let state = if self.booting.is_some() { self.vm.state().map(|_| VmState::Running) } else { self.vm.state() };
+        let busy = if super::boot::needs_machine(&request) { self.boot_still_ends() } else { None };
+        if let Err(error) = admit(state, &request).and_then(|()| busy.map_or(Ok(()), Err)) {
             return reply.send(Err(error));
         }
         log::info!("API: {}", request.name());
+        if let Some(event) = event_before(&request) {
+            self.events.say("vm", event, json!({}));
+        }
         match request {
             Request::Update(request) => self.update(&request, reply),
+            Request::Boot => self.boot(Wish::Boot(reply)),
+            Request::Reboot => {
+                self.shut_down();
+                self.boot(Wish::Reboot(reply));
+            }
             other => {
-                if let Some(event) = event_before(&other) {
-                    self.events.say("vm", event, json!({}));
-                }
                 let event = event_after(&other);
                 let answer = self.carry_out(other);
                 if let Some(event) = event.filter(|_| answer.is_ok()) {
@@ -58,8 +66,8 @@ impl Control {
                 self.vm = Vm::Created(*config);
                 Ok(Body::Empty)
             }
-            Request::Boot => self.boot(),
             Request::Delete => {
+                self.give_up_boot("vm.delete");
                 if self.vm.machine().is_some() {
                     self.shut_down();
                     self.events.say("vm", "shutdown", json!({}));
@@ -68,16 +76,9 @@ impl Control {
                 Ok(Body::Empty)
             }
             Request::Shutdown => {
+                self.give_up_boot("vm.shutdown");
                 self.shut_down();
                 Ok(Body::Empty)
-            }
-            Request::Reboot => {
-                self.shut_down();
-                let booted = self.boot();
-                if booted.is_err() {
-                    self.events.say("vm", "shutdown", json!({}));
-                }
-                booted
             }
             Request::Info => self.info(),
             Request::Pause => self.on_machine(|machine| machine.pause(PAUSE)),
@@ -91,7 +92,9 @@ impl Control {
                 Ok(())
             }),
             Request::Counters => self.counters(),
-            Request::Update(_) => Err(ApiError::internal("vm.update is not handled here")),
+            Request::Boot | Request::Reboot | Request::Update(_) => {
+                Err(ApiError::internal("this request is not handled here"))
+            }
         }
     }
 
@@ -104,27 +107,20 @@ impl Control {
         self.vm = match std::mem::replace(&mut self.vm, Vm::None) {
             // The machine goes first: a new one may need the same devices.
             Vm::Booted(machine) => Vm::ShutDown(machine.shut_down()),
+            Vm::Created(config) => Vm::ShutDown(config),
             other => other,
         };
         // What a guest asked for that is gone is not meant for the next one; its vCPUs can ask no more.
         self.inbox.forget_guest();
     }
 
-    fn boot(&mut self) -> Reply {
-        let config = self.vm.config().cloned().ok_or_else(|| ApiError::not_found("there is no VM"))?;
-        self.boot_config(config, true).map(|()| Body::Empty).map_err(|error| ApiError::chain(500, &error))
-    }
-
-    /// Boots `config`, or leaves it before its first instruction; on failure the VM stays as it was.
-    pub fn boot_config(&mut self, config: VmConfig, run: bool) -> Result<(), MachineError> {
-        // The helper of an update has the devices' fds open until it has run once more.
-        self.reap_helper(HELPER_PATIENCE);
-        let mut machine = Machine::build(config, &self.host)?;
-        if run {
-            machine.vcpus.resume()?;
+    fn boot(&mut self, wish: Wish) {
+        let config = self.vm.config().cloned().ok_or_else(|| ApiError::not_found("there is no VM"));
+        match (config, wish) {
+            (Ok(config), wish) => self.start_boot(config, wish),
+            (Err(error), Wish::Boot(reply) | Wish::Reboot(reply)) => reply.send(Err(error)),
+            (Err(_), Wish::CommandLine | Wish::Reset { .. }) => {}
         }
-        self.vm = Vm::Booted(Box::new(machine));
-        Ok(())
     }
 
     fn info(&self) -> Reply {
@@ -173,6 +169,7 @@ impl Control {
         };
         // What came together with this request.
         guest_asked();
+        self.waiting.drain(..).for_each(|(_, reply)| reply.send(Err(update_under_way())));
         let (devices, containers) = self.vm.machine().map_or_else(Default::default, |machine| {
             (machine.passthrough.ids(), machine.passthrough.container_names())
         });
@@ -182,6 +179,7 @@ impl Control {
             supervisor: &self.supervisor,
             events: &self.events,
             server: self.server.as_ref(),
+            peers: &self.peers,
             machine: self.vm.machine_mut(),
             config: config.as_ref(),
             was_shut_down,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use theseus_api::types::{MemoryConfig, VmConfig};
 use theseus_hypervisor::Vm;
@@ -16,7 +17,14 @@ use crate::vcpus::{Shared, Start, Vcpus};
 
 impl Machine {
     /// A machine that is ready to run its first instruction; its vCPUs are stopped.
-    pub fn build(config: VmConfig, host: &Host) -> Result<Self, MachineError> {
+    /// `given_up`: nobody wants it any more.
+    pub fn build(config: VmConfig, host: &Host, given_up: &AtomicBool) -> Result<Self, MachineError> {
+        let go_on = || match given_up.load(Ordering::SeqCst) {
+            true => Err(MachineError::Config("the boot was given up".into())),
+            false => Ok(()),
+        };
+        crate::test_hooks::fault("boot").map_err(MachineError::Config)?;
+        go_on()?;
         let kernel = config
             .payload
             .kernel
@@ -28,6 +36,7 @@ impl Machine {
         if config.memory.prefault {
             ram.prefault()?;
         }
+        go_on()?;
         let vm = Arc::new(Vm::new(&host.hypervisor, None)?);
         map_ram(&vm, &ram)?;
 
@@ -59,6 +68,7 @@ impl Machine {
         let initramfs = config.payload.initramfs.as_deref();
         let entry = boot::load(ram.memory(), Path::new(kernel), initramfs, cmdline, &shape)?;
 
+        go_on()?;
         let starts = (0..vcpu_count)
             .map(|index| Start::Boot {
                 cpuid: cpuid.for_vcpu(index),

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
+use theseus_api::access::Peers;
 use theseus_api::server::KeptConnection;
 use theseus_api::types::{UpdateOutcome, UpdateReport, VmConfig};
 use theseus_api::{Body, Reply};
@@ -31,6 +32,7 @@ pub struct Adopted {
     pub config: Option<VmConfig>,
     pub was_shut_down: bool,
     pub api: Option<AdoptedApi>,
+    pub peers: Peers,
     pub helper: Option<Helper>,
     pub supervisor: Supervisor,
     pub events: EventStream,
@@ -83,7 +85,7 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     let reader = StateReader::new(bytes).map_err(|error| text(&error))?;
     let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
     if let Err(error) = std::mem::take(&mut handover.log).start_held() {
-        crate::say(&format!("after an update: {error:#}"));
+        crate::say(std::io::stderr(), &format!("after an update: {error:#}"));
     }
     if let Some(Failed { phase, cause }) = &failed {
         log::error!("the update failed in phase {}, the guest comes back: {cause}", phase.name());
@@ -148,8 +150,8 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     events.say("update", report.outcome.name(), serde_json::to_value(&report).unwrap_or_default());
     let api = api.map(|api| api.open(&report)).transpose();
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
-    let Handover { config, was_shut_down, .. } = handover;
-    Ok(Adopted { host, machine, config, was_shut_down, api, helper, supervisor, events })
+    let Handover { config, was_shut_down, peers, .. } = handover;
+    Ok(Adopted { host, machine, config, was_shut_down, api, peers, helper, supervisor, events })
 }
 
 /// What became of the new image.

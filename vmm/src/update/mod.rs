@@ -47,6 +47,7 @@ pub struct Subject<'a> {
     pub supervisor: &'a Supervisor,
     pub events: &'a EventStream,
     pub server: Option<&'a Server>,
+    pub peers: &'a theseus_api::access::Peers,
     /// None where no VM is booted: then only the VMM itself is replaced.
     pub machine: Option<&'a mut Machine>,
     pub config: Option<&'a theseus_api::types::VmConfig>,

@@ -167,6 +167,7 @@ pub fn handover(
         kvm: subject.host.hypervisor.kept().slot(),
         release: kept.release.slot(),
         api,
+        peers: subject.peers.clone(),
         config: subject.config.cloned(),
         booted: subject.machine.is_some(),
         was_shut_down: subject.was_shut_down,

@@ -10,6 +10,7 @@ use std::ptr::NonNull;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
+use theseus_api::access::Peers;
 use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::vault::Record;
 use theseus_resources::{Slot, StateReader, StateWriter};
@@ -46,6 +47,8 @@ pub struct Handover {
     /// Lets the parked helper go.
     pub release: Slot,
     pub api: Option<ApiSlots>,
+    #[serde(default)]
+    pub peers: Peers,
     /// The configuration of a VM that is created or shut down, but not booted.
     pub config: Option<VmConfig>,
     /// Whether there is a machine in this state.

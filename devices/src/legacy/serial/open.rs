@@ -5,9 +5,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::pty::OpenptFlags;
+use theseus_resources::socket;
 use theseus_resources::vault::{Purpose, Vault};
 
 use super::console::{Backend, Console};
@@ -110,7 +109,7 @@ fn open_pty(vault: &Vault) -> std::io::Result<Backend> {
 
 fn open_file(path: &Path, vault: &Vault) -> Result<Backend, ConsoleError> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+    let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP;
     rustix::fs::open(path, flags, mode)
         .map_err(std::io::Error::from)
         .and_then(|fd| Stream::new(vault.keep("serial file", Purpose::Console, fd)))
@@ -118,25 +117,9 @@ fn open_file(path: &Path, vault: &Vault) -> Result<Backend, ConsoleError> {
         .map_err(doing(format!("file {}: cannot open it for appending", path.display())))
 }
 
+/// Who can connect has the guest's console: nobody but this process' user can.
 fn open_socket(path: &Path, vault: &Vault) -> Result<Backend, ConsoleError> {
-    let failed = |what: &str| doing(format!("socket {}: {what}", path.display()));
-    let address = SocketAddrUnix::new(path).map_err(failed("not a socket path (at most 107 bytes)"))?;
-    let socket = || {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-    };
-    // What a VMM that is gone has left: nobody unlinks at exit, because after an update the path belongs to the next image.
-    // Only a socket: connecting to any other file is refused too.
-    let is_socket = rustix::fs::lstat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);
-    let probe = socket().map_err(failed("cannot make a socket"))?;
-    if is_socket && rustix::net::connect(&probe, &address) == Err(Errno::CONNREFUSED) {
-        rustix::fs::unlink(path).map_err(failed("cannot remove the stale socket"))?;
-    }
-    drop(probe);
-    let listener = socket().map_err(failed("cannot make a socket"))?;
-    rustix::net::bind(&listener, &address)
-        .map_err(failed("cannot bind (is the path in use, is its directory there and writable?)"))?;
-    rustix::net::listen(&listener, 8).map_err(failed("cannot listen"))?;
+    let listener = socket::listen(path, socket::PRIVATE, None, 8).map_err(doing("socket"))?;
     let listener = vault.keep("serial socket", Purpose::Console, listener);
     Ok(Backend::Socket { listener, client: None, path: path.to_owned() })
 }

@@ -1,0 +1,203 @@
+//! A boot goes on beside the control loop, on a thread of its own: it opens and reads files that the caller names, whose server may be slow or
+//! gone, and devices that take their time. Meanwhile the API and signals are served; what needs the machine waits for it.
+//!
+//! ```text
+//!   start_boot --thread `boot`--> finish_boot: Booted
+//!       '----give_up_boot: the caller is told, and what still comes of the boot is thrown away
+//! ```
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::Duration;
+
+use serde_json::json;
+use theseus_api::server::ReplyTo;
+use theseus_api::types::VmConfig;
+use theseus_api::{ApiError, Body, Request};
+
+use super::requests::HELPER_PATIENCE;
+use super::{Control, Vm};
+use crate::machine::{Machine, MachineError};
+use crate::update::back::panic_text;
+
+/// How long the end of the process waits for a boot to put back what it has done, such as the mode of a terminal.
+const LAST_WAIT: Duration = Duration::from_secs(1);
+
+/// Who wants to know what becomes of a boot.
+pub enum Wish {
+    CommandLine,
+    Boot(ReplyTo),
+    Reboot(ReplyTo),
+    /// The guest's own reset; whether it is to run, or wait where it was paused.
+    Reset {
+        runs: bool,
+    },
+}
+
+impl Wish {
+    /// The event that says that it was done.
+    fn event(&self) -> &'static str {
+        match self {
+            Self::CommandLine | Self::Boot(_) => "booted",
+            Self::Reboot(_) | Self::Reset { .. } => "rebooted",
+        }
+    }
+}
+
+type Built = Result<Machine, MachineError>;
+
+/// See the module.
+pub struct Booting {
+    wish: Wish,
+    under_way: UnderWay,
+}
+
+/// The thread's part of it.
+pub struct UnderWay {
+    given_up: Arc<AtomicBool>,
+    built: Receiver<Built>,
+}
+
+impl UnderWay {
+    /// What has become of it, if it is over.
+    fn built(&self) -> Option<Built> {
+        match self.built.try_recv() {
+            Ok(built) => Some(built),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(MachineError::Config("the boot has ended early".into()))),
+        }
+    }
+
+    /// At the end of the process.
+    pub fn end(&self) {
+        self.given_up.store(true, Ordering::SeqCst);
+        if let Ok(Ok(machine)) = self.built.recv_timeout(LAST_WAIT) {
+            machine.shut_down();
+        }
+    }
+}
+
+impl Booting {
+    pub fn end(&self) {
+        self.under_way.end();
+    }
+}
+
+/// Whether `request` has to wait for the end of a boot that is under way.
+pub(super) fn needs_machine(request: &Request) -> bool {
+    match request {
+        Request::Ping | Request::Info | Request::VmmShutdown | Request::Shutdown | Request::Delete => false,
+        Request::Create(_) => false,
+        Request::Boot
+        | Request::Reboot
+        | Request::Pause
+        | Request::Resume
+        | Request::PowerButton
+        | Request::Nmi
+        | Request::Counters
+        | Request::Update(_) => true,
+    }
+}
+
+impl Control {
+    /// Begins to boot `config`; the VM stays as it is until that has been done.
+    pub fn start_boot(&mut self, config: VmConfig, wish: Wish) {
+        // The helper of an update has the devices' fds open until it has run once more.
+        self.reap_helper(HELPER_PATIENCE);
+        let given_up = Arc::new(AtomicBool::new(false));
+        let (sender, built) = channel();
+        let (host, wake, stop) = (self.host.clone(), self.inbox.wake.clone(), given_up.clone());
+        let body = move || {
+            let build = AssertUnwindSafe(|| Machine::build(config, &host, &stop));
+            let built = catch_unwind(build)
+                .unwrap_or_else(|panic| Err(MachineError::Config(format!("the boot: {}", panic_text(&*panic)))));
+            // Nobody waits: the process is ending, and this machine with it.
+            if let Err(unwanted) = sender.send(built)
+                && let Ok(machine) = unwanted.0
+            {
+                machine.shut_down();
+            }
+            let _ = wake.write(1);
+        };
+        self.booting = Some(Booting { wish, under_way: UnderWay { given_up, built } });
+        if let Err(error) = std::thread::Builder::new().name("boot".into()).spawn(body) {
+            // The thread's end of the channel is gone: this is all that will come of it.
+            let what = format!("cannot start the thread that boots: {error}: raise RLIMIT_NPROC or pids.max");
+            self.boot_ended(Err(MachineError::Config(what)));
+        }
+    }
+
+    /// Takes over what a boot has come to, if it has.
+    pub(super) fn finish_boot(&mut self) -> bool {
+        if let Some(built) = self.unwanted.as_ref().and_then(UnderWay::built) {
+            self.unwanted = None;
+            let _ = built.map(Machine::shut_down);
+            return true;
+        }
+        match self.booting.as_ref().and_then(|booting| booting.under_way.built()) {
+            Some(built) => {
+                self.boot_ended(built);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn boot_ended(&mut self, built: Built) {
+        let Some(Booting { wish, .. }) = self.booting.take() else { return };
+        let runs = !matches!(wish, Wish::Reset { runs: false });
+        let booted = built.and_then(|mut machine| {
+            if runs {
+                machine.vcpus.resume()?;
+            }
+            Ok(machine)
+        });
+        let booted = booted.map(|machine| self.vm = Vm::Booted(Box::new(machine)));
+        if booted.is_ok() {
+            self.events.say("vm", wish.event(), json!({}));
+        }
+        match (wish, booted) {
+            (Wish::CommandLine, Ok(())) => self.supervisor.ready(),
+            (Wish::Reset { .. }, Ok(())) => {}
+            (Wish::CommandLine, Err(error)) => {
+                let reason = ApiError::chain(500, &error).to_string();
+                let what = format!("the guest cannot be booted: {reason}");
+                self.events.say("vm", "failed", json!({ "reason": reason }));
+                self.end(crate::EXIT_FAILURE, json!({}));
+                crate::say(std::io::stderr(), &what);
+            }
+            (Wish::Reset { .. }, Err(error)) => {
+                let reason = format!("it has reset itself, and cannot be booted again: {error}");
+                log::error!("{reason}");
+                self.guest_failed(&reason);
+            }
+            (Wish::Boot(reply) | Wish::Reboot(reply), Ok(())) => reply.send(Ok(Body::Empty)),
+            (Wish::Boot(reply), Err(error)) => reply.send(Err(ApiError::chain(500, &error))),
+            (Wish::Reboot(reply), Err(error)) => {
+                self.events.say("vm", "shutdown", json!({}));
+                reply.send(Err(ApiError::chain(500, &error)));
+            }
+        }
+    }
+
+    /// Nobody wants the guest any more that is being booted.
+    pub(super) fn give_up_boot(&mut self, why: &str) {
+        let Some(Booting { wish, under_way }) = self.booting.take() else { return };
+        under_way.given_up.store(true, Ordering::SeqCst);
+        self.unwanted = Some(under_way);
+        match wish {
+            Wish::Boot(reply) | Wish::Reboot(reply) => {
+                reply.send(Err(ApiError::conflict(format!("the boot was given up: {why} was asked for"))));
+            }
+            Wish::CommandLine | Wish::Reset { .. } => log::warn!("the boot was given up: {why} was asked for"),
+        }
+    }
+
+    /// Why nothing can be booted, or updated, for now: what the boot before has opened is not given back yet.
+    pub(super) fn boot_still_ends(&self) -> Option<ApiError> {
+        let busy = "a boot that was given up has not ended yet: is one of its files on a server that is gone? Try again in a moment";
+        self.unwanted.is_some().then(|| ApiError::busy(busy))
+    }
+}
