@@ -1,4 +1,5 @@
-//! ACPI power management of a hardware-reduced machine (ACPI 6.5, 4.8.3.7 and 5.6.9): power-off, reset, power button.
+//! ACPI power management of a hardware-reduced machine (ACPI 6.5, 4.8.3.7 and 5.6.9): power-off, reset, power button; and the power management
+//! timer (4.8.3.3), which such a machine need not have.
 
 use std::sync::Arc;
 
@@ -14,6 +15,10 @@ pub const SLEEP_STATUS: u64 = 1;
 pub const RESET: u64 = 2;
 /// What the generic event device's interrupt was for. Reading clears it.
 pub const GED_STATUS: u64 = 3;
+
+/// The power management timer, four bytes.
+pub const TIMER: u64 = 4;
+const TIMER_HZ: u128 = 3_579_545;
 
 /// The value for [`RESET`] that resets.
 pub const RESET_VALUE: u8 = 1;
@@ -44,6 +49,12 @@ impl Pm {
         self.ged_status = 0;
     }
 
+    /// The host's monotonic clock in ticks of the timer: so it goes on over an update, with no state, as the guest's other clocks do.
+    fn timer() -> [u8; 4] {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        ticks(now.tv_sec as u64, now.tv_nsec as u64).to_le_bytes()
+    }
+
     fn write_register(&mut self, register: u64, value: u8) {
         match register {
             SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && (value >> 2) & 7 == SLEEP_TYPE_S5 => {
@@ -55,10 +66,18 @@ impl Pm {
     }
 }
 
+fn ticks(seconds: u64, nanoseconds: u64) -> u32 {
+    let ns = u128::from(seconds) * 1_000_000_000 + u128::from(nanoseconds);
+    (ns * TIMER_HZ / 1_000_000_000) as u32
+}
+
 impl BusDevice for Pm {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        // All bytes of an access are of one moment.
+        let timer = (offset.saturating_add(data.len() as u64) > TIMER).then(Self::timer).unwrap_or_default();
         for (register, byte) in (offset..=u64::MAX).zip(data) {
             *byte = match register {
+                TIMER..=7 => timer[(register - TIMER) as usize],
                 GED_STATUS => std::mem::take(&mut self.ged_status),
                 // No sleep state is ever woken from: the status register stays 0.
                 _ => 0,
@@ -131,6 +150,31 @@ mod tests {
         assert_eq!(asked.take(), [GuestRequest::PowerOff]);
         pm.write(RESET, &[RESET_VALUE]);
         assert_eq!(asked.take(), [GuestRequest::Reset]);
+    }
+
+    #[test]
+    fn the_timer_runs_as_fast_as_it_should() {
+        assert_eq!(
+            (ticks(0, 999_999_999), ticks(1, 0), ticks(1, 279), ticks(1, 280)),
+            (3_579_544, 3_579_545, 3_579_545, 3_579_546)
+        );
+        // It wraps after 20 minutes; 100 years of uptime overflow nothing.
+        assert_eq!(ticks(1199, 0).wrapping_add(ticks(1, 0)), ticks(1200, 0));
+        let century = 100 * 365 * 86_400;
+        assert_eq!(ticks(century + 1, 0).wrapping_sub(ticks(century, 0)), 3_579_545);
+        let mut pm = Pm::new(Arc::new(Asked::default()), Arc::new(Pulses::default()));
+        let mut value = || {
+            let mut bytes = [0; 4];
+            pm.read(TIMER, &mut bytes);
+            u32::from_le_bytes(bytes)
+        };
+        let first = value();
+        assert!(std::iter::repeat_with(value).any(|now| now.wrapping_sub(first) > 10), "it stands still");
+        // Across its end, and from before its beginning.
+        let mut wide = [0xEE; 8];
+        pm.read(6, &mut wide);
+        assert_eq!(wide[2..], [0; 6]);
+        pm.read(u64::MAX, &mut wide[..1]);
     }
 
     #[test]

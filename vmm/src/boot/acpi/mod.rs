@@ -1,4 +1,5 @@
-//! The ACPI tables: a hardware-reduced platform (ACPI 6.5, 4.1), so no PM timer, no SCI, no GPE blocks, no legacy PIC or PIT.
+//! The ACPI tables: a hardware-reduced platform (ACPI 6.5, 4.1), so no SCI, no GPE blocks, no legacy PIC or PIT. It has a PM timer all the same:
+//! without PIT and HPET a guest that does not use kvmclock has nothing else to measure its TSC by (pit_hpet_ptimer_calibrate_cpu).
 //!
 //! ```text
 //! RSDP -> XSDT -> FADT -> DSDT
@@ -26,6 +27,9 @@ pub const SLEEP_STATUS_PORT: u16 = layout::PM_BASE + 1;
 pub const RESET_PORT: u16 = layout::PM_BASE + 2;
 /// What the generic event device has to tell; a read clears it.
 pub const GED_STATUS_PORT: u16 = layout::PM_BASE + 3;
+
+/// The PM timer, 32 bits (ACPI 6.5, 4.8.3.3).
+pub const PM_TIMER_PORT: u16 = layout::PM_BASE + 4;
 
 /// SLP_EN of the sleep control register; SLP_TYP is in bits 2 to 4.
 pub const SLEEP_ENABLE: u8 = 1 << 5;
@@ -86,6 +90,7 @@ fn fadt(dsdt: u64) -> Vec<u8> {
         .dsdt_64(dsdt)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::HwReducedAcpi)
+        .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd)
         // No fixed-hardware buttons, no fixed RTC wake-up: the power button is a device.
@@ -97,6 +102,10 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = io_register(SLEEP_CONTROL_PORT);
     fadt.sleep_status_reg = io_register(SLEEP_STATUS_PORT);
+    // Linux looks at the extended field (acpi_parse_fadt), others at both.
+    fadt.pm_tmr_blk = u32::from(PM_TIMER_PORT).into();
+    fadt.pm_tmr_len = 4;
+    fadt.x_pm_tmr_blk = GAS::new(AddressSpace::SystemIo, 32, 0, AccessSize::DwordAccess, PM_TIMER_PORT.into());
     bytes(&fadt.finalize())
 }
 
@@ -177,6 +186,9 @@ mod tests {
                 assert_eq!(u64_at(fadt, offset + 4), u64::from(port));
             }
             assert_eq!(fadt[128], RESET_VALUE);
+            // The PM timer: PM_TMR_BLK, PM_TMR_LEN, TMR_VAL_EXT of the flags, X_PM_TMR_BLK.
+            assert_eq!((fadt[76..80].to_vec(), fadt[91], fadt[113] & 1), (vec![4, 6, 0, 0], 4, 1));
+            assert_eq!((&fadt[208..212], u64_at(fadt, 212)), (&[1, 32, 0, 3][..], u64::from(PM_TIMER_PORT)));
             let dsdt = table(&mem, u64_at(fadt, 140));
             assert_eq!(&dsdt[..4], b"DSDT");
 

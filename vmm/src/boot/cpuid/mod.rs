@@ -2,6 +2,7 @@
 //!
 //! References: Intel SDM volume 2, CPUID; AMD64 APM volume 3, appendix E; Linux, Documentation/virt/kvm/x86/cpuid.rst.
 
+pub mod timing;
 mod topology;
 
 use kvm_bindings::kvm_cpuid_entry2;
