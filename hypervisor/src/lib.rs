@@ -18,6 +18,6 @@ pub use irqchip::IrqchipState;
 pub use routing::MsiRoute;
 pub use system::Hypervisor;
 pub use vcpu::{Exit, Vcpu, VcpuState};
-pub use vm::Vm;
+pub use vm::{BareVm, ReadyVm, Vm};
 
 pub type Result<T> = std::result::Result<T, Error>;

@@ -1,9 +1,10 @@
 //! One KVM VM: memslots and the in-kernel devices.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::{Deref, Range};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_msi, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -13,18 +14,27 @@ use crate::routing::Routing;
 use crate::vfio::VfioFiles;
 use crate::{Error, Hypervisor, Result};
 
+/// A KVM VM as its devices see it. It begins as a [`BareVm`].
 pub struct Vm {
     fd: VmFd,
-    slots: Mutex<BTreeSet<u32>>,
+    /// What each memslot covers of the guest's memory.
+    slots: Mutex<BTreeMap<u32, Range<u64>>>,
     max_slots: u32,
     pub(crate) routing: Mutex<Routing>,
     pub(crate) vfio: VfioFiles,
 }
 
-impl Vm {
-    /// A VM with an in-kernel PIC, IOAPIC and LAPICs. There is no PIT: the guest is told of a TSC deadline timer and, by
-    /// hardware-reduced ACPI, of no legacy timers.
-    ///
+/// A VM that has no interrupt controllers yet, and so takes no vCPUs: first all memslots that it is known to need. KVM_CREATE_IRQCHIP
+/// registers on the I/O bus, and a memslot that is set after it waits for that SRCU grace period: 5 to 7 ms natively (Linux 6.18), 0.3 before
+/// it. One that comes later is not wrong, only slow: a guest that moves a BAR makes one.
+pub struct BareVm(Arc<Vm>);
+
+/// A VM with an in-kernel PIC, IOAPIC and LAPICs, as vCPUs need it. There is no PIT: the guest is told of a TSC deadline timer and, by
+/// hardware-reduced ACPI, of no legacy timers.
+#[derive(Clone)]
+pub struct ReadyVm(Arc<Vm>);
+
+impl BareVm {
     /// `avoid`: an fd number the VM must not get. While a parked helper keeps the last image's VM alive in the same PID,
     /// the same number would be refused its debugfs folder (kvm_create_vm_debugfs names it PID-FD).
     pub fn new(hypervisor: &Hypervisor, avoid: Option<RawFd>) -> Result<Self> {
@@ -38,18 +48,46 @@ impl Vm {
             fd.set_identity_map_address(layout::IDENTITY_MAP_ADDR).map_err(Error::call("KVM_SET_IDENTITY_MAP_ADDR"))?;
             fd.set_tss_address(layout::TSS_ADDR as usize).map_err(Error::call("KVM_SET_TSS_ADDR"))?;
         }
-        fd.create_irq_chip().map_err(Error::call("KVM_CREATE_IRQCHIP"))?;
         let max_slots = u32::try_from(hypervisor.kvm().get_nr_memslots()).unwrap_or(u32::MAX);
-        Ok(Self {
+        Ok(Self(Arc::new(Vm {
             fd,
             slots: Mutex::default(),
             max_slots,
             routing: Mutex::new(Routing::new()),
             vfio: VfioFiles::default(),
-        })
+        })))
     }
 
-    /// For [`Vm::new`] of the next image.
+    /// What the devices are wired to: their memslots, and routes that are only noted, come before the interrupt controllers.
+    pub fn handle(&self) -> &Arc<Vm> {
+        &self.0
+    }
+
+    /// See [`Vm::add_memslot`].
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn add_memslot(&self, gpa: u64, size: u64, hva: u64, readonly: bool) -> Result<u32> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add_memslot(gpa, size, hva, readonly) }
+    }
+
+    pub fn create_irqchip(self) -> Result<ReadyVm> {
+        self.0.fd.create_irq_chip().map_err(Error::call("KVM_CREATE_IRQCHIP"))?;
+        Ok(ReadyVm(self.0))
+    }
+}
+
+impl Deref for ReadyVm {
+    type Target = Arc<Vm>;
+
+    fn deref(&self) -> &Arc<Vm> {
+        &self.0
+    }
+}
+
+impl Vm {
+    /// For [`BareVm::new`] of the next image.
     pub fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
@@ -58,7 +96,7 @@ impl Vm {
         &self.fd
     }
 
-    fn slots(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+    fn slots(&self) -> MutexGuard<'_, BTreeMap<u32, Range<u64>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -69,7 +107,7 @@ impl Vm {
     /// with a guest (nothing in it is a Rust object).
     pub unsafe fn add_memslot(&self, gpa: u64, size: u64, hva: u64, readonly: bool) -> Result<u32> {
         let mut slots = self.slots();
-        let slot = (0..self.max_slots).find(|slot| !slots.contains(slot)).ok_or(Error::Exhausted("memslot"))?;
+        let slot = (0..self.max_slots).find(|slot| !slots.contains_key(slot)).ok_or(Error::Exhausted("memslot"))?;
         let region = kvm_userspace_memory_region {
             slot,
             flags: if readonly { KVM_MEM_READONLY } else { 0 },
@@ -80,7 +118,7 @@ impl Vm {
         // SAFETY: the caller's promise.
         unsafe { self.fd.set_user_memory_region(region) }
             .map_err(Error::call(format!("memslot {slot} at {gpa:#x}+{size:#x}")))?;
-        slots.insert(slot);
+        slots.insert(slot, gpa..gpa.saturating_add(size));
         Ok(slot)
     }
 
@@ -91,6 +129,11 @@ impl Vm {
         unsafe { self.fd.set_user_memory_region(region) }.map_err(Error::call(format!("delete memslot {slot}")))?;
         slots.remove(&slot);
         Ok(())
+    }
+
+    /// What its memslots cover.
+    pub fn memory(&self) -> Vec<Range<u64>> {
+        self.slots().values().cloned().collect()
     }
 
     /// One edge on an IOAPIC pin.

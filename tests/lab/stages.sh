@@ -133,7 +133,7 @@ bench)
     # Native numbers need only /dev/kvm, and no lab.
     if [[ ${args[0]:-} == native ]]; then
         mkdir -p "$OUT/results/native"
-        LAB_BIN=$OUT LAB_RESULTS=$OUT/results/native exec "$OUT/l1-tests" bench native
+        LAB_BIN=$OUT LAB_RESULTS=$OUT/results/native exec "$OUT/l1-tests" bench "${args[@]}"
     fi
     if [[ ${args[0]:-} == vectors ]]; then
         # One CPU has not vectors enough for the last of them.

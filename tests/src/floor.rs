@@ -1,4 +1,4 @@
-//! What no update in place can do without: an exec, a new VM, its memslot and its vCPUs. Measured right beside the pauses, which can so be
+//! What no update in place can do without: an exec, a new VM, its memslot, interrupt controllers and vCPUs. Measured right beside the pauses, which can so be
 //! compared between machines of different speed.
 
 use std::os::unix::process::CommandExt;
@@ -35,7 +35,6 @@ pub fn run(args: &[String]) -> Result<()> {
     };
     let (cpus, since): (u64, u64) = (cpus.parse()?, since.parse()?);
     let vm = Kvm::new()?.create_vm()?;
-    vm.create_irq_chip()?;
     // SAFETY: a new mapping, which stays to the end of the process.
     let hva = unsafe {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -45,6 +44,8 @@ pub fn run(args: &[String]) -> Result<()> {
     let slot = kvm_userspace_memory_region { memory_size: RAM, userspace_addr: hva as u64, ..Default::default() };
     // SAFETY: mapped to the end of the process, and nothing but the guest's.
     unsafe { vm.set_user_memory_region(slot) }?;
+    // Not before the memslot, which would wait for what this registers.
+    vm.create_irq_chip()?;
     let vcpus = (0..cpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
     println!("{}", mono_ns().saturating_sub(since) / 1000);
     drop(vcpus);

@@ -193,6 +193,10 @@ pub enum Request {
     TraceRead,
     /// `String`: the lines of the kernel's log that hold one of `words`.
     Dmesg { words: Vec<String> },
+    /// `()`: makes `name` the kernel's clock source.
+    ClockSource { name: String },
+    /// `()`: writes `value` to `name` below /proc/sys.
+    Sysctl { name: String, value: String },
     /// `MachineInfo`
     Machine,
     /// `()`: from now on a press of the ACPI power button is noticed.

@@ -8,6 +8,7 @@
 //! | `skip-irqfds` | the new image does not attach irqfds, so that a test can be seen to go red |
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
+//! | `skip-state-check` | state that KVM would not take is saved all the same |
 //! | `skip-park` | no helper keeps the old address space: its tear-down is part of the pause |
 //! | `fail-park` | the helper cannot be started |
 //! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
@@ -62,6 +63,10 @@ mod hooks {
 
     pub fn skip_irqfds() -> bool {
         path("skip-irqfds").is_some()
+    }
+
+    pub fn skip_state_check() -> bool {
+        path("skip-state-check").is_some()
     }
 
     pub fn fail_exec() -> bool {
@@ -180,6 +185,10 @@ mod hooks {
     }
 
     pub fn skip_irqfds() -> bool {
+        false
+    }
+
+    pub fn skip_state_check() -> bool {
         false
     }
 

@@ -1,18 +1,24 @@
 //! One vCPU: run it, stop it between instructions, save and restore it.
 
+mod deadline;
 mod msrs;
+mod offers;
+mod refused;
 mod state;
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_sregs,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+pub use refused::reasons;
 pub use state::{OwedWrite, VcpuState, XsaveBytes};
 
-use crate::{Error, Hypervisor, Result, Vm};
+use crate::{Error, Hypervisor, ReadyVm, Result};
 
 /// Why a vCPU came back from the guest. Buffers are in the shared run page: fill reads before running again.
 pub enum Exit<'a> {
@@ -73,7 +79,7 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    pub fn new(vm: &Vm, index: u32) -> Result<Self> {
+    pub fn new(vm: &ReadyVm, index: u32) -> Result<Self> {
         let mut fd = vm.fd().create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))?;
         let xsave_size = usize::try_from(vm.fd().check_extension_int(kvm_ioctls::Cap::Xsave2)).unwrap_or(0);
         let byte = NonNull::from(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
@@ -110,7 +116,14 @@ impl Vcpu {
     }
 
     pub fn set_msrs(&self, values: &[kvm_msr_entry]) -> Result<()> {
-        msrs::write(&self.fd, self.index, values)
+        msrs::write(&self.fd, self.index, values, &Err)
+    }
+
+    /// From now on the guest may use those of KVM's own MSRs and hypercalls that its CPUID offers, and no others.
+    pub fn keep_to_offers(&self) -> Result<()> {
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, ..Default::default() };
+        cap.args[0] = 1;
+        self.fd.enable_cap(&cap).map_err(Error::call(format!("vCPU {}: KVM_CAP_ENFORCE_PV_FEATURE_CPUID", self.index)))
     }
 
     /// Finds out which MSRs there are to save. Once, at the guest's boot, after CPUID is set; the list is saved state.
@@ -122,6 +135,12 @@ impl Vcpu {
     /// Lets `KVM_RUN` return at once from now on (or no more). Also completes what the last exit left pending.
     pub fn set_immediate_exit(&self, on: bool) {
         self.exit_flag.set(on);
+    }
+
+    /// Tells the guest's watchdogs that it stood still, before it runs again (PVCLOCK_GUEST_STOPPED).
+    pub fn note_pause(&self) {
+        // EINVAL where it has no kvmclock, as a guest that has not begun yet.
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     /// Runs the guest until something is to be done.

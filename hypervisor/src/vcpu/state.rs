@@ -8,8 +8,8 @@ use kvm_bindings::{
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
-use super::Vcpu;
 use super::msrs::{self, MSR_IA32_TSC_DEADLINE};
+use super::{Vcpu, deadline, offers};
 use crate::{Error, Result, raw};
 
 /// The XSAVE area, as long as the host's features make it (KVM_CAP_XSAVE2).
@@ -68,6 +68,33 @@ pub struct OwedWrite {
 }
 
 impl VcpuState {
+    #[cfg(test)]
+    pub(super) fn empty() -> Self {
+        Self {
+            index: 0,
+            cpuid: Vec::new(),
+            mp_state: Default::default(),
+            regs: Default::default(),
+            sregs: Sregs {
+                segments: Default::default(),
+                tables: Default::default(),
+                control: Default::default(),
+                pdptrs: Default::default(),
+            },
+            xsave: XsaveBytes(Vec::new()),
+            xcrs: Default::default(),
+            debugregs: Default::default(),
+            lapic: Default::default(),
+            msrs: Vec::new(),
+            tsc_deadline: None,
+            nested: None,
+            events: Default::default(),
+            tsc_offset: 0,
+            tsc_khz: 0,
+            owed: Vec::new(),
+        }
+    }
+
     /// Whether it may be on its way to a HLT with interrupts off, of a paravirtual spin lock, and have been kicked already: KVM shows that in
     /// the MP state of a halted vCPU only (kvm_arch_vcpu_ioctl_get_mpstate).
     pub fn may_have_been_kicked(&self) -> bool {
@@ -91,6 +118,9 @@ impl Vcpu {
         let mp_state = fd.get_mp_state().map_err(self.err("KVM_GET_MP_STATE"))?;
         // Puts the payload of a pending exception into CR2 or DR6, before those are read (kvm_vcpu_ioctl_x86_get_vcpu_events).
         fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
+        // Before the LAPIC, which any load of the vCPU may move a deadline into (start_hv_timer): read afterwards, it would be in neither.
+        let tsc_deadline =
+            msrs::read(fd, self.index, &[MSR_IA32_TSC_DEADLINE]).ok().and_then(|found| Some(found.first()?.data));
         let regs = fd.get_regs().map_err(self.err("KVM_GET_REGS"))?;
         let sregs = raw::get_sregs2(fd).map_err(self.io_err("KVM_GET_SREGS2"))?;
         let xsave = self.get_xsave()?;
@@ -98,8 +128,6 @@ impl Vcpu {
         let debugregs = fd.get_debug_regs().map_err(self.err("KVM_GET_DEBUGREGS"))?;
         let lapic = fd.get_lapic().map_err(self.err("KVM_GET_LAPIC"))?;
         let msrs = msrs::read(fd, self.index, &self.msr_list)?;
-        let tsc_deadline =
-            msrs::read(fd, self.index, &[MSR_IA32_TSC_DEADLINE]).ok().and_then(|found| Some(found.first()?.data));
         let nested = self.get_nested()?;
         let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(self.err("KVM_GET_CPUID2"))?;
         // Last: reading the others may turn something into an event (kernel.md).
@@ -124,10 +152,13 @@ impl Vcpu {
         }))
     }
 
-    /// The part before the VM's clock can be set, up to the TSC offset. Then [`crate::Vm::restore_clock`], then
+    /// The part before the VM's clock can be set, with the TSC offset in it. Then [`crate::Vm::restore_clock`], then
     /// [`Vcpu::restore_late`].
     pub fn restore_early(&mut self, state: &VcpuState) -> Result<()> {
         self.set_cpuid(&state.cpuid)?;
+        if offers::kept(state) {
+            self.keep_to_offers()?;
+        }
         let fd = &self.fd;
         fd.set_mp_state(state.mp_state).map_err(self.err("KVM_SET_MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(self.err("KVM_SET_REGS"))?;
@@ -136,25 +167,27 @@ impl Vcpu {
         fd.set_xcrs(&state.xcrs).map_err(self.err("KVM_SET_XCRS"))?;
         self.set_xsave(&state.xsave)?;
         fd.set_debug_regs(&state.debugregs).map_err(self.err("KVM_SET_DEBUGREGS"))?;
-        fd.set_lapic(&state.lapic).map_err(self.err("KVM_SET_LAPIC"))?;
-        raw::set_tsc_offset(fd, state.tsc_offset).map_err(self.io_err("set the TSC offset"))
+        // Before the LAPIC, which reckons when its one-shot or periodic timer is due in the guest's TSC (set_target_expiration).
+        raw::set_tsc_offset(fd, state.tsc_offset).map_err(self.io_err("set the TSC offset"))?;
+        fd.set_lapic(&state.lapic).map_err(self.err("KVM_SET_LAPIC"))
     }
 
-    pub fn restore_late(&mut self, state: &VcpuState) -> Result<()> {
+    /// `bear`: what becomes of the refusal of a value that a guest can live without.
+    pub fn restore_late(&mut self, state: &VcpuState, bear: &dyn Fn(Error) -> Result<()>) -> Result<()> {
         let fd = &self.fd;
-        msrs::write(fd, self.index, &state.msrs)?;
-        if let Some(data) = state.tsc_deadline {
+        let values = offers::existing(state);
+        msrs::write(fd, self.index, &values, bear)?;
+        if let Some(saved) = state.tsc_deadline {
             // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake up.
+            let data = deadline::to_restore(&state.lapic, saved);
             let deadline = kvm_msr_entry { index: MSR_IA32_TSC_DEADLINE, data, ..Default::default() };
-            msrs::write(fd, self.index, &[deadline])?;
+            msrs::write(fd, self.index, &[deadline], &Err)?;
         }
         if let Some(nested) = &state.nested {
             self.set_nested(nested)?;
         }
         fd.set_vcpu_events(&state.events).map_err(self.err("KVM_SET_VCPU_EVENTS"))?;
-        self.msr_list = state.msrs.iter().map(|entry| entry.index).collect();
-        // Tells a guest's watchdogs that time was taken from it; EINVAL where it has no kvmclock.
-        let _ = self.fd.kvmclock_ctrl();
+        self.msr_list = values.iter().map(|entry| entry.index).collect();
         Ok(())
     }
 
@@ -211,6 +244,14 @@ impl Vcpu {
 }
 
 impl Sregs {
+    pub(super) fn cs(&self) -> &kvm_segment {
+        &self.segments[0]
+    }
+
+    pub(super) fn cs_mut(&mut self) -> &mut kvm_segment {
+        &mut self.segments[0]
+    }
+
     fn from_kvm(s: &kvm_sregs2) -> Self {
         Self {
             segments: [s.cs, s.ds, s.es, s.fs, s.gs, s.ss, s.tr, s.ldt],

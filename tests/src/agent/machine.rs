@@ -173,6 +173,12 @@ pub fn dmesg(words: &[String]) -> io::Result<String> {
     Ok(told.map(|line| format!("{line}\n")).collect())
 }
 
+const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+
+pub fn set_clock_source(name: &str) -> io::Result<()> {
+    fs::write(CLOCK_SOURCE, name)
+}
+
 pub fn info() -> io::Result<MachineInfo> {
     let memory = fs::read_to_string("/proc/meminfo")?;
     let memory_kib = memory
@@ -186,8 +192,7 @@ pub fn info() -> io::Result<MachineInfo> {
         kernel: read_trimmed("/proc/sys/kernel/osrelease")?,
         cpus_online: usize::try_from(cpus).unwrap_or(0),
         memory_kib,
-        clocksource: read_trimmed("/sys/devices/system/clocksource/clocksource0/current_clocksource")
-            .unwrap_or_default(),
+        clocksource: read_trimmed(CLOCK_SOURCE).unwrap_or_default(),
         uptime_s: uptime.split(' ').next().and_then(|s| s.parse().ok()).unwrap_or(0.0),
     })
 }

@@ -236,6 +236,8 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::TraceStart { vector } => value(trace::start(&vector)?),
         Request::TraceRead => value(trace::read()?),
         Request::Dmesg { words } => value(machine::dmesg(&words)?),
+        Request::ClockSource { name } => value(machine::set_clock_source(&name)?),
+        Request::Sysctl { name, value: text } => value(std::fs::write(format!("/proc/sys/{name}"), text)?),
         Request::Machine => value(machine::info()?),
         Request::PowerButtonOpen => {
             *lock(&agent.power_button) = Some(machine::PowerButton::open()?);

@@ -234,6 +234,25 @@ pub fn guest_that_cannot_go_on() -> Result<()> {
     Ok(())
 }
 
+/// An operator's NMI is no bus's: the guest's kernel does not know what it is for, and does then what it is told to, which may be a panic.
+pub fn nmi_from_outside() -> Result<()> {
+    let mut vm = Vm::builder().boot()?;
+    let words: Vec<String> = ["NMI received", "NMI:", "SERR", "IOCK"].map(Into::into).to_vec();
+    vm.api.order("vm.nmi")?;
+    let told = wait_for("the guest to tell of the NMI", || {
+        let told: String = vm.agent()?.call(&Request::Dmesg { words: words.clone() })?;
+        Ok((!told.is_empty()).then_some(told))
+    })?;
+    note(format_args!("{}", told.trim_end()));
+    ensure!(told.contains("unknown reason") && !told.contains("SERR") && !told.contains("IOCK"), "{told}");
+    vm.update()?;
+    vm.agent()?.call::<()>(&Request::Sysctl { name: "kernel/unknown_nmi_panic".into(), value: "1".into() })?;
+    vm.api.order("vm.nmi")?;
+    wait_for("the guest to panic, and so to reset", || {
+        Ok(vm.events()?.iter().any(|event| event["event"] == "reset").then_some(()))
+    })
+}
+
 pub fn power_button() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     for round in ["before an update", "after it"] {

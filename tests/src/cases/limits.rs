@@ -72,7 +72,7 @@ pub fn refuse_or_drop() -> Result<()> {
 fn counting() -> Result<Vm> {
     let kernel = file("counts");
     guest::write(&kernel, MEMORY)?;
-    let vm = Vm::bare(&kernel, MEMORY_OPTION)?;
+    let vm = Vm::bare(&kernel, 1, MEMORY_OPTION, true)?;
     fs::remove_file(&kernel)?;
     goes_on(&vm, "its start")?;
     Ok(vm)

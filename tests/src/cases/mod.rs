@@ -15,6 +15,7 @@ mod jobs;
 mod limits;
 mod meetings;
 mod operator;
+mod probes;
 mod resources;
 pub mod rollback;
 mod serial;
@@ -73,6 +74,10 @@ const CASES: &[Case] = &[
     plain("triple_fault_loop", boot::triple_fault_loop),
     plain("guest_that_cannot_go_on", boot::guest_that_cannot_go_on),
     plain("power_button", boot::power_button),
+    plain("nmi_from_outside", boot::nmi_from_outside),
+    plain("told_that_it_stood_still", probes::told_that_it_stood_still),
+    plain("deadline_in_doubt", probes::deadline_in_doubt),
+    plain("code_segment_that_kvm_refuses", probes::code_segment_that_kvm_refuses),
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),
     plain("files_that_are_none", booting::files_that_are_none),
@@ -99,6 +104,7 @@ const CASES: &[Case] = &[
     plain("four_busy_vcpus", time::four_busy_vcpus),
     plain("idle_guest_wakes", time::idle_guest_wakes),
     plain("timer_over_update", time::timer_over_update),
+    plain("power_management_timer", time::power_management_timer),
     plain("affinity_kept", frozen::affinity_kept),
     shared("traffic_without_update", traffic::without_update),
     shared("update_igb_traffic", traffic::igb),
@@ -134,6 +140,7 @@ const CASES: &[Case] = &[
     unwired(&[Nic::IgbA], "devices_free_at_once", operator::devices_free_at_once),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
     with(&[Nic::IgbA], "reset_with_nic", operator::reset_with_nic),
+    unwired(&[Nic::IgbA], "eoi_flag_that_kvm_refuses", probes::eoi_flag_that_kvm_refuses),
     with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),
     with(&[Nic::IgbA], "dies_out_of_memory", deaths::out_of_memory),
     with(&[Nic::IgbA], "dies_committed", deaths::committed),

@@ -92,8 +92,10 @@ impl Vm {
     }
 
     /// A guest without console and agent: `kernel` is all there is.
-    pub fn bare(kernel: &Path, memory: &str) -> Result<Self> {
-        Self::with_args(&["--kernel", &kernel.display().to_string(), "--cpus", "boot=1", "--memory", memory])?.booted()
+    pub fn bare(kernel: &Path, cpus: u32, memory: &str, hooks: bool) -> Result<Self> {
+        let cpus = format!("boot={cpus}");
+        let args = ["--kernel", &kernel.display().to_string(), "--cpus", &cpus, "--memory", memory].map(str::to_owned);
+        Self::spawn("theseus-a", &args, &Setting { hooks, ..Setting::default() })?.booted()
     }
 
     /// [`Vm::bare`] with its serial port on `terminal`.

@@ -1,8 +1,10 @@
-//! `l1-tests bench native`: the pause against the size of the guest's memory, on this machine's own KVM.
+//! `l1-tests bench native`: the pause against the size of the guest's memory, and against its vCPUs ([`vcpus`]), on this machine's own KVM.
 //!
 //! The guest is [`guest`], which keeps all of its memory populated; there is no VFIO device.
 
 pub mod guest;
+pub mod probes;
+mod vcpus;
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -40,6 +42,7 @@ const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
 pub fn run() -> Result<()> {
     logs::begin("bench-native");
     pinned()?;
+    vcpus::run()?;
     let mut table = Table::new(["pause, ms", "memory", "p50", "p99", "max", "n", "back at 95 %, p50", "max"]);
     let mut medians = Vec::new();
     let mut huge_pages = None;
@@ -86,9 +89,15 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
+/// Its first table alone.
+pub fn run_vcpus() -> Result<()> {
+    logs::begin("bench-native");
+    vcpus::run()
+}
+
 /// A vCPU pinned to one of several CPUs stays there, which the lab's L1 with its one CPU cannot show.
 fn pinned() -> Result<()> {
-    let mut vm = bare(SMALL, "")?;
+    let mut vm = bare(SMALL, 1, "", true)?;
     let thread = |vm: &Vm| proc::thread_named(vm.pid(), "vcpu0");
     let before = Placement::of(thread(&vm)?)?;
     let Some(last) = before.cpus.last().filter(|_| before.cpus.len() > 1) else {
@@ -110,17 +119,18 @@ fn pinned() -> Result<()> {
     Ok(())
 }
 
-fn bare(size: u64, options: &str) -> Result<Vm> {
+/// `hooks`: whether the VMM looks for test hooks, which one that users have does not.
+fn bare(size: u64, cpus: u32, options: &str, hooks: bool) -> Result<Vm> {
     let kernel = std::env::temp_dir().join(format!("guest-{}", std::process::id()));
     guest::write(&kernel, size)?;
-    let vm = Vm::bare(&kernel, &format!("size={}M{options}", size >> 20))?;
+    let vm = Vm::bare(&kernel, cpus, &format!("size={}M{options}", size >> 20), hooks)?;
     let _ = fs::remove_file(&kernel);
     Ok(vm)
 }
 
 /// The pauses, and how long after each the guest was at [`BACK_PERCENT`] of its speed again, µs.
 fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>)> {
-    let mut vm = bare(size, options)?;
+    let mut vm = bare(size, 1, options, true)?;
     let counter = Counter::of(vm.pid())?;
     wait_for("the guest to write all of its memory", || {
         ensure!(vm.is_running(), "the VMM has ended");
@@ -196,6 +206,12 @@ impl Counter {
     pub fn get(&self) -> u64 {
         // SAFETY: mapped until the last clone is dropped, aligned.
         unsafe { &*self.0.0 }.load(Ordering::Relaxed)
+    }
+
+    /// The number behind it, of a [`probes`] guest.
+    pub fn second(&self) -> u64 {
+        // SAFETY: as above; both are in one page.
+        unsafe { &*self.0.0.add(1) }.load(Ordering::Relaxed)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use theseus_api::types::{MemoryConfig, VmConfig};
-use theseus_hypervisor::Vm;
+use theseus_hypervisor::BareVm;
 use theseus_resources::{GuestRam, Pages, layout};
 
 use super::devices::{Buses, Devices};
@@ -37,8 +37,10 @@ impl Machine {
             ram.prefault()?;
         }
         go_on()?;
-        let vm = Arc::new(Vm::new(&host.hypervisor, None)?);
+        let vm = BareVm::new(&host.hypervisor, None)?;
         map_ram(&vm, &ram)?;
+        // BARs decode nothing before the guest says so.
+        let vm = vm.create_irqchip()?;
 
         let supported = host.hypervisor.supported_cpuid()?;
         let options = cpuid::CpuidOptions {
@@ -77,13 +79,12 @@ impl Machine {
             })
             .collect();
         let shared = Shared {
-            vm: vm.clone(),
             hypervisor: host.hypervisor.clone(),
             pio: buses.pio,
             mmio: buses.mmio,
             requests: host.requests.clone(),
         };
-        let vcpus = Vcpus::start(&shared, starts)?.wait()?;
+        let vcpus = Vcpus::start(&shared, starts)?.create(&vm)?;
         Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None, populating: None })
     }
 }
@@ -105,7 +106,7 @@ fn pages(memory: &MemoryConfig) -> Pages {
     }
 }
 
-pub(super) fn map_ram(vm: &Vm, ram: &GuestRam) -> Result<(), MachineError> {
+pub(super) fn map_ram(vm: &BareVm, ram: &GuestRam) -> Result<(), MachineError> {
     for range in ram.ranges() {
         // SAFETY: guest RAM stays mapped as long as the machine, which drops its VM first.
         unsafe { vm.add_memslot(range.gpa, range.size, range.hva, false) }?;

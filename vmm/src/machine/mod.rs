@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use theseus_api::types::{DeviceNode, Resource, VmConfig};
-use theseus_hypervisor::{ClockAnchor, Hypervisor, Vm};
+use theseus_hypervisor::{ClockAnchor, Hypervisor, ReadyVm};
 use theseus_resources::ram::RamError;
 use theseus_resources::state::StateError;
 use theseus_resources::vault::VaultError;
@@ -54,6 +54,8 @@ pub enum MachineError {
     Passthrough(String),
     #[error("{source}{}", held.iter().map(|held| format!("; {held}")).collect::<String>())]
     Stuck { source: VcpuError, held: Vec<String> },
+    #[error("no KVM would take the guest's state as it is: {0}: try again when the guest has gone on")]
+    Refused(String),
 }
 
 /// What outlives every machine of this process.
@@ -70,7 +72,7 @@ pub struct Machine {
     pub vcpus: Vcpus,
     pub passthrough: PassthroughDevices,
     pub devices: Devices,
-    pub vm: Arc<Vm>,
+    pub vm: ReadyVm,
     pub ram: Arc<GuestRam>,
     /// What the guest's clock was set by in this image; None in the image it booted in.
     clock: Option<ClockAnchor>,

@@ -15,7 +15,7 @@ use theseus_devices::vfio::pci::SOON;
 use theseus_devices::vfio::{
     self, BarAddress, BarKind, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring,
 };
-use theseus_hypervisor::Vm;
+use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
 use theseus_resources::{Claims, GuestRam, StateReader, StateWriter, Vault};
 
@@ -285,10 +285,10 @@ impl PassthroughDevices {
         Ok(())
     }
 
-    /// Touches neither VFIO nor the interrupts: see [`Self::remap`].
+    /// Touches neither VFIO nor the interrupts: see [`Self::remap`]. The BARs' memslots come before the interrupt controllers.
     pub fn restore(
         state: PassthroughState,
-        vm: &Arc<Vm>,
+        vm: &BareVm,
         buses: &Buses,
         pci: &PciBus,
         vault: &Vault,
@@ -305,7 +305,7 @@ impl PassthroughDevices {
                 claims,
                 passthrough: &registry,
                 windows: &mut windows,
-                wiring: wiring(vm, buses, vault),
+                wiring: wiring(vm.handle(), buses, vault),
             };
             let device =
                 VfioPci::restore(state, parts).map_err(|source| MachineError::Device { name: section(&id), source })?;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use theseus_hypervisor::Vm;
+use theseus_hypervisor::BareVm;
 use theseus_resources::{Claims, GuestRam};
 
 use super::build::map_ram;
@@ -11,45 +11,54 @@ use super::devices::{Buses, Devices, RestoreParts};
 use super::passthrough::PassthroughDevices;
 use super::state::MachineState;
 use super::{Host, Machine, MachineError};
+use crate::update::arbiter::Way;
 use crate::update::timeline::{Phase, Timeline};
 use crate::vcpus::{Shared, Start, Vcpus};
 
 impl Machine {
-    /// Order matters: memslots before vCPUs (cost), TSC offsets before the clock, the clock before the
-    /// kvmclock MSRs, all LAPICs and then the IRQ chip before routes, routes before irqfds.
+    /// Order matters: memslots, those of BARs too, before the interrupt controllers (cost), these before vCPUs, TSC offsets before the clock,
+    /// the clock before the kvmclock MSRs, all LAPICs and then the IRQ chip before routes, routes before irqfds.
     pub fn restore(
         state: MachineState,
         host: &Host,
         claims: &mut Claims,
         timeline: &Timeline,
+        way: Way,
     ) -> Result<Self, MachineError> {
-        let MachineState { config, running: _, ram, vm_fd, irqchip, clock, vcpus, devices, passthrough } = state;
+        let MachineState { config, running: _, ram, vm_fd, irqchip, clock, mut vcpus, devices, passthrough } = state;
         let ram = Arc::new(GuestRam::restore(ram, claims)?);
         timeline.pass(Phase::Claim).map_err(MachineError::Config)?;
 
-        let vm = Arc::new(Vm::new(&host.hypervisor, Some(vm_fd))?);
+        let vm = BareVm::new(&host.hypervisor, Some(vm_fd))?;
         map_ram(&vm, &ram)?;
         timeline.pass(Phase::Vm).map_err(MachineError::Config)?;
 
         let buses = Buses::new();
         let shared = Shared {
-            vm: vm.clone(),
             hypervisor: host.hypervisor.clone(),
             pio: buses.pio.clone(),
             mmio: buses.mmio.clone(),
             requests: host.requests.clone(),
         };
+        if way != Way::Forward {
+            vcpus
+                .iter_mut()
+                .filter_map(|(state, _)| state.mend())
+                .for_each(|what| log::error!("on the way back: {what}"));
+        }
         let kicked: Vec<u32> =
             vcpus.iter().filter(|(state, _)| state.may_have_been_kicked()).map(|(state, _)| state.index).collect();
-        let starts = vcpus.into_iter().map(|(state, placement)| Start::Restore(Box::new(state), placement)).collect();
-        let vcpus = Vcpus::start(&shared, starts)?;
+        let starts =
+            vcpus.into_iter().map(|(state, placement)| Start::Restore(Box::new(state), placement, way)).collect();
+        let threads = Vcpus::start(&shared, starts)?;
 
-        // Meanwhile, here:
+        // While the threads start:
         let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
         let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
         timeline.pass(Phase::Passthrough).map_err(MachineError::Config)?;
 
-        let vcpus = vcpus.wait()?;
+        let vm = vm.create_irqchip()?;
+        let vcpus = threads.create(&vm)?;
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }

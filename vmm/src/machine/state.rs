@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::VmConfig;
-use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuState};
+use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuState, vcpu};
 use theseus_resources::ram::RamState;
 use theseus_resources::{StateReader, StateWriter};
 
@@ -70,6 +70,11 @@ impl Machine {
     ) -> Result<(), MachineError> {
         let Self { config, vcpus, passthrough, devices, vm, ram, clock, populating: _ } = self;
         let states = if depth == Depth::Full { vcpus.save()? } else { Vec::new() };
+        let memory = vm.memory();
+        let refused: Vec<_> = states.iter().flat_map(|state| vcpu::reasons(state, &memory)).collect();
+        if !refused.is_empty() && !crate::test_hooks::skip_state_check() {
+            return Err(MachineError::Refused(refused.join("; ")));
+        }
         let tsc_khz = states.first().map_or(0, |state| state.tsc_khz);
         let section = MachineSection {
             config: config.clone(),

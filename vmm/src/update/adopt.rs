@@ -105,7 +105,7 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), vault, requests };
 
     let running = machine.as_ref().is_some_and(|machine| machine.running);
-    let restored = machine.map(|state| Machine::restore(state, &host, &mut claims, &timeline)).transpose();
+    let restored = machine.map(|state| Machine::restore(state, &host, &mut claims, &timeline, way)).transpose();
     let mut machine = restored.map_err(|error| text(&error))?;
     way.bear(claims.finish()).map_err(|error| text(&error))?;
     if let Some(machine) = &machine {

@@ -20,9 +20,10 @@ use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
-use theseus_hypervisor::{Hypervisor, VcpuState, Vm};
+use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuState};
 
 use crate::boot::Entry;
+use crate::update::arbiter::Way;
 use placement::Placement;
 pub use signal::install_kick_handler;
 
@@ -56,13 +57,12 @@ pub enum Start {
         entry: Option<(Entry, Arc<theseus_resources::GuestRam>)>,
     },
     /// From the state of an earlier image, up to [`theseus_hypervisor::Vcpu::restore_early`].
-    Restore(Box<VcpuState>, Placement),
+    Restore(Box<VcpuState>, Placement, Way),
 }
 
 /// What all vCPU threads share.
 #[derive(Clone)]
 pub struct Shared {
-    pub vm: Arc<Vm>,
     pub hypervisor: Arc<Hypervisor>,
     pub pio: Arc<Bus>,
     pub mmio: Arc<Bus>,
@@ -153,8 +153,9 @@ impl Handle {
     }
 }
 
-/// A thread that has not said yet whether it has a vCPU.
+/// A thread that waits for the VM in which to create its vCPU.
 struct Newcomer {
+    vm: Sender<ReadyVm>,
     pauses: Arc<AtomicU32>,
     commands: Sender<Command>,
     thread: JoinHandle<()>,
@@ -168,11 +169,15 @@ pub struct Starting {
 }
 
 impl Starting {
-    /// All vCPUs exist, and are stopped.
-    pub fn wait(self) -> Result<Vcpus, VcpuError> {
+    /// All vCPUs come into being, in parallel, and are stopped.
+    pub fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
         let Self { waiting, events } = self;
+        for newcomer in &waiting {
+            // One that has ended already has said why.
+            let _ = newcomer.vm.send(vm.clone());
+        }
         let mut vcpus = Vcpus { handles: Vec::new(), events, running: false, late: 0, saves: Cell::new(0) };
-        for Newcomer { pauses, commands, thread, introduced } in waiting {
+        for Newcomer { vm: _, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok((tid, exit_flag)) = introduced.recv() {
                 vcpus.handles.push(Handle { tid, pauses, exit_flag, commands, thread: Some(thread) });
@@ -197,7 +202,7 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread per vCPU. They work in parallel with the caller, until [`Starting::wait`].
+    /// Starts a thread per vCPU. They get ready in parallel with the caller, until [`Starting::create`].
     pub fn start(shared: &Shared, starts: Vec<Start>) -> Result<Starting, VcpuError> {
         let (event_sender, events) = channel();
         let mut starting = Starting { waiting: Vec::new(), events };
@@ -205,6 +210,7 @@ impl Vcpus {
             let pauses = Arc::new(AtomicU32::new(0));
             let (commands, receiver) = channel();
             let (introduce, introduced) = channel();
+            let (vm, given) = channel();
             let body = thread::Body {
                 index,
                 shared: shared.clone(),
@@ -214,9 +220,9 @@ impl Vcpus {
             };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || body.guarded(|body| body.main(start, &introduce)))
+                .spawn(move || body.guarded(|body| body.main(start, &given, &introduce)))
                 .map_err(|source| VcpuError::Spawn { index, source })?;
-            starting.waiting.push(Newcomer { pauses, commands, thread, introduced });
+            starting.waiting.push(Newcomer { vm, pauses, commands, thread, introduced });
         }
         Ok(starting)
     }

@@ -8,10 +8,11 @@ use std::sync::mpsc::{Receiver, Sender};
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequest;
 use theseus_hypervisor::vcpu::{ExitFlag, OwedWrite};
-use theseus_hypervisor::{Exit, Vcpu, VcpuState};
+use theseus_hypervisor::{Exit, ReadyVm, Vcpu, VcpuState};
 
 use super::{Command, Event, Shared, Start, VcpuError, signal};
 use crate::boot;
+use crate::update::arbiter::Way;
 use crate::update::back::panic_text;
 
 /// Writes that this vCPU was taken away from while it waited for its turn at a device. A read waits: KVM cannot complete its instruction without it.
@@ -38,6 +39,9 @@ impl Owed {
     }
 }
 
+/// The state that a vCPU was made from, of which a part is still to be restored.
+type Restored = (Box<VcpuState>, Way);
+
 pub(super) struct Body {
     pub index: u32,
     pub shared: Shared,
@@ -56,20 +60,27 @@ impl Body {
         }
     }
 
-    pub(super) fn main(&self, start: Start, introduce: &Sender<(libc::pid_t, ExitFlag)>) {
+    pub(super) fn main(&self, start: Start, vm: &Receiver<ReadyVm>, introduce: &Sender<(libc::pid_t, ExitFlag)>) {
         signal::unblock_kick();
-        let (mut vcpu, mut state) = match self.create(start) {
+        if let Start::Restore(_, placement, _) = &start {
+            placement.apply(self.index);
+        }
+        // None if the machine has come to nothing meanwhile.
+        let Ok(vm) = vm.recv() else { return };
+        let (mut vcpu, mut restored) = match self.create(start, &vm) {
             Ok(created) => created,
             Err(error) => return self.tell(Event::Ready(Err(error))),
         };
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         let _ = introduce.send((tid, vcpu.exit_flag()));
         self.tell(Event::Ready(Ok(())));
-        let mut owed = Owed(state.as_mut().map_or_else(Vec::new, |state| std::mem::take(&mut state.owed)));
+        let mut owed = Owed(restored.as_mut().map_or_else(Vec::new, |(state, _)| std::mem::take(&mut state.owed)));
         while let Ok(command) = self.commands.recv() {
             match command {
                 Command::RestoreLate => {
-                    let result = state.as_ref().map_or(Ok(()), |state| vcpu.restore_late(state));
+                    let result = restored
+                        .as_ref()
+                        .map_or(Ok(()), |(state, way)| vcpu.restore_late(state, &|refused| way.bear(Err(refused))));
                     self.tell(Event::Ready(result.map_err(|source| self.error(source))));
                 }
                 Command::Run => self.run(&mut vcpu, &mut owed),
@@ -116,20 +127,18 @@ impl Body {
         let _ = self.events.send(event);
     }
 
-    fn create(&self, start: Start) -> Result<(Vcpu, Option<Box<VcpuState>>), VcpuError> {
-        if let Start::Restore(_, placement) = &start {
-            placement.apply(self.index);
-        }
-        let new = || Vcpu::new(&self.shared.vm, self.index).map_err(|source| self.error(source));
+    fn create(&self, start: Start, vm: &ReadyVm) -> Result<(Vcpu, Option<Restored>), VcpuError> {
+        let new = || Vcpu::new(vm, self.index).map_err(|source| self.error(source));
         match start {
-            Start::Restore(state, _) => {
+            Start::Restore(state, _, way) => {
                 crate::test_hooks::vcpu_panic();
                 let mut vcpu = new()?;
                 vcpu.restore_early(&state).map_err(|source| self.error(source))?;
-                Ok((vcpu, Some(state)))
+                Ok((vcpu, Some((state, way))))
             }
-            Start::Boot { cpuid, msrs, entry } => {
+            Start::Boot { mut cpuid, msrs, entry } => {
                 let mut vcpu = new()?;
+                boot::cpuid::timing::describe(&mut cpuid, vcpu.tsc_khz());
                 vcpu.set_cpuid(&cpuid).map_err(|source| self.error(source))?;
                 if let Some((entry, ram)) = entry {
                     let mut sregs = vcpu.sregs().map_err(|source| self.error(source))?;
@@ -137,6 +146,7 @@ impl Body {
                         .map_err(|error| VcpuError::Boot { index: self.index, reason: error.to_string() })?;
                     vcpu.set_registers(&regs, &sregs).map_err(|source| self.error(source))?;
                 }
+                vcpu.keep_to_offers().map_err(|source| self.error(source))?;
                 vcpu.set_msrs(&msrs).map_err(|source| self.error(source))?;
                 vcpu.discover_msrs(&self.shared.hypervisor).map_err(|source| self.error(source))?;
                 Ok((vcpu, None))
@@ -153,6 +163,8 @@ impl Body {
             return;
         }
         self.clear_exit_flag(vcpu);
+        // Whatever it stood still for: a pause that was asked for, an update, an update that was undone.
+        vcpu.note_pause();
         while !self.shared.requests.pending() {
             if !owed.0.is_empty() {
                 // Not one more instruction: KVM only completes the one whose write this is.

@@ -1,0 +1,165 @@
+//! Guests of a few instructions for what no kernel does on purpose. Each tells by counts in its memory how it is.
+
+// Long mode, the first 4 GiB mapped one to one, no IDT, as in [`super::guest`]. Counts: 0x1F00000 what it is about, 0x1F00008 that it goes on.
+core::arch::global_asm!(
+    r#"
+    .pushsection .rodata.theseus_probes, "a"
+
+    // Counts how often PVCLOCK_GUEST_STOPPED was set in its kvmclock page, and clears it.
+    .global theseus_probe_clock, theseus_probe_clock_end
+theseus_probe_clock:
+    mov ebp, 0x1F00000
+    mov ebx, 0x1F01000
+    mov ecx, 0x4B564D01         // MSR_KVM_SYSTEM_TIME_NEW
+    lea eax, [rbx + 1]
+    xor edx, edx
+    wrmsr
+31: inc qword ptr [rbp + 8]
+    test byte ptr [rbx + 29], 2 // pvclock_vcpu_time_info.flags
+    jz 31b
+    and byte ptr [rbx + 29], 0xFD
+    inc qword ptr [rbp]
+    jmp 31b
+theseus_probe_clock_end:
+
+    // Halts with its timer in deadline mode and not armed, and counts its interrupts.
+    .global theseus_probe_timer, theseus_probe_timer_end
+theseus_probe_timer:
+    mov ebp, 0x1F00000
+    mov esp, 0x1F04000
+    mov ebx, 0x1F02000
+    lea rax, [rip + 33f]
+    mov word ptr [rbx + 0x400], ax // The gate of vector 0x40.
+    mov cx, cs
+    mov word ptr [rbx + 0x402], cx
+    mov word ptr [rbx + 0x404], 0x8E00
+    shr rax, 16
+    mov word ptr [rbx + 0x406], ax
+    mov qword ptr [rbx + 0x408], 0
+    mov word ptr [rbx + 0x800], 0x40F
+    mov qword ptr [rbx + 0x802], rbx
+    lidt [rbx + 0x800]
+    mov edi, 0xFEE00000
+    mov dword ptr [rdi + 0xF0], 0x1FF
+    mov dword ptr [rdi + 0x320], 0x40040
+32: inc qword ptr [rbp + 8]
+    sti
+    hlt
+    jmp 32b
+33: inc qword ptr [rbp]
+    mov dword ptr [rdi + 0xB0], 0
+    iretq
+theseus_probe_timer_end:
+
+    // Leaves long mode for a code segment with L = 1, which protected mode ignores.
+    .global theseus_probe_code, theseus_probe_code_end
+theseus_probe_code:
+    mov esp, 0x1F04000
+    mov ebx, 0x1F02000
+    mov qword ptr [rbx], 0
+    mov rax, 0x00CF9A000000FFFF
+    mov qword ptr [rbx + 0x08], rax
+    mov rax, 0x00CF92000000FFFF
+    mov qword ptr [rbx + 0x10], rax
+    mov rax, 0x00EF9A000000FFFF
+    mov qword ptr [rbx + 0x18], rax
+    mov word ptr [rbx + 0x40], 0x1F
+    mov qword ptr [rbx + 0x42], rbx
+    lgdt [rbx + 0x40]
+    push 0x08
+    lea rax, [rip + 34f]
+    push rax
+    .byte 0x48, 0xCB            // retfq
+    .code32
+34: mov eax, 0x10
+    mov ds, eax
+    mov es, eax
+    mov ss, eax
+    mov eax, cr0
+    and eax, 0x7FFFFFFF
+    mov cr0, eax
+    mov ecx, 0xC0000080         // EFER: without LME
+    rdmsr
+    and eax, 0xFFFFFEFF
+    wrmsr
+    call 35f
+35: pop eax
+    .byte 0x83, 0xC0, 8         // add eax, 36f - 35b
+    push 0x18
+    push eax
+    .byte 0xCB                  // retf
+36: inc dword ptr [0x1F00008]
+    jmp 36b
+    .code64
+theseus_probe_code_end:
+
+    // Has KVM write its EOI flag into the first BAR of the device in slot 1, and switches that BAR off.
+    .global theseus_probe_eoi, theseus_probe_eoi_end
+theseus_probe_eoi:
+    mov ebp, 0x1F00000
+    mov edx, 0xCF8
+    mov eax, 0x80000810
+    out dx, eax
+    mov edx, 0xCFC
+    in eax, dx
+    and eax, 0xFFFFFFF0
+    mov ebx, eax
+    mov edx, 0xCF8
+    mov eax, 0x80000804
+    out dx, eax
+    mov edx, 0xCFC
+    mov eax, 2                  // COMMAND: memory
+    out dx, ax
+    mov ecx, 0x4B564D04         // MSR_KVM_PV_EOI_EN
+    lea eax, [rbx + 1]
+    xor edx, edx
+    wrmsr
+    mov edx, 0xCFC
+    xor eax, eax
+    out dx, ax
+37: inc qword ptr [rbp + 8]
+    jmp 37b
+theseus_probe_eoi_end:
+    .popsection
+"#
+);
+
+macro_rules! probe {
+    ($(#[$doc:meta])* $name:ident, $start:ident, $end:ident) => {
+        $(#[$doc])*
+        pub fn $name() -> Vec<u8> {
+            unsafe extern "C" {
+                static $start: u8;
+                static $end: u8;
+            }
+            let (start, end) = (&raw const $start, &raw const $end);
+            // SAFETY: both labels are of the one block of bytes above.
+            unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }.to_vec()
+        }
+    };
+}
+
+probe!(
+    /// Counts how often it was told that it stood still.
+    clock,
+    theseus_probe_clock,
+    theseus_probe_clock_end
+);
+probe!(
+    /// Counts interrupts of a timer that it has never armed.
+    timer,
+    theseus_probe_timer,
+    theseus_probe_timer_end
+);
+probe!(
+    /// Runs with CS.L = 1 outside of long mode.
+    code_segment,
+    theseus_probe_code,
+    theseus_probe_code_end
+);
+probe!(
+    /// Has KVM look for its EOI flag where there is no memory any more.
+    eoi_flag,
+    theseus_probe_eoi,
+    theseus_probe_eoi_end
+);
