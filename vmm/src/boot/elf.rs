@@ -126,7 +126,14 @@ fn load_segment(
     kernel.file.seek(SeekFrom::Start(offset)).map_err(read_error)?;
     mem.read_exact_volatile_from(GuestAddress(paddr), &mut kernel.file, file_size as usize)
         .map_err(|error| read_error(std::io::Error::other(error)))?;
-    // What follows up to `mem_size` is zero: guest memory is fresh.
+    // A piece at a time: how long a BSS is the file says.
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    let mut at = paddr + file_size;
+    while at < end {
+        let piece = (end - at).min(ZEROS.len() as u64);
+        super::write(mem, &ZEROS[..piece as usize], at)?;
+        at += piece;
+    }
     Ok(paddr..end)
 }
 
