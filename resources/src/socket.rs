@@ -47,7 +47,7 @@ pub fn listen(path: &Path, mode: u32, group: Option<u32>, backlog: i32) -> io::R
     rustix::fs::fchmod(&listener, Mode::from_raw_mode(PRIVATE & mode))
         .map_err(|e| failed("cannot make it private", e))?;
     rustix::net::bind(&listener, &address)
-        .map_err(|e| failed("the socket cannot be made (does the folder exist, and may it be written to?)", e))?;
+        .map_err(|e| failed("the socket cannot be made (does the folder exist?)", e))?;
     open_to(path, mode, group).map_err(|e| failed("the socket's mode or group cannot be set", e))?;
     rustix::net::listen(&listener, backlog).map_err(|e| failed("cannot listen", e))?;
     Ok(listener)
