@@ -1,8 +1,8 @@
 # Debian packages: what the lab needs, and from which suite. Sourced.
 # shellcheck shell=bash
 
-# QEMU has packages of its own (qemu.sh).
-PACKAGES=(busybox-static cpio kmod xz-utils zstd iproute2 util-linux gcc libc6-dev binutils)
+# QEMU itself is built (qemu.sh); its firmware is Debian's.
+PACKAGES=(busybox-static cpio kmod xz-utils zstd iproute2 util-linux gcc libc6-dev binutils seabios qemu-system-data)
 
 codename() { (. /etc/os-release && printf '%s\n' "${VERSION_CODENAME:-}"); }
 
@@ -44,27 +44,35 @@ debian_keyring() {
     done
 }
 
-# The mirror that this machine uses.
-mirror() {
-    local uri
-    uri=$(apt_targets | awk -v s="$(codename)" '$2 == s && $3 == "main" { print $1; exit }')
-    [[ $uri ]] || die "no apt source for '$(codename) main' on this machine: add one and run './dev setup' again"
-    printf '%s\n' "$uri"
-}
-
 # Adds SUITE of the mirror this machine already uses, pinned to -1: nothing is picked from it that is not asked for by PACKAGE/SUITE.
 add_suite() {
     local suite=$1 uri keyring
     if apt_targets | awk -v s="$suite" '$2 == s && $3 == "main" { found = 1 } END { exit !found }'; then
         return
     fi
-    uri=$(mirror)
+    uri=$(apt_targets | awk -v s="$(codename)" '$2 == s && $3 == "main" { print $1; exit }')
+    [[ $uri ]] || die "no apt source for '$(codename) main' on this machine to derive '$suite' from: add one and run './dev setup' again"
     note "adding an apt source for $suite, pinned"
     printf 'Package: *\nPin: release n=%s\nPin-Priority: -1\n' "$suite" >"/etc/apt/preferences.d/theseus-$suite"
     keyring=$(debian_keyring)
     printf '%s\n' 'Types: deb' "URIs: $uri" "Suites: $suite" 'Components: main' ${keyring:+"Signed-By: $keyring"} \
         >"/etc/apt/sources.list.d/theseus-$suite.sources"
     apt_quiet update
+}
+
+# The original source of PACKAGE as SUITE has it, into DIR. With apt sources of its own: a second entry for one that this machine has could
+# contradict it, and then apt reads none.
+fetch_source() { # PACKAGE SUITE DIR
+    local uri keyring
+    uri=$(apt_targets | awk -v s="$2" '$2 == s && $3 == "main" { print $1; exit }')
+    [[ $uri ]] || die "no apt source for '$2 main' on this machine: add one and run './dev setup' again"
+    keyring=$(debian_keyring)
+    mkdir -p "$3/apt/lists/partial"
+    printf 'deb-src %s%s %s main\n' "${keyring:+[signed-by=$keyring] }" "$uri" "$2" >"$3/apt/list"
+    local options=(-o Dir::Etc::SourceList="$3/apt/list" -o Dir::Etc::SourceParts=/dev/null -o Dir::State::Lists="$3/apt/lists"
+        -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
+    apt_quiet "${options[@]}" update
+    (cd "$3" && apt_quiet "${options[@]}" source --tar-only "$1/$2")
 }
 
 install_packages() {

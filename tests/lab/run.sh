@@ -7,7 +7,7 @@ source "$(dirname "$0")/common.sh"
 source "$LAB/apt.sh"
 source "$LAB/qemu.sh"
 
-kernel=$DEFAULT_KERNEL mem=10G cpus=2 timeout=14400 results='' vectors=65 mode=run
+kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=14400 results='' vectors=65 mode=run
 while [[ $# -gt 0 ]]; do
     case $1 in
     --shell) mode=shell && shift ;;
@@ -57,25 +57,47 @@ if ! flock -n "$queue"; then
     note "the other lab has ended"
 fi
 
+# UDP ports for three wires: a block per run, held by a lock, and free of other programs.
+udp_free() { # FIRST LAST
+    local address p
+    while read -r _ address _; do
+        [[ $address == *:* ]] || continue
+        p=$((16#${address##*:}))
+        ((p < $1 || p > $2)) || return 1
+    done </proc/net/udp
+}
+mkdir -p "${TMPDIR:-/tmp}/theseus-lab-ports"
+ports=''
+for base in $(seq 21000 8 22600); do
+    exec {lock}>"${TMPDIR:-/tmp}/theseus-lab-ports/$base"
+    if flock -n "$lock" && udp_free "$base" $((base + 5)); then
+        ports=$base
+        break
+    fi
+    exec {lock}>&-
+done
+[[ $ports ]] || die "no free block of UDP ports in 21000-22600: too many labs at once"
+
 args=()
 passed='' peers='' slot=16 wire=0
 port() { # adds a root port in slot $slot; the names of L1's PCI addresses follow from it
     slot_name=$(printf '%02x' "$slot")
     args+=(-device "pcie-root-port,id=rp$slot,chassis=$slot,addr=0x$slot_name")
 }
-nic() { # MODEL MAC END_OF_WIRE
+nic() { # MODEL MAC LOCAL_PORT REMOTE_PORT
     port
-    args+=(-netdev "socket,id=n$slot,fd=@$3@"
+    args+=(-netdev "socket,id=n$slot,udp=127.0.0.1:$4,localaddr=127.0.0.1:$3"
         -device "$1,netdev=n$slot,mac=${2//-/:},bus=rp$slot,romfile=")
     slot=$((slot + 1))
 }
 pair() { # NAME MODEL: one NIC to pass through, one for L1, and the wire between them
-    local mac peer
+    local a=$((ports + 2 * wire)) mac peer
+    local b=$((a + 1))
     printf -v mac '52-54-00-aa-00-%02x' $((2 * wire + 1))
     printf -v peer '52-54-00-aa-00-%02x' $((2 * wire + 2))
-    nic "$2" "$mac" "${wire}a"
+    nic "$2" "$mac" $a $b
     passed+=" $1:$slot_name:$mac"
-    nic "$2" "$peer" "${wire}b"
+    nic "$2" "$peer" $b $a
     peers+=" $1:$slot_name:$peer"
     wire=$((wire + 1))
 }
@@ -106,9 +128,8 @@ rows=24 cols=80
 (set +o pipefail && export -p | grep -E '^declare -x (THESEUS_|LAB_|RUST_|CI=|TERM=)' || true) >"$results/.lab/pass.env"
 if [[ $# -gt 0 ]]; then { printf 'exec' && printf ' %q' "$@" && echo; } >"$results/.lab/cmd"; fi
 
-mapfile -t qemu < <(qemu_command)
 # no_timer_check: where this machine is busy, no tick may come in the 40 ms in which L1's kernel looks for ten, and it would panic.
-qemu=(perl "$LAB/wires.pl" "$wire" "${qemu[@]}" -nodefaults -no-user-config -display none -no-reboot
+qemu=("$(qemu_dir)/qemu-system-x86_64" -L /usr/share/seabios -L /usr/share/qemu -nodefaults -no-user-config -display none -no-reboot
     -accel tcg,thread=multi,tb-size=1024 -machine q35,kernel-irqchip=split -cpu max,la57=off -smp "$cpus" -m "$mem"
     -device intel-iommu,intremap=on,caching-mode=on
     -kernel "$kdir/vmlinuz" -initrd "$initramfs"
@@ -124,6 +145,19 @@ if [[ $mode == shell ]]; then
     exit "$(cat "$results/.lab/exit" 2>/dev/null || echo 125)"
 fi
 
+# Under emulation L1's CPU now and then loses a timer interrupt (in the middle of a VMEXIT, it seems), and with nothing else
+# to interrupt it stands still for good. A frame that nobody wants, to the peer of the e1000e, twenty times a second,
+# makes QEMU's APIC look again.
+nudge() { # QEMU_PID
+    local frame='\x52\x54\x00\xaa\x00\x06\x02\x00\x00\x00\x00\x01\x88\xb5'
+    frame+=$(printf '\\x00%.0s' {1..46})
+    while kill -0 "$1" 2>/dev/null; do
+        # shellcheck disable=SC2059
+        printf "$frame" >"/dev/udp/127.0.0.1/$((ports + 5))" || true
+        sleep 0.05
+    done
+}
+
 # Starts L1 and waits for its end, or until FILE has not come after SECONDS.
 boot() {
     mkfifo "$work/out"
@@ -136,6 +170,7 @@ boot() {
     note "starting L1, the outer guest, with kernel $kernel"
     watch "$qemu_pid" </dev/null >/dev/null &
     watchdog_pid=$!
+    nudge "$qemu_pid" </dev/null >/dev/null 2>&1 &
     # 'wait', unlike a program in the foreground, lets this script act on a signal at once.
     wait "$qemu_pid" 2>/dev/null || true
     qemu_pid=''
@@ -146,8 +181,8 @@ boot() {
     wait "$watchdog_pid" 2>/dev/null || true
     rm -f "$work/out"
 }
-# A kernel of L1 that does not come up is told apart from a hung command, because l1-enter.sh writes .lab/started first of all. It takes
-# some 5 s where nothing else runs.
+# The kernel of L1 now and then loses its boot CPU's timer while it boots under emulation, and stands still: that is
+# told apart from a hung command, because l1-enter.sh writes .lab/started first of all. It takes some 5 s where nothing else runs.
 START_TIMEOUT=${LAB_START_TIMEOUT:-400}
 watch() { # QEMU_PID
     local start=$SECONDS

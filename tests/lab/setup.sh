@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# setup.sh [VERSION...|all]: installs what the lab lacks, fetches its QEMU and kernels (6.12 when none is named).
+# setup.sh [VERSION...|all]: installs what the lab lacks, builds its QEMU and fetches kernels (6.12 when none is named).
 # setup.sh rust: only looks for the Rust toolchain.
 # Does nothing, in well under a second, when all is there.
 source "$(dirname "$0")/common.sh"
@@ -29,6 +29,6 @@ kernels=("$@")
 [[ ${kernels[0]} != all ]] || kernels=("${ALL_KERNELS[@]}")
 
 install_packages
-[[ ${SKIP_QEMU:-} ]] || fetch_qemu
+[[ ${SKIP_QEMU:-} ]] || build_qemu
 for version in "${kernels[@]}"; do fetch_kernel "$version"; done
 [[ ${SKIP_RUST:-} ]] || check_rust

@@ -77,7 +77,7 @@ pub fn sixteen_cpus() -> Result<()> {
     many_cpus(16, 1)
 }
 
-/// Many vCPUs: all come up, and all are carried over updates. In the lab they share two CPUs of an emulator, where 64 take minutes.
+/// Many vCPUs: all come up, and all are carried over updates. In the lab they share one CPU of an emulator, where 64 take minutes.
 pub fn many_cpus(cpus: u32, updates: u32) -> Result<()> {
     let started = Instant::now();
     let builder = Vm::builder().cpus(cpus).memory("size=1G").patience(3 * PATIENCE);

@@ -1,7 +1,6 @@
 //! Clocks, timers, and vCPUs that run or sleep through an update.
 
 use std::{
-    collections::BTreeSet,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -135,10 +134,9 @@ fn becomes_idle(vm: &Vm, when: &str) -> Result<()> {
     })
 }
 
-/// Each of 4 spinning vCPUs goes on after every update, and they share the CPUs that there are.
+/// Each of 4 spinning vCPUs goes on after every update.
 pub fn four_busy_vcpus() -> Result<()> {
     let mut vm = Vm::builder().cpus(4).boot()?;
-    let usable = std::thread::available_parallelism()?.get();
     vm.agent()?.call::<()>(&Request::BusyStart { cpus: vec![0, 1, 2, 3] })?;
     let counts = |vm: &Vm| vm.agent()?.call::<Vec<u64>>(&Request::BusyStats);
     for update in 1..=5 {
@@ -149,11 +147,6 @@ pub fn four_busy_vcpus() -> Result<()> {
         wait_for(&format!("every vCPU to go on after update {update}"), || {
             let after = counts(&vm)?;
             Ok(before.iter().zip(&after).all(|(b, a)| a > b).then_some(()))
-        })?;
-        wait_for("the spinning vCPUs to run on more than one CPU", || {
-            let cpus = (0..vm.cpus).map(|cpu| proc::thread_cpu(vm.pid(), &format!("vcpu{cpu}")));
-            let used = cpus.collect::<Result<BTreeSet<_>>>()?.len();
-            Ok((used >= usable.min(2)).then_some(()))
         })?;
     }
     vm.agent()?.call::<Vec<u64>>(&Request::BusyStop)?;

@@ -210,24 +210,12 @@ pub fn state(pid: u32) -> Result<char> {
 
 /// CPU time that threads called `name` of `pid` have used, in clock ticks.
 pub fn thread_ticks(pid: u32, name: &str) -> Result<u64> {
-    let field = stat_fields(pid, name)?;
-    Ok(field(11)? + field(12)?)
-}
-
-/// The CPU that a thread runs on, or ran on last.
-pub fn thread_cpu(pid: u32, name: &str) -> Result<usize> {
-    Ok(stat_fields(pid, name)?(36)? as usize)
-}
-
-/// The fields of a thread's stat file, counted from the one behind its name (proc_pid_stat(5) counts that one as 3).
-fn stat_fields(pid: u32, name: &str) -> Result<impl Fn(usize) -> Result<u64>> {
     let tid = thread_named(pid, name)?;
     let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat"))?;
-    let fields: Vec<Option<u64>> = stat
-        .rsplit_once(')')
-        .map(|(_, rest)| rest.split_whitespace().map(|field| field.parse().ok()).collect())
-        .unwrap_or_default();
-    Ok(move |n| fields.get(n).copied().flatten().context("short stat line"))
+    let fields: Vec<&str> =
+        stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().collect()).unwrap_or_default();
+    let field = |n: usize| fields.get(n).and_then(|f| f.parse::<u64>().ok()).context("short stat line");
+    Ok(field(11)? + field(12)?)
 }
 
 /// Waits until the VFIO group of the device `bdf` can be opened: whoever was killed may still be resetting it.

@@ -95,7 +95,7 @@ pub fn run_vcpus() -> Result<()> {
     vcpus::run()
 }
 
-/// A vCPU pinned to one of several CPUs stays there.
+/// A vCPU pinned to one of several CPUs stays there, which the lab's L1 with its one CPU cannot show.
 fn pinned() -> Result<()> {
     let mut vm = bare(SMALL, 1, "", true)?;
     let thread = |vm: &Vm| proc::thread_named(vm.pid(), "vcpu0");
