@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// A request of which nothing was heard for so long may have been lost.
-const ASK_AGAIN: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_secs(15);
 
 struct Pending {
     line: String,

@@ -1,6 +1,9 @@
 //! The guest's clock against L1's; the method is told in [`crate::clock`].
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -27,13 +30,22 @@ pub struct Reading {
 
 /// KVM's folder of the VM of process `pid` in debugfs. While the old VM of an update is dying there are two.
 pub fn kvm_dir(pid: u32) -> Result<PathBuf> {
-    let prefix = format!("{pid}-");
     wait_for("KVM to show one VM of the VMM in debugfs", || {
         let root = fs::read_dir("/sys/kernel/debug/kvm").context("is debugfs mounted on /sys/kernel/debug?")?;
-        let mut dirs: Vec<PathBuf> =
-            root.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(&prefix)).map(|e| e.path()).collect();
+        let mut dirs: Vec<PathBuf> = root.flatten().map(|e| e.path()).filter(|dir| is_vm_of(pid, dir)).collect();
         Ok(if dirs.len() == 1 { dirs.pop() } else { None })
     })
+}
+
+/// KVM names a VM's folder by the thread that made it, and by the number of its fd (kvm_create_vm_debugfs). A guest is booted by a thread
+/// that ends with the boot.
+fn is_vm_of(pid: u32, dir: &Path) -> bool {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let Some((thread, fd)) = name.split_once('-') else { return false };
+    let is_vm =
+        || fs::read_link(format!("/proc/{pid}/fd/{fd}")).is_ok_and(|link| link == Path::new("anon_inode:kvm-vm"));
+    let is_gone = || !Path::new("/proc").join(thread).exists();
+    Path::new(&format!("/proc/{pid}/task/{thread}")).exists() || is_gone() && is_vm()
 }
 
 /// TSC offset of each vCPU, as KVM has it.
