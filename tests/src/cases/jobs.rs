@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     harness::{
-        http::Api,
+        http::{Answer, Api},
         lab, logs, proc,
         process::Process,
         report::{Report, update_body},
@@ -105,7 +105,12 @@ impl Job {
         Process::adopt_orphans();
         let process = Process::new(command.spawn().context("starting the job")?);
         let api = Api { path: api };
-        wait_for("the API", || Ok(api.get("vmm.ping").ok()))?;
+        // The API is there before the guest is.
+        wait_for("the guest to be booted", || {
+            let info = api.get("vm.info").ok().filter(Answer::ok);
+            let info = info.map(|info| info.json::<serde_json::Value>()).transpose()?;
+            Ok(info.is_some_and(|info| info["state"] == "Running").then_some(()))
+        })?;
         let pid = fs::read_to_string(pid)?.trim().parse()?;
         Ok(Self { process, api, pid, updates: 0, dir })
     }
