@@ -24,8 +24,7 @@ impl Probe {
             proc::wait_group_free(&bdf)?;
             args.extend(["--device".into(), format!("path=/sys/bus/pci/devices/{bdf}")]);
         }
-        let vm = Vm::with_args(&args.iter().map(String::as_str).collect::<Vec<_>>())?;
-        vm.ping()?;
+        let vm = Vm::with_args(&args.iter().map(String::as_str).collect::<Vec<_>>())?.booted()?;
         std::fs::remove_file(&kernel)?;
         let counter = Counter::of(vm.pid())?;
         let mut probe = Self { vm, counter };
