@@ -119,15 +119,10 @@ pub fn huge_pages() -> Result<()> {
     let kernel = file("counts");
     guest::write(&kernel, MEMORY)?;
     let kernel_option = kernel.display().to_string();
-    let start = || Vm::with_args(&["--kernel", &kernel_option, "--memory", "size=128M,hugepages=on"]);
-    let boot = || start()?.booted();
+    let boot = || Vm::with_args(&["--kernel", &kernel_option, "--memory", "size=128M,hugepages=on"])?.booted();
     let refused = |what: &str, has: &str| {
-        let error = match start() {
-            Ok(vm) if vm.ping().is_ok() => bail!("{what}: started all the same"),
-            Ok(mut vm) => format!("{}: {}", vm.wait_exit()?, vm.log_text()),
-            // So soon that not even its socket was seen.
-            Err(error) => format!("{error:#}"),
-        };
+        let Err(error) = boot() else { bail!("{what}: started all the same") };
+        let error = format!("{error:#}");
         for part in ["guest RAM: 64 huge pages of 2048 KiB", has, "nr_hugepages"] {
             ensure!(error.contains(part), "{what}: '{part}' is not in: {error}");
         }
