@@ -1,19 +1,70 @@
-//! Uncorrectable errors of the host's memory, as far as the VMM is told of them.
+//! Uncorrectable errors of the host's memory, made by L1's kernel in a page of the guest: the guest loses the process that needs the page,
+//! and nothing else.
 
-use std::{fs, io};
+use std::{fs, io, os::fd::AsRawFd};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    harness::{proc, vm::Vm, wait_for},
+    harness::{proc, ram, vm::Vm, wait_for},
     native::{Counter, guest},
+    proto::Request,
 };
+
+const PAGE: usize = 4096;
+
+/// Marks the host's page behind the guest's page at `gpa` as one with an uncorrectable error (madvise(2), MADV_HWPOISON).
+fn poison(pid: u32, gpa: u64) -> Result<()> {
+    ensure!(gpa < ram::HOLE, "{gpa:#x} is not below the hole");
+    let file = proc::open_fd_to(pid, "/memfd:guest-ram", std::fs::OpenOptions::new().read(true).write(true))?;
+    // SAFETY: a new mapping, of one page, which is not read.
+    let page = unsafe {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(std::ptr::null_mut(), PAGE, access, libc::MAP_SHARED, file.as_raw_fd(), gpa as i64)
+    };
+    ensure!(page != libc::MAP_FAILED, "mapping the page: {}", io::Error::last_os_error());
+    // SAFETY: the mapping above.
+    let done = unsafe { libc::madvise(page, PAGE, libc::MADV_HWPOISON) };
+    let error = io::Error::last_os_error();
+    // SAFETY: the mapping above, which nobody refers to.
+    unsafe { libc::munmap(page, PAGE) };
+    ensure!(done == 0, "MADV_HWPOISON: {error}: does L1's kernel handle memory failures?");
+    Ok(())
+}
 
 fn told(vm: &Vm, gpa: u64) -> Result<usize> {
     let is_it = |event: &&serde_json::Value| {
         event["source"] == "vm" && event["event"] == "memory_error" && event["properties"]["gpa"] == gpa
     };
     Ok(vm.events()?.iter().filter(is_it).count())
+}
+
+/// Before an update, and after one: whoever is told of the first must not be all.
+pub fn pages() -> Result<()> {
+    let mut vm = Vm::builder().cpus(2).boot()?;
+    for turn in 0..2 {
+        let gpa: u64 = vm.agent()?.call(&Request::PageHold)?;
+        let touch = |vm: &Vm| vm.agent()?.call::<i32>(&Request::PageTouch);
+        ensure!(touch(&vm)? == 0, "the page cannot be read before");
+        poison(vm.pid(), gpa)?;
+        let event = |vm: &Vm| wait_for("the event", || Ok((told(vm, gpa)? > 0).then_some(())));
+        // Before anybody needs the page, the second time.
+        if turn == 1 {
+            event(&vm)?;
+        }
+        for _ in 0..2 {
+            let signal = touch(&vm).context("a process needs the page")?;
+            ensure!(signal == libc::SIGBUS, "turn {turn}: whoever needed the page got signal {signal}");
+        }
+        event(&vm)?;
+        ensure!(told(&vm, gpa)? == 1, "turn {turn}: told {} times", told(&vm, gpa)?);
+        let words = ["Machine check", "Hardware Error", "Memory failure"].map(str::to_owned).to_vec();
+        let log: String = vm.agent()?.call(&Request::Dmesg { words })?;
+        ensure!(log.contains("Memory failure"), "turn {turn}: the guest's kernel says: {log}");
+        vm.update().with_context(|| format!("turn {turn}"))?;
+        vm.agent()?.ping()?;
+    }
+    Ok(())
 }
 
 const BUS_MCEERR_AR: libc::c_int = 4;
@@ -63,7 +114,7 @@ fn address_in(pid: u32, gpa: u64) -> Result<u64> {
     Ok(start + gpa - offset)
 }
 
-/// On any machine, without an error in its memory: only the signals come. This guest knows no machine checks; so where it needs the
+/// The same on any machine, without an error in its memory: only the signals come. This guest knows no machine checks; so where it needs the
 /// page itself, it shuts down like a real machine, and boots again.
 pub fn signals() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("counts-{}", std::process::id()));
