@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -73,10 +74,10 @@ pub struct GuestRam {
 }
 
 /// What to do where no memfd is to be had.
-fn no_memfd(error: rustix::io::Errno, pages: Pages) -> &'static str {
+fn no_memfd(error: Errno, pages: Pages) -> &'static str {
     match (error, pages) {
-        (rustix::io::Errno::MFILE, _) => "raise RLIMIT_NOFILE",
-        (rustix::io::Errno::NFILE, _) => "raise fs.file-max",
+        (Errno::MFILE, _) => "raise RLIMIT_NOFILE",
+        (Errno::NFILE, _) => "raise fs.file-max",
         (_, Pages::Huge(_)) => "does this kernel have huge pages of that size?",
         (_, Pages::Small | Pages::Transparent) => "is there a filter that forbids memfd_create?",
     }
@@ -84,7 +85,7 @@ fn no_memfd(error: rustix::io::Errno, pages: Pages) -> &'static str {
 
 impl GuestRam {
     pub fn new(vault: &Vault, size: u64, pages: Pages) -> Result<Self, RamError> {
-        let create = |source: rustix::io::Errno, remedy| RamError::Create { size, source: source.into(), remedy };
+        let create = |source: Errno, remedy| RamError::Create { size, source: source.into(), remedy };
         let flags = match pages {
             Pages::Huge(bytes) => MemfdFlags::HUGETLB | huge_flag(bytes)?,
             Pages::Small | Pages::Transparent => MemfdFlags::empty(),
@@ -178,8 +179,7 @@ impl GuestRam {
     /// The next part of `range` from `at` that has memory, relative to its start.
     fn data(&self, range: &RamRange, at: u64) -> Result<Option<(u64, u64)>, RamError> {
         use rustix::fs::{SeekFrom, seek};
-        let fail =
-            |source: rustix::io::Errno| RamError::Map { size: range.size, offset: range.offset, source: source.into() };
+        let fail = |source: Errno| RamError::Map { size: range.size, offset: range.offset, source: source.into() };
         let (begin, end) = (range.offset + at, range.offset + range.size);
         if begin >= end {
             return Ok(None);
@@ -187,7 +187,7 @@ impl GuestRam {
         // The position of this fd means nothing to anybody else.
         let start = match seek(&self.memfd, SeekFrom::Data(begin)) {
             Ok(start) if start < end => start,
-            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Ok(_) | Err(Errno::NXIO) => return Ok(None),
             Err(error) => return Err(fail(error)),
         };
         let stop = seek(&self.memfd, SeekFrom::Hole(start)).map_err(fail)?.min(end);
@@ -232,6 +232,23 @@ enum Reserve {
     Done,
 }
 
+/// How often another thread may take the free space that was found.
+const TRIES: u32 = 100;
+
+/// An aligned address where so many bytes are free, or just were. Nothing is kept there: a mapping with MAP_FIXED over a reservation would
+/// leave a hole where it fails (mmap_region unmaps first), and unmapping that again would take the stack of a thread that has started in it.
+fn free_space(size: u64, align: u64) -> Result<u64, Errno> {
+    let space = size.saturating_add(align) as usize;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a fresh mapping, and unmapped as it was mapped.
+    let base = unsafe {
+        let base = rustix::mm::mmap_anonymous(std::ptr::null_mut(), space, ProtFlags::empty(), flags)?;
+        rustix::mm::munmap(base, space)?;
+        base as u64
+    };
+    Ok(base.next_multiple_of(align))
+}
+
 /// A shared mapping of the memfd, aligned for huge pages.
 struct Mapping {
     addr: NonNull<u8>,
@@ -245,41 +262,28 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(memfd: impl AsFd, offset: u64, size: u64, pages: Pages, reserve: Reserve) -> Result<Self, RamError> {
-        let fail = |source: rustix::io::Errno| RamError::Map { size, offset, source: source.into() };
+        let fail = |source: Errno| RamError::Map { size, offset, source: source.into() };
         let align = if let Pages::Huge(bytes) = pages { bytes.max(HUGE) } else { HUGE };
         // Small pages of a memfd are accounted when they are touched, whatever the mapping says (mm/shmem.c).
         let lasting = if reserve == Reserve::Now { MapFlags::empty() } else { MapFlags::NORESERVE };
-        let space = size.checked_add(align).ok_or_else(|| RamError::Layout(format!("{size:#x} bytes are too many")))?;
-        // SAFETY: a fresh reservation that nothing else uses.
-        let base = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                space as usize,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }
-        .map_err(fail)? as u64;
-        let start = base.next_multiple_of(align);
-        // SAFETY: replaces part of the reservation made just above.
-        let mapped = unsafe {
-            rustix::mm::mmap(
-                start as *mut _,
-                size as usize,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::FIXED | lasting,
-                memfd,
-                offset,
-            )
-        };
-        // Give back what the alignment left over (or everything, on failure).
-        let keep = if mapped.is_ok() { start..start + size } else { base..base };
-        for (from, to) in [(base, keep.start), (keep.end, base + space)] {
-            if to > from {
-                // SAFETY: ours, and outside of what stays mapped.
-                let _ = unsafe { rustix::mm::munmap(from as *mut _, (to - from) as usize) };
+        let mut tries = 0..TRIES;
+        let mapped = loop {
+            let start = free_space(size, align).map_err(fail)?;
+            // SAFETY: a new mapping, which replaces nothing.
+            let mapped = unsafe {
+                rustix::mm::mmap(
+                    start as *mut _,
+                    size as usize,
+                    ProtFlags::READ | ProtFlags::WRITE,
+                    MapFlags::SHARED | MapFlags::FIXED_NOREPLACE | lasting,
+                    &memfd,
+                    offset,
+                )
+            };
+            if mapped != Err(Errno::EXIST) || tries.next().is_none() {
+                break mapped;
             }
-        }
+        };
         let short = |source| match pages {
             Pages::Huge(bytes) if reserve == Reserve::Now => RamError::HugePages(Pool::of(bytes, size.div_ceil(bytes))),
             _ => fail(source),
@@ -319,7 +323,6 @@ mod tests {
 
     #[test]
     fn a_full_table_of_files_is_not_laid_on_huge_pages() {
-        use rustix::io::Errno;
         assert!(no_memfd(Errno::MFILE, Pages::Huge(HUGE)).contains("RLIMIT_NOFILE"));
         assert!(no_memfd(Errno::MFILE, Pages::Small).contains("RLIMIT_NOFILE"));
         assert!(no_memfd(Errno::INVAL, Pages::Huge(HUGE)).contains("huge pages"));
