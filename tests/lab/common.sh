@@ -23,3 +23,14 @@ die() {
 
 # A folder of the cache per kernel: vmlinuz, lib/modules/<release>, release.
 kernel_dir() { printf '%s/kernel-%s\n' "$CACHE" "$1"; }
+
+# Makes the folder for the logs of a run, and prints it.
+new_results() {
+    local dir
+    dir=$OUT/results/$(date +%Y%m%d-%H%M%S)-$$
+    mkdir -p "$dir"
+    ln -sfn "$(basename "$dir")" "$OUT/results/latest"
+    # Logs of the last runs are of use, those of last month are not.
+    find "$OUT/results" -mindepth 1 -maxdepth 1 -type d -printf '%T@ %p\n' | sort -rn | tail -n +21 | cut -d' ' -f2- | xargs -r rm -rf
+    printf '%s\n' "$dir"
+}

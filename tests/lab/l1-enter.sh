@@ -82,6 +82,7 @@ for f in $LAB_COPY; do [ -e "$f" ] && cp "$f" /run/lab/bin/; done
 say LAB_BIN /run/lab/bin
 [ ! -e /run/lab/bin/l2-initramfs.cpio ] || say LAB_INITRAMFS /run/lab/bin/l2-initramfs.cpio
 say LAB_RESULTS "$RESULTS"
+[ -z "$LAB_CLAIMING" ] || say LAB_CLAIMS /run/lab/claims
 say LAB_KERNEL "$LAB_KERNEL"
 say LAB_KERNEL_VERSION "$LAB_KERNEL_VERSION"
 say LAB_MODULES "$LAB_MODULES"

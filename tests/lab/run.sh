@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# run.sh [--kernel V] [--mem M] [--cpus N] [--timeout S] [--results DIR] [--vectors N] -- CMD ARGS...   runs CMD in L1, exits with its code
-# run.sh --shell [OPTIONS]                                                                an interactive shell in L1
-# --vectors: how many MSI-X vectors the NVMe controller has.
+# run.sh [OPTIONS] -- CMD ARGS...   runs CMD in L1, exits with its code
+# run.sh --shell [OPTIONS]          an interactive shell in L1
+# Options: --kernel V  --mem M  --cpus N  --timeout S  --results DIR  and
+# --vectors N   how many MSI-X vectors the NVMe controller has
+# --claims DIR  where several L1s that share tests mark which of them each has taken: $LAB_CLAIMS in L1
+# --alone       with no other lab beside it, for what is timed
 # Exit codes of the lab itself: 124 timeout, 125 L1 did not start or died.
 source "$(dirname "$0")/common.sh"
 source "$LAB/apt.sh"
 source "$LAB/qemu.sh"
 
-kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=14400 results='' vectors=65 mode=run
+kernel=$DEFAULT_KERNEL mem=10G cpus=1 timeout=14400 results='' vectors=65 mode=run claims='' alone=''
 while [[ $# -gt 0 ]]; do
     case $1 in
     --shell) mode=shell && shift ;;
-    --kernel | --mem | --cpus | --timeout | --results | --vectors)
+    --alone) alone=yes && shift ;;
+    --kernel | --mem | --cpus | --timeout | --results | --vectors | --claims)
         [[ $# -ge 2 ]] || die "$1 needs a value"
         declare "${1#--}=$2" && shift 2
         ;;
@@ -29,11 +33,7 @@ initramfs=$("$LAB/l1-initramfs.sh" "$kdir")
 if [[ -x $OUT/agent ]]; then "$LAB/l2-initramfs.sh" "$OUT/l2-initramfs-$kernel.cpio" "$OUT/agent" "$kdir"; fi
 
 if [[ ! $results ]]; then
-    results=$OUT/results/$(date +%Y%m%d-%H%M%S)-$$
-    mkdir -p "$results"
-    ln -sfn "$(basename "$results")" "$OUT/results/latest"
-    # Logs of the last runs are of use, those of last month are not.
-    find "$OUT/results" -mindepth 1 -maxdepth 1 -type d -printf '%T@ %p\n' | sort -rn | tail -n +21 | cut -d' ' -f2- | xargs -r rm -rf
+    results=$(new_results)
 fi
 mkdir -p "$results/.lab"
 results=$(cd "$results" && pwd -P)
@@ -49,11 +49,29 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM HUP
 
-# One lab at a time: two would halve each other's speed, and packets would be lost to that.
-exec {queue}>"${TMPDIR:-/tmp}/theseus-lab.lock"
-if ! flock -n "$queue"; then
+# Two labs at a time, as each keeps one CPU busy; more would only wait for each other.
+locks=()
+take_place() { # flock's options
+    local n
+    for n in 1 2; do
+        exec {lock}>"${TMPDIR:-/tmp}/theseus-lab.lock.$n"
+        if flock "$@" "$lock"; then
+            locks+=("$lock")
+            [[ $alone ]] || return 0
+        else
+            exec {lock}>&-
+        fi
+    done
+    # Both, if it is to be alone.
+    [[ $alone && ${#locks[@]} == 2 ]] && return
+    for lock in "${locks[@]}"; do exec {lock}>&-; done
+    locks=()
+    return 1
+}
+if ! take_place -n; then
     note "another lab is running: waiting for it"
-    flock "$queue"
+    # In turns, as either of two may end first.
+    until take_place -w 1; do :; done
     note "the other lab has ended"
 fi
 
@@ -123,6 +141,7 @@ rows=24 cols=80
     printf 'LAB_MODE=%q\nLAB_DIR=%q\nLAB_CWD=%q\nLAB_ROWS=%q\nLAB_COLS=%q\n' "$mode" "$LAB" "$PWD" "$rows" "$cols"
     printf 'LAB_PASSED=%q\nLAB_PEERS=%q\nLAB_COPY=%q\n' "${passed# }" "${peers# }" "${copy# }"
     printf 'LAB_KERNEL=%q\nLAB_KERNEL_VERSION=%q\nLAB_MODULES=%q\n' "$kdir/vmlinuz" "$kernel" "$kdir"
+    printf 'LAB_CLAIMING=%q\n' "$claims"
     printf 'LAB_KEEP=%q\n' "$ROOT $CACHE $TARGET $work $PWD"
 } >"$results/.lab/boot.env"
 (set +o pipefail && export -p | grep -E '^declare -x (THESEUS_|LAB_|RUST_|CI=|TERM=)' || true) >"$results/.lab/pass.env"
@@ -138,6 +157,7 @@ qemu=("$(qemu_dir)/qemu-system-x86_64" -L /usr/share/seabios -L /usr/share/qemu 
     -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap
     -virtfs "local,path=$results,mount_tag=results,security_model=none"
     -device virtio-serial "${args[@]}")
+if [[ $claims ]]; then qemu+=(-virtfs "local,path=$(cd "$claims" && pwd -P),mount_tag=claims,security_model=none"); fi
 
 if [[ $mode == shell ]]; then
     # Ctrl-C belongs to the shell in L1. Leave with 'exit'.

@@ -60,16 +60,44 @@ unit() { count 'unit tests' cargo test --workspace --no-fail-fast || true; }
 in_lab() { # LIMIT_S ARGS...: l1-tests with ARGS in L1
     local limit=$1
     shift
+    one_lab --timeout "$limit" -- l1-tests "$@"
+}
+
+one_lab() { # OPTIONS of run.sh
     local code=0
-    "$LAB/run.sh" --kernel "$kernel" --timeout "$limit" -- l1-tests "$@" || code=$?
+    "$LAB/run.sh" --kernel "$kernel" "$@" || code=$?
     # 125: L1's own kernel died under emulation (ADR 4), which says nothing about what ran in it. A failed test is never run again.
     if [[ $code == 125 ]]; then
-        note "L1 itself died, see target/lab/results/latest/l1-console.log: starting it once more"
+        note "L1 itself died, see target/lab/results/latest: starting it once more"
         code=0
-        "$LAB/run.sh" --kernel "$kernel" --timeout "$limit" -- l1-tests "$@" || code=$?
+        "$LAB/run.sh" --kernel "$kernel" "$@" || code=$?
     fi
     return "$code"
 }
+
+# All tests, in two labs that take one after the other from the list; the second one's output follows the first one's.
+in_two_labs() { # LIMIT_S
+    local limit=$1 results n first=0 second=0 pid
+    results=$(new_results)
+    mkdir -p "$results"/{1,2,claims}
+    note "in two labs; what the second says comes at the end, and is in target/lab/results/latest/2/output.log meanwhile"
+    labs_part() { LAB_NUMBER=$1 one_lab --timeout "$limit" --results "$results/$1" --claims "$results/claims" -- l1-tests test; }
+    labs_part 2 >"$results/second.log" 2>&1 &
+    pid=$!
+    labs_part 1 || first=$?
+    wait "$pid" || second=$?
+    note "what the second lab has said"
+    cat "$results/second.log"
+    for n in "$results"/claims/*; do
+        [[ -e $n/ended ]] && continue
+        echo "error: ${n##*/} was begun and has not ended"
+        first=1
+    done
+    return $((first ? first : second))
+}
+
+# Each has 10 GiB of memory (run.sh), and a CPU.
+room_for_two() { [[ $(nproc) -ge 2 && $(awk '/^MemAvailable/ { print $2 }' /proc/meminfo) -ge $((21 << 20)) ]]; }
 
 # The same tests on this machine's own KVM, IOMMU and device.
 on_hardware() { # BDF ARGS...
@@ -123,7 +151,9 @@ test)
         if [[ $hardware ]]; then
             count "tests with device $hardware" on_hardware "$hardware" ${args[@]+"${args[@]}"} || true
         else
-            count "lab tests, kernel $kernel" in_lab 14400 test ${args[@]+"${args[@]}"} || true
+            how=(in_lab 14400 test ${args[@]+"${args[@]}"})
+            if [[ ${#args[@]} == 0 ]] && room_for_two; then how=(in_two_labs 14400); fi
+            count "lab tests, kernel $kernel" "${how[@]}" || true
         fi
     fi
     verdict
@@ -138,17 +168,17 @@ bench)
     if [[ ${args[0]:-} == vectors ]]; then
         # One CPU has not vectors enough for the last of them.
         for n in 8 64 256; do
-            "$LAB/run.sh" --kernel "$kernel" --cpus 2 --vectors "$n" --timeout 7200 -- l1-tests bench vectors || exit
+            "$LAB/run.sh" --alone --kernel "$kernel" --cpus 2 --vectors "$n" --timeout 7200 -- l1-tests bench vectors || exit
         done
         exit
     fi
-    in_lab 14400 bench ${args[@]+"${args[@]}"}
+    one_lab --alone --timeout 14400 -- l1-tests bench ${args[@]+"${args[@]}"}
     ;;
 demo)
     note "demo, step 2 of 3: compiling Theseus in two builds, and what drives the demo"
     build_all || die "the build failed"
     note "demo, step 3 of 3: the lab"
-    in_lab 7200 demo ${args[@]+"${args[@]}"}
+    one_lab --alone --timeout 7200 -- l1-tests demo ${args[@]+"${args[@]}"}
     ;;
 soak)
     check build build_all || verdict

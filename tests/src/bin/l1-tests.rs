@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     }
     let outcome = match command.as_str() {
         "test" => match cases::run(&filters, &rest) {
-            Ok(conclusion) => return conclusion.exit_code(),
+            Ok(code) => return code,
             Err(e) => Err(e),
         },
         "bench" if filters == ["native"] => native::run(),

@@ -24,12 +24,21 @@ mod time;
 mod traffic;
 mod update;
 
-use std::time::Instant;
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
-use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
+use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::harness::{lab::Nic, logs, rig};
+use crate::harness::{
+    lab::{self, Nic},
+    logs, rig,
+};
 
 /// Updates in a row where a test wants many.
 pub const MANY: u32 = 20;
@@ -203,26 +212,54 @@ pub fn note(text: std::fmt::Arguments<'_>) {
 }
 
 /// Runs the tests whose names contain one of `filters` (for none: every one). `rest` are options of the test harness.
-pub fn run(filters: &[String], rest: &[String]) -> Result<Conclusion> {
+///
+/// Where other labs run the same tests (`LAB_CLAIMS`), each takes what nobody has taken yet.
+pub fn run(filters: &[String], rest: &[String]) -> Result<ExitCode> {
     let named = |case: &Case| filters.iter().any(|f| case.name.contains(f.as_str()));
     let wanted = |case: &&Case| filters.is_empty() || named(case);
-    let mut trials = Vec::new();
-    let mut skipped = Vec::new();
-    for case in CASES.iter().filter(wanted).chain(OPEN.iter().filter(|case| named(case))) {
-        let lacks = case.lacks();
-        trials.push(Trial::test(case.name, || case.run()).with_ignored_flag(lacks.is_some()));
-        skipped.extend(lacks.map(|why| format!("skipped {}: {why}", case.name)));
-    }
-    anyhow::ensure!(!trials.is_empty(), "no test is called like {filters:?}; see l1-tests test --list");
+    let cases: Vec<&Case> = CASES.iter().filter(wanted).chain(OPEN.iter().filter(|case| named(case))).collect();
+    anyhow::ensure!(!cases.is_empty(), "no test is called like {filters:?}; see l1-tests test --list");
     let mut args = Arguments::from_iter(["l1-tests".to_string()].into_iter().chain(rest.iter().cloned()));
     // The tests share devices.
     args.test_threads = Some(1);
-    let conclusion = libtest_mimic::run(&args, trials);
-    rig::drop_shared();
-    for line in skipped {
-        println!("{line}");
+    let claims = lab::claims();
+    let mut failed = false;
+    // What shares a guest is taken as a whole.
+    for cases in cases.chunk_by(|a, b| claims.is_none() || a.shares && b.shares) {
+        let Some(claim) = Claim::take(claims.as_deref(), cases[0].name)? else { continue };
+        let trial =
+            |case: &&'static Case| Trial::test(case.name, || case.run()).with_ignored_flag(case.lacks().is_some());
+        failed |= libtest_mimic::run(&args, cases.iter().map(trial).collect()).has_failed();
+        rig::drop_shared();
+        for (case, why) in cases.iter().filter_map(|case| Some((case, case.lacks()?))) {
+            println!("skipped {}: {why}", case.name);
+        }
+        claim.ended()?;
     }
-    Ok(conclusion)
+    Ok(if failed { ExitCode::from(101) } else { ExitCode::SUCCESS })
+}
+
+/// Tests that this lab has taken, and no other lab will: a folder that only one can make. It says whose it is, and when they have ended.
+struct Claim(Option<PathBuf>);
+
+impl Claim {
+    /// `None` if another lab has them. What this one had taken when it died is taken again.
+    fn take(claims: Option<&Path>, name: &str) -> Result<Option<Self>> {
+        let Some(claims) = claims else { return Ok(Some(Self(None))) };
+        let (claim, own) = (claims.join(name), lab::number());
+        match fs::create_dir(&claim) {
+            Ok(()) => fs::write(claim.join("by"), &own)?,
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e).context(claim.display().to_string()),
+            Err(_) if claim.join("ended").exists() => return Ok(None),
+            Err(_) if fs::read_to_string(claim.join("by")).is_ok_and(|by| by == own) => {}
+            Err(_) => return Ok(None),
+        }
+        Ok(Some(Self(Some(claim))))
+    }
+
+    fn ended(self) -> Result<()> {
+        self.0.map_or(Ok(()), |claim| Ok(fs::write(claim.join("ended"), "")?))
+    }
 }
 
 /// `condition`, or an error with that text; reads better than a negated `ensure!` around long conditions.

@@ -87,6 +87,16 @@ pub fn results() -> Result<PathBuf> {
     required("LAB_RESULTS")
 }
 
+/// Where labs that share the tests mark what they have taken.
+pub fn claims() -> Option<PathBuf> {
+    env::var_os("LAB_CLAIMS").map(PathBuf::from)
+}
+
+/// Which of these labs this is.
+pub fn number() -> String {
+    env::var("LAB_NUMBER").unwrap_or_default()
+}
+
 /// The L1 and L2 kernel, as the lab names it.
 pub fn kernel_version() -> String {
     env::var("LAB_KERNEL_VERSION").unwrap_or_else(|_| "?".into())
