@@ -30,7 +30,7 @@ pub fn run() -> Result<()> {
 
 /// Pause over many updates with a NIC passed through and traffic on it.
 fn pause(cpus: u32) -> Result<()> {
-    let mut rig = Rig::boot(Vm::builder().without_hooks().cpus(cpus), &[(Nic::IgbA, None)])?;
+    let mut rig = Rig::boot(Vm::builder().memory("size=512M").without_hooks().cpus(cpus), &[(Nic::IgbA, None)])?;
     let traffic = rig.traffic()?;
     // Both builds once, so that their files are in the page cache.
     rig.vm.update()?;
@@ -61,7 +61,7 @@ fn pause(cpus: u32) -> Result<()> {
 /// Pause with as many live interrupt vectors as the lab's NVMe controller has (`./dev bench vectors` runs a lab for each number).
 pub fn vectors() -> Result<()> {
     logs::begin("bench-vectors");
-    let mut vm = Vm::builder().without_hooks().device_at(lab::nvme()?, None).boot()?;
+    let mut vm = Vm::builder().memory("size=512M").without_hooks().device_at(lab::nvme()?, None).boot()?;
     let storage = vm.agent()?.pci()?.into_iter().find(|function| function.config.get(20..24) == Some("0801"));
     let bdf = storage.context("the guest has no NVMe controller")?.bdf;
     let count: u32 = vm.agent()?.call(&Request::VectorsOn { bdf })?;
@@ -104,7 +104,7 @@ fn start() -> Result<()> {
     let (mut first_exit, mut resident) = (Vec::new(), Vec::new());
     for _ in 0..STARTS {
         let started = Instant::now();
-        let vm = Vm::builder().without_hooks().start()?;
+        let vm = Vm::builder().memory("size=512M").without_hooks().start()?;
         let dir = kvm_dir(vm.pid())?;
         // The VM is there before its vCPU runs; its exits are counted from the first on. The guest's first exit is
         // within its kernel's first few hundred instructions.

@@ -25,7 +25,7 @@ pub fn run() -> Result<()> {
     logs::begin("demo");
     let started = Instant::now();
     println!("Theseus boots a stock Debian kernel ({}) with a passed-through igb NIC ...", lab::kernel_version());
-    let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
+    let mut rig = Rig::boot(Vm::builder().cpus(2).memory("size=512M"), &[(Nic::IgbA, None)])?;
     let machine = rig.agent()?.machine()?;
     let ping = rig.vm.ping()?;
     println!(

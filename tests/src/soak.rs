@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use crate::{
     bench::phase_table,
     cases::{
-        boot,
+        self, boot,
         cell::{Cell, End},
         note, rollback,
     },
@@ -64,10 +64,16 @@ fn drift(vm: &Vm) -> Result<f64> {
 }
 
 type Part = fn(&[String]) -> Result<()>;
-const PARTS: [(&str, Part); 5] =
-    [("updates", updates), ("thousand", thousand), ("matrix", matrix), ("faults", faults), ("cpus", cpus)];
+const PARTS: [(&str, Part); 6] = [
+    ("updates", updates),
+    ("thousand", thousand),
+    ("matrix", matrix),
+    ("faults", faults),
+    ("cpus", cpus),
+    ("cases", |_| cases::long()),
+];
 
-/// `words`: which parts, all if there are none: updates, thousand, matrix, faults, cpus. The names of phases are those of a matrix, a number is the
+/// `words`: which parts, all if there are none: updates, thousand, matrix, faults, cpus, cases. The names of phases are those of a matrix, a number is the
 /// seed of the faults.
 pub fn run(words: &[String]) -> Result<()> {
     let (parts, rest): (Vec<_>, Vec<_>) =
@@ -149,7 +155,7 @@ fn last_against_first(values: &[u64]) -> f64 {
 }
 
 fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
-    let mut rig = Rig::boot(Vm::builder().cpus(2), nics)?;
+    let mut rig = Rig::boot(Vm::builder().cpus(2).memory("size=512M"), nics)?;
     rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 99 })?;
     // Shared among the wires: with more, L1's one CPU is busy with packets alone, and the helper of an update, at idle priority, with
     // nothing for most of a minute.

@@ -46,7 +46,7 @@ fn check(vm: &Vm, cpus: u32, mib: u64) -> Result<()> {
     }
     // Memory behind the hole is not only counted but there: it is written and read. Linux takes from it first, which is checked.
     if mib > 4096 {
-        const MIB: u64 = 600;
+        const MIB: u64 = 100;
         let before = ram::touched_from(vm.pid(), ram::HOLE)?;
         vm.agent()?.call::<()>(&Request::MemoryStart { mib: MIB, seed: 1 })?;
         let stats: crate::proto::MemoryStats = vm.agent()?.call_within(&Request::MemoryStop, 3 * PATIENCE)?;
@@ -61,8 +61,8 @@ pub fn one_cpu_512m() -> Result<()> {
     boot(1, 512)
 }
 
-pub fn four_cpus_6g() -> Result<()> {
-    boot(4, 6 << 10)
+pub fn four_cpus_5g() -> Result<()> {
+    boot(4, 5 << 10)
 }
 
 /// The smallest memory, and the kernel as an ELF file with a PVH note.

@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-/// Enough for the guest's 512 MiB, and too little for them.
+/// Enough for the guest's 256 MiB, and too little for them.
 const ENOUGH: u64 = 1 << 30;
 const TOO_LITTLE: u64 = 64 << 20;
 
@@ -38,7 +38,7 @@ pub fn of_the_vmm() -> Result<()> {
     fs::copy(&next, &elsewhere)?;
     unharmed(&mut rig, End::Refused, &["(--update-dir)"], |rig| rig.vm.ask_update(&elsewhere))?;
 
-    unharmed(&mut rig, End::Refused, &["RLIMIT_MEMLOCK is 65536 KiB, 524288 KiB are pinned"], |rig| {
+    unharmed(&mut rig, End::Refused, &["RLIMIT_MEMLOCK is 65536 KiB, 262144 KiB are pinned"], |rig| {
         let target = rig.vm.other_build()?;
         let old = proc::set_soft_limit(rig.vm.pid(), libc::RLIMIT_MEMLOCK, TOO_LITTLE)?;
         let answer = rig.vm.ask_update(&target);

@@ -40,7 +40,7 @@ struct SmallMemory(PathBuf);
 
 impl SmallMemory {
     /// RAM of the guest, and as much as an image that is well does not need.
-    const MIB: u64 = 512 + 256;
+    const MIB: u64 = 256 + 256;
 
     fn new() -> Result<Self> {
         let root = PathBuf::from("/sys/fs/cgroup");

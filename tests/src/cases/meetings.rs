@@ -17,6 +17,7 @@ use crate::{
         wait_for,
         wire::Wire,
     },
+    native::{guest, probes},
     proto::{MemoryStats, Request},
 };
 
@@ -52,7 +53,7 @@ pub fn guest_boots() -> Result<()> {
     let mut updates = 0;
     while vm.agent()?.wait_ready(Duration::from_millis(50)).is_err() {
         ensure!(started.elapsed() < PATIENCE, "the guest does not come up; {updates} updates so far");
-        if updates < 60 {
+        if updates < 30 {
             vm.update().with_context(|| format!("update {updates}"))?;
             updates += 1;
         }
@@ -125,20 +126,22 @@ pub fn other_requests() -> Result<()> {
 /// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends, or boots it again, as without the
 /// update. So it is while the update is prepared, and once the API stands still and the vCPUs are about to be stopped.
 pub fn guest_ends() -> Result<()> {
-    // Late enough for the update to be held before that: meanwhile the control thread, which reads the console too, does nothing else.
-    const AFTER_MS: u64 = 15_000;
-    let (off, reset) = (Request::PowerOff { after_ms: AFTER_MS }, Request::Reboot { after_ms: AFTER_MS });
+    let kernel = std::env::temp_dir().join(format!("ends-{}", std::process::id()));
+    guest::write_image(&kernel, &probes::words())?;
+    let path = kernel.display().to_string();
+    let (off, reset) = (probes::SWITCH_OFF, probes::RESET);
     let cases =
-        [("prepare", &off, Some(0)), ("freeze", &off, Some(0)), ("freeze", &reset, Some(3)), ("freeze", &reset, None)];
-    for (phase, request, code) in cases {
-        let builder = Vm::builder().verbose();
-        let mut vm = if code.is_none() { builder.reboots() } else { builder }.boot()?;
+        [("prepare", off, Some(0)), ("freeze", off, Some(0)), ("freeze", reset, Some(3)), ("freeze", reset, None)];
+    for (phase, word, code) in cases {
+        let ends = code.map_or(&[][..], |_| &["--on-reset", "exit"]);
+        let args = [&["--kernel", &path, "--memory", "size=128M", "-v"], ends].concat();
+        let mut vm = Vm::with_args(&args)?.booted()?;
         let mut hold = Hold::arm(&vm.dir, phase)?;
         let mut caller = vm.api.connect()?;
-        vm.agent()?.call::<()>(request)?;
         let body = serde_json::json!({ "binary": vm.other_build()?, "deadline_ms": HELD_DEADLINE_MS });
         caller.send("PUT", "vm.update", &body.to_string())?;
         hold.wait_held()?;
+        probes::tell(vm.pid(), word)?;
         wait_for("the guest to ask", || Ok(vm.log_text().contains("the guest asks").then_some(())))?;
         hold.release()?;
         let answer = caller.receive()?;
@@ -148,15 +151,15 @@ pub fn guest_ends() -> Result<()> {
         ensure!(report.outcome == "rolled_back" && reasons.contains("power-off or reset"), "{report:?}");
         if code.is_some() {
             let status = vm.wait_exit()?;
-            ensure!(status.code() == code, "{phase}: {request:?}: {status}");
+            ensure!(status.code() == code, "{phase}: {word:#x}: {status}");
             continue;
         }
         drop(hold);
         vm.wait_event("vm rebooted", 1)?;
-        vm.reconnect()?;
         ensure!(vm.ping()?.pid == vm.pid(), "another process");
         vm.update()?;
     }
+    std::fs::remove_file(&kernel)?;
     Ok(())
 }
 
@@ -175,11 +178,11 @@ pub fn deadline_race() -> Result<()> {
         let mut outcomes = Vec::new();
         // What the rest of a pause takes here.
         let pause_ms = rig.vm.update()?.pause_us / 1000;
-        for round in 0..12 {
+        for round in 0..8 {
             let traffic = rig.traffic()?;
             traffic.moves_on(rig.agent()?, 25)?;
-            // From 40 ms before the deadline to 37 ms after it.
-            let fault = Switch::with(&rig.vm.dir, "fault", &format!("commit:sleep:{}", 360 + round * 7))?;
+            // From 40 ms before the deadline to 30 ms after it.
+            let fault = Switch::with(&rig.vm.dir, "fault", &format!("commit:sleep:{}", 360 + round * 10))?;
             let report = update_within(rig, 400 + pause_ms)?;
             drop(fault);
             let same = report.pid == rig.vm.pid();
@@ -236,7 +239,7 @@ pub fn stopped_at_the_word() -> Result<()> {
     rig::shared(|rig| {
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 6 })?;
         let mut outcomes = Vec::new();
-        let rounds = [First::Helper, First::Image].into_iter().chain([First::Open; 6]);
+        let rounds = [First::Helper, First::Image].into_iter().chain([First::Open; 3]);
         for (round, first) in rounds.enumerate() {
             let traffic = rig.traffic()?;
             traffic.moves_on(rig.agent()?, 25)?;

@@ -255,26 +255,10 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
     Ok(())
 }
 
-/// One cell of every phase, each kind of end among them.
-pub fn one_cell_a_phase() -> Result<()> {
-    let cells = [
-        ("prepare", "error"),
-        ("freeze", "panic"),
-        ("pause", "error"),
-        ("save", "truncated"),
-        ("invalidate", "ebusy:1"),
-        ("park", "kill"),
-        ("exec", "segv"),
-        ("claim", "panic"),
-        ("claim", "truncated"),
-        ("vm", "enomem"),
-        ("passthrough", "sigsys"),
-        ("vcpus", "stop"),
-        ("devices", "hang"),
-        ("remap", "refused:1"),
-        ("commit", "kill"),
-        ("commit", "error"),
-    ];
+/// Cells with each kind of end, on both sides of the exec; all cells are in the soak's matrix.
+pub fn some_cells() -> Result<()> {
+    let cells =
+        [("pause", "error"), ("invalidate", "ebusy:1"), ("exec", "segv"), ("devices", "hang"), ("remap", "refused:1")];
     matrix(&cells.map(|(phase, kind)| Cell::new(phase, kind)))
 }
 

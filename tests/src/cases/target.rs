@@ -28,7 +28,7 @@ use crate::{
 const SOMEBODY: u32 = 4711;
 /// What lets that one use the lab's devices and files.
 const DEVICES: &[u32] = &[CAP_DAC_OVERRIDE];
-/// Less than the guest's 512 MiB.
+/// Less than the guest's 256 MiB.
 const TOO_LITTLE: u64 = 64 << 20;
 
 /// A copy of `build` that belongs to `owner`.

@@ -21,7 +21,7 @@ pub fn plain() -> Result<()> {
     let mut count = 0;
     // The first filling takes long.
     let mut checked = goes_on("the memory job", 0, || Ok(vm.agent()?.memory()?.pages_checked))?;
-    for update in 1..=MANY {
+    for update in 1..=MANY / 2 {
         let report = vm.update()?;
         pauses.push(report.pause_us);
         count = goes_on(&format!("the busy thread after update {update}"), count, || {

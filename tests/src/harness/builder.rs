@@ -12,7 +12,8 @@ use crate::harness::{
     vm::{Setting, Vm},
 };
 
-pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
+/// iomem: the agent reaches configuration space through /dev/mem (agent/resets.rs).
+pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 iomem=relaxed";
 
 /// How a VM is to be started.
 #[derive(Debug, Clone)]
@@ -34,13 +35,14 @@ pub struct Builder {
     reboots: bool,
     patience: Duration,
     waits_for_devices: bool,
+    words: String,
 }
 
 impl Default for Builder {
     fn default() -> Self {
         Self {
             cpus: 1,
-            memory: "size=512M".into(),
+            memory: "size=256M".into(),
             devices: Vec::new(),
             binary: "theseus-a".into(),
             verbose: false,
@@ -56,6 +58,7 @@ impl Default for Builder {
             reboots: false,
             patience: PATIENCE,
             waits_for_devices: true,
+            words: String::new(),
         }
     }
 }
@@ -169,6 +172,12 @@ impl Builder {
         self
     }
 
+    /// More for the guest kernel's command line.
+    pub fn kernel_words(mut self, words: &str) -> Self {
+        self.words = words.into();
+        self
+    }
+
     /// Starts the VMM and waits until the guest's agent is ready.
     pub fn boot(self) -> Result<Vm> {
         let patience = self.patience;
@@ -194,7 +203,7 @@ impl Builder {
             "--initramfs".into(),
             lab::initramfs()?.display().to_string(),
             "--cmdline".into(),
-            CMDLINE.into(),
+            format!("{CMDLINE} {}", self.words),
             "--cpus".into(),
             format!("boot={}", self.cpus),
             "--memory".into(),

@@ -51,7 +51,7 @@ impl Rig {
 
 static SHARED: Mutex<Option<Rig>> = Mutex::new(None);
 
-/// Runs `body` with the common guest: 2 vCPUs, 512 MiB, one NIC. It outlives the test only if that ends well.
+/// Runs `body` with the common guest: 2 vCPUs, 256 MiB, one NIC. It outlives the test only if that ends well.
 pub fn shared(body: impl FnOnce(&mut Rig) -> Result<()>) -> Result<()> {
     let mut slot = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
     let kept = slot.take().and_then(|mut rig| rig.vm.is_running().then_some(rig));

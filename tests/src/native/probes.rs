@@ -1,5 +1,11 @@
 //! Guests of a few instructions for what no kernel does on purpose. Each tells by counts in its memory how it is.
 
+use std::{fs::File, os::unix::fs::FileExt};
+
+use anyhow::Result;
+
+use crate::harness::proc;
+
 // Long mode, the first 4 GiB mapped one to one, no IDT, as in [`super::guest`]. Counts: 0x1F00000 what it is about, 0x1F00008 that it goes on.
 core::arch::global_asm!(
     r#"
@@ -120,6 +126,44 @@ theseus_probe_eoi:
 37: inc qword ptr [rbp + 8]
     jmp 37b
 theseus_probe_eoi_end:
+
+    // Says lines of 8 hexadecimal digits, which count from 0, until so many are said as the dword at 0x1F00010 is; from there on 0x7FFFFFFF:
+    // switches off. Bit 31: its reset.
+    .global theseus_probe_words, theseus_probe_words_end
+theseus_probe_words:
+    mov ebp, 0x1F00000
+38: pause
+    mov eax, [rbp + 16]
+    cmp eax, 0x7FFFFFFF
+    jae 41f
+    mov ebx, [rbp]
+    cmp ebx, eax
+    jae 38b
+    mov edx, 0x3F8
+    mov ecx, 8
+39: rol ebx, 4
+    mov eax, ebx
+    and eax, 15
+    add eax, 0x30
+    cmp eax, 0x39
+    jbe 40f
+    add eax, 0x27
+40: out dx, al
+    dec ecx
+    jnz 39b
+    mov eax, 10
+    out dx, al
+    inc dword ptr [rbp]
+    jmp 38b
+41: ja 42f
+    mov edx, 0x600              // ACPI 6.5, 4.8.3.7: SLP_EN, and the type of S5
+    mov eax, 0x34
+    out dx, al
+    jmp 41b
+42: mov eax, 0xFE
+    out 0x64, al
+    jmp 42b
+theseus_probe_words_end:
     .popsection
 "#
 );
@@ -163,3 +207,19 @@ probe!(
     theseus_probe_eoi,
     theseus_probe_eoi_end
 );
+probe!(
+    /// Says as many lines as it is told to, switches off, or resets itself: see [`tell`].
+    words,
+    theseus_probe_words,
+    theseus_probe_words_end
+);
+
+/// What [`words`] is to do: to say so many lines in all, or to end.
+pub const SWITCH_OFF: u32 = 0x7FFF_FFFF;
+pub const RESET: u32 = 1 << 31;
+
+/// Tells the guest [`words`] of this VMM.
+pub fn tell(pid: u32, word: u32) -> Result<()> {
+    let ram = proc::open_fd_to(pid, "/memfd:guest-ram", File::options().read(true).write(true))?;
+    Ok(ram.write_all_at(&word.to_le_bytes(), 0x1F0_0010)?)
+}
