@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_sregs2};
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_sregs2, kvm_x86_mce};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
@@ -12,6 +12,10 @@ ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+
+ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
+ioctl_ior_nr!(KVM_X86_GET_MCE_CAP_SUPPORTED, KVMIO, 0x9d, u64);
+ioctl_iow_nr!(KVM_X86_SET_MCE, KVMIO, 0x9e, kvm_x86_mce);
 
 fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -51,4 +55,22 @@ pub fn set_tsc_offset(vcpu: &impl AsRawFd, mut offset: u64) -> io::Result<()> {
     let attr = tsc_offset_attr(&mut offset);
     // SAFETY: a vCPU fd; the kernel reads the u64 that `addr` points to, which outlives the call.
     check(unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr) })
+}
+
+/// What of IA32_MCG_CAP can be given to a guest; 0 where KVM does not say.
+pub fn supported_mce(kvm: &impl AsRawFd) -> u64 {
+    let mut cap = 0u64;
+    // SAFETY: /dev/kvm, and the kernel writes one u64.
+    let read = unsafe { ioctl_with_mut_ref(kvm, KVM_X86_GET_MCE_CAP_SUPPORTED(), &mut cap) };
+    if read < 0 { 0 } else { cap }
+}
+
+pub fn setup_mce(vcpu: &VcpuFd, cap: u64) -> io::Result<()> {
+    // SAFETY: a vCPU fd, and the kernel reads one u64.
+    check(unsafe { ioctl_with_ref(vcpu, KVM_X86_SETUP_MCE(), &cap) })
+}
+
+pub fn set_mce(vcpu: &VcpuFd, mce: &kvm_x86_mce) -> io::Result<()> {
+    // SAFETY: a vCPU fd, and the kernel reads one kvm_x86_mce.
+    check(unsafe { ioctl_with_ref(vcpu, KVM_X86_SET_MCE(), mce) })
 }

@@ -197,6 +197,10 @@ pub enum Request {
     ClockSource { name: String },
     /// `()`: writes `value` to `name` below /proc/sys.
     Sysctl { name: String, value: String },
+    /// `u64`: the guest physical address of a page that the agent holds from now on, instead of the one before.
+    PageHold,
+    /// `i32`: a process reads that page; the signal that ended it, or 0.
+    PageTouch,
     /// `MachineInfo`
     Machine,
     /// `()`: from now on a press of the ACPI power button is noticed.

@@ -9,6 +9,7 @@ mod heap;
 mod logging;
 mod machine;
 mod main_thread;
+mod memory_errors;
 mod signals;
 mod supervisor;
 mod test_hooks;
@@ -35,9 +36,10 @@ use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::Vault;
 use theseus_resources::rate::Rate;
+use vmm_sys_util::eventfd::EventFd;
 
 use cli::{Cli, OnReset};
-use control::{Control, Inbox, Queue, Vm, Wish};
+use control::{Control, Inbox, LostPages, Queue, Vm, Wish};
 use events::EventStream;
 use logging::LogConfig;
 use machine::Host;
@@ -142,13 +144,15 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
 
 /// Starts the other threads, with what `prepare` boots or takes over, and then serves them. Returns the exit code.
 fn run(if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result<i32> {
+    // Before any signal is let through: one may have waited during an exec.
+    let memory_errors = memory_errors::install().context("signals")?;
     let signals = Signals::new().context("signals")?;
     vcpus::install_kick_handler().context("signals")?;
     // exec leaves "fd N" or the file's old name as the thread's name.
     let _ = rustix::thread::set_name(c"theseus");
     let (queue, inbox) = control::queue().context("control queue")?;
     let (main, orders) = main_thread::orders();
-    let control = prepare(Parts { signals, queue, inbox, main })?;
+    let control = prepare(Parts { signals, queue, inbox, main, memory_errors })?;
     start(control, if_none)?;
     Ok(orders.serve())
 }
@@ -192,16 +196,18 @@ struct Parts {
     queue: Queue,
     inbox: Inbox,
     main: MainThread,
+    memory_errors: EventFd,
 }
 
 impl Parts {
     fn control(self, host: Host, server: Option<Server>, supervisor: Supervisor, events: EventStream) -> Control {
-        let Self { signals, queue: _, inbox, main } = self;
+        let Self { signals, queue: _, inbox, main, memory_errors } = self;
         Control {
             host,
             main,
             inbox,
             signals,
+            memory_errors: LostPages::new(memory_errors),
             server,
             peers: Peers::default(),
             supervisor,

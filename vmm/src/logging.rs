@@ -5,9 +5,10 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ pub struct LogConfig {
 
 static IN_USE: OnceLock<LogConfig> = OnceLock::new();
 static SINK: Mutex<Sink> = Mutex::new(Sink { holds: 0, flushing: false, waiting: Vec::new(), file: None });
+/// The log's fd: for [`last_words`].
+static LOG_FD: AtomicI32 = AtomicI32::new(libc::STDERR_FILENO);
 /// Bytes that were not written, since this image was started.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 static FLUSHED: Condvar = Condvar::new();
@@ -170,6 +173,7 @@ fn open(path: &Path, wait: Wait) -> anyhow::Result<Arc<File>> {
     let file = file.and_then(|file| {
         // What is written to it later may wait, in the thread for that.
         rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+        LOG_FD.store(file.as_raw_fd(), Ordering::Relaxed);
         Ok(Arc::new(file))
     });
     file.with_context(|| {
@@ -190,6 +194,18 @@ fn write(file: Option<Arc<File>>, lines: &[u8]) {
 
 fn drop_bytes(count: usize) {
     DROPPED.fetch_add(count as u64, Ordering::Relaxed);
+}
+
+/// For a signal handler, before the end: at once, unless the log would block. No allocation, no lock.
+pub fn last_words(text: &[u8]) {
+    let fd = LOG_FD.load(Ordering::Relaxed);
+    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one pollfd, and bytes that live during the call; the log's file stays open.
+    unsafe {
+        if libc::poll(&mut poll, 1, 0) == 1 {
+            libc::write(fd, text.as_ptr().cast(), text.len());
+        }
+    }
 }
 
 /// Bytes of the log that were dropped, since this image was started.

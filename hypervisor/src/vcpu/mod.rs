@@ -1,6 +1,7 @@
 //! One vCPU: run it, stop it between instructions, save and restore it.
 
 mod deadline;
+pub mod mce;
 mod msrs;
 mod offers;
 mod refused;
@@ -76,6 +77,10 @@ pub struct Vcpu {
     /// The MSRs this vCPU has, all readable and writable here.
     msr_list: Vec<u32>,
     xsave_size: usize,
+    /// As its CPUID says.
+    vendor: mce::Vendor,
+    /// What IA32_MCG_CAP was set to, if it was.
+    mcg_cap: Option<u64>,
 }
 
 impl Vcpu {
@@ -84,7 +89,7 @@ impl Vcpu {
         let xsave_size = usize::try_from(vm.fd().check_extension_int(kvm_ioctls::Cap::Xsave2)).unwrap_or(0);
         let byte = NonNull::from(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
         let exit_flag = ExitFlag(Arc::new(Mutex::new(FlagAddr(Some(byte)))));
-        Ok(Self { fd, exit_flag, index, msr_list: Vec::new(), xsave_size })
+        Ok(Self { fd, exit_flag, index, msr_list: Vec::new(), xsave_size, vendor: Default::default(), mcg_cap: None })
     }
 
     pub fn index(&self) -> u32 {
@@ -110,7 +115,8 @@ impl Vcpu {
         self.fd.get_tsc_khz().unwrap_or(0)
     }
 
-    pub fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
+    pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
+        self.vendor = mce::Vendor::of(entries);
         let cpuid = CpuId::from_entries(entries).map_err(|_| Error::Exhausted("CPUID entry"))?;
         self.fd.set_cpuid2(&cpuid).map_err(Error::call(format!("vCPU {}: KVM_SET_CPUID2", self.index)))
     }
@@ -164,9 +170,16 @@ impl Vcpu {
                 VcpuExit::FailEntry(reason, cpu) => {
                     Exit::Failed(format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x} on host CPU {cpu}"))
                 }
+                VcpuExit::MemoryFault { gpa, .. } => Exit::Failed(format!(
+                    "the page of the guest's memory at {gpa:#x} cannot be had: is the host, or a cgroup, out of (huge) pages?"
+                )),
                 other => Exit::Failed(format!("unexpected exit {other:?}")),
             }),
             Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => Ok(Exit::Interrupted),
+            Err(error) if error.errno() == libc::EFAULT => {
+                let what = "KVM_RUN: is the host, or a cgroup, out of (huge) pages?";
+                Err(Error::call(format!("vCPU {}: {what}", self.index))(error))
+            }
             Err(error) => Err(Error::call(format!("vCPU {}: KVM_RUN", self.index))(error)),
         }
     }

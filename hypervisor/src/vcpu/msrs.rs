@@ -24,9 +24,11 @@ fn unlisted() -> impl Iterator<Item = u32> {
     mtrrs.chain(mce).chain([IA32_DEBUGCTL])
 }
 
-/// A machine check bank or variable MTRR that was never written: as a new vCPU has it. They are most of all MSRs.
+/// A machine check bank or variable MTRR that was never written: as a new vCPU has it. They are most of all MSRs. Not so IA32_MCi_CTL, which
+/// KVM_X86_SETUP_MCE sets.
 fn is_untouched(entry: &kvm_msr_entry) -> bool {
-    entry.data == 0 && ((0x400..0x480).contains(&entry.index) || (0x200..0x210).contains(&entry.index))
+    let is_bank = (0x400..0x480).contains(&entry.index) && !entry.index.is_multiple_of(4);
+    entry.data == 0 && (is_bank || (0x200..0x210).contains(&entry.index))
 }
 
 /// The MSRs that answer, and take their own value back, on this vCPU. The TSC is left out: its offset is what goes over. The

@@ -51,6 +51,9 @@ pub struct VcpuState {
     pub events: kvm_vcpu_events,
     pub tsc_offset: u64,
     pub tsc_khz: u32,
+    /// IA32_MCG_CAP where it is not KVM's own. A build before it gives the guest that one, which no guest looks at again.
+    #[serde(default)]
+    pub mcg_cap: Option<u64>,
     /// What its last instruction has written and nobody carried out yet: to be done, in this order, before its next instruction.
     #[serde(default)]
     pub owed: Vec<OwedWrite>,
@@ -92,6 +95,7 @@ impl VcpuState {
             tsc_offset: 0,
             tsc_khz: 0,
             owed: Vec::new(),
+            mcg_cap: None,
         }
     }
 
@@ -107,7 +111,7 @@ impl Vcpu {
         Error::call(format!("vCPU {}: {what}", self.index))
     }
 
-    fn io_err(&self, what: &str) -> impl FnOnce(std::io::Error) -> Error + use<> {
+    pub(super) fn io_err(&self, what: &str) -> impl FnOnce(std::io::Error) -> Error + use<> {
         Error::io(format!("vCPU {}: {what}", self.index))
     }
 
@@ -149,6 +153,7 @@ impl Vcpu {
             tsc_offset: raw::tsc_offset(fd).map_err(self.io_err("read the TSC offset"))?,
             tsc_khz: self.tsc_khz(),
             owed: Vec::new(),
+            mcg_cap: self.mcg_cap,
         }))
     }
 
@@ -159,6 +164,7 @@ impl Vcpu {
         if offers::kept(state) {
             self.keep_to_offers()?;
         }
+        self.set_mcg_cap(state.mcg_cap)?;
         let fd = &self.fd;
         fd.set_mp_state(state.mp_state).map_err(self.err("KVM_SET_MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(self.err("KVM_SET_REGS"))?;

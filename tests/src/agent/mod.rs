@@ -5,6 +5,7 @@
 
 mod jobs;
 mod machine;
+mod page;
 mod resets;
 mod rewriter;
 mod trace;
@@ -38,6 +39,7 @@ struct Agent {
     resets: Mutex<Option<resets::Resets>>,
     timers: Mutex<Option<jobs::Timers>>,
     power_button: Mutex<Option<machine::PowerButton>>,
+    page: Mutex<Option<page::Held>>,
     cpuid: Mutex<Vec<Vec<String>>>,
     /// By ID; `None` while it is being done.
     answers: Mutex<BTreeMap<u64, Option<Answer>>>,
@@ -115,6 +117,7 @@ fn waits(request: &Request) -> bool {
             | Request::InterruptsWait { .. }
             | Request::PowerButtonWait
             | Request::RecvStop { .. }
+            | Request::PageTouch
             | Request::MemoryStop
             | Request::DiskStop
             | Request::ResetsStop
@@ -238,6 +241,13 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::Dmesg { words } => value(machine::dmesg(&words)?),
         Request::ClockSource { name } => value(machine::set_clock_source(&name)?),
         Request::Sysctl { name, value: text } => value(std::fs::write(format!("/proc/sys/{name}"), text)?),
+        Request::PageHold => {
+            let page = page::Held::new()?;
+            let address = page.address()?;
+            *lock(&agent.page) = Some(page);
+            value(address)
+        }
+        Request::PageTouch => value(lock(&agent.page).as_ref().ok_or("no page is held")?.touch()?),
         Request::Machine => value(machine::info()?),
         Request::PowerButtonOpen => {
             *lock(&agent.power_button) = Some(machine::PowerButton::open()?);

@@ -15,6 +15,7 @@ mod jobs;
 mod limits;
 mod meetings;
 mod operator;
+mod poison;
 mod probes;
 mod resources;
 pub mod rollback;
@@ -100,6 +101,8 @@ const CASES: &[Case] = &[
     plain("limits_refuse_or_drop", limits::refuse_or_drop),
     plain("limits_signal_nothing", limits::signal_nothing),
     plain("limits_no_signal_queued", limits::no_signal_queued),
+    plain("poison_signals", poison::signals),
+    plain("poisoned_pages", poison::pages),
     plain("huge_pages_reserved", limits::huge_pages),
     plain("fault_by_option", deaths::fault_by_option),
     plain("ch_remote", operator::ch_remote),

@@ -3,6 +3,7 @@
 mod admit;
 mod boot;
 mod guest;
+mod memory;
 mod queue;
 mod requests;
 mod vm;
@@ -27,6 +28,7 @@ use crate::supervisor::Supervisor;
 use crate::update::adopt::Helper;
 pub use boot::{Booting, UnderWay, Wish};
 pub use guest::Resets;
+pub use memory::LostPages;
 pub use queue::{Inbox, Queue, queue};
 pub use vm::Vm;
 
@@ -36,6 +38,7 @@ pub struct Control {
     pub main: MainThread,
     pub inbox: Inbox,
     pub signals: Signals,
+    pub memory_errors: LostPages,
     pub server: Option<Server>,
     /// Whom it lets in.
     pub peers: Peers,
@@ -148,6 +151,7 @@ const SIGNAL: u32 = 1;
 const CONSOLE: u32 = 2;
 const HURRY: u32 = 3;
 const RESET: u32 = 4;
+const MEMORY: u32 = 5;
 
 /// How long the tear-down of an old address space may take at idle priority. On a host whose CPUs are all busy it would never end.
 const IDLE: Duration = Duration::from_secs(2);
@@ -156,7 +160,8 @@ impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
         let added = ops
             .add(Events::with_data(&*self.inbox.wake, QUEUE, EventSet::IN))
-            .and_then(|()| ops.add(Events::with_data(&self.signals, SIGNAL, EventSet::IN)));
+            .and_then(|()| ops.add(Events::with_data(&self.signals, SIGNAL, EventSet::IN)))
+            .and_then(|()| ops.add(Events::with_data(&*self.memory_errors, MEMORY, EventSet::IN)));
         if let Err(error) = added {
             log::error!("the control loop cannot start: {error:?}");
             self.exit = Some(crate::EXIT_FAILURE);
@@ -187,6 +192,7 @@ impl MutEventSubscriber for Control {
                 self.resets.due();
                 self.drain();
             }
+            MEMORY => self.memory_lost(),
             other => log::error!("event from an unknown source {other}"),
         }
         self.watch_console(ops);

@@ -13,6 +13,7 @@ use super::passthrough::PassthroughDevices;
 use super::{Host, Machine, MachineError};
 use crate::boot::{self, MachineShape, cpuid};
 use crate::build_info;
+use crate::memory_errors;
 use crate::vcpus::{Shared, Start, Vcpus};
 
 impl Machine {
@@ -33,6 +34,7 @@ impl Machine {
         super::fits::check(&config).map_err(MachineError::Config)?;
         let vcpu_count = config.cpus.boot_vcpus;
         let ram = Arc::new(GuestRam::new(&host.vault, config.memory.size, pages(&config.memory))?);
+        let watched = memory_errors::watch(&ram);
         if config.memory.prefault {
             ram.prefault()?;
         }
@@ -85,7 +87,7 @@ impl Machine {
             requests: host.requests.clone(),
         };
         let vcpus = Vcpus::start(&shared, starts)?.create(&vm)?;
-        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None, populating: None })
+        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None, populating: None, _watched: watched })
     }
 }
 

@@ -22,6 +22,7 @@ use theseus_resources::vault::VaultError;
 use theseus_resources::{GuestRam, Vault, layout};
 
 use crate::boot::BootError;
+use crate::memory_errors::Watched;
 use crate::vcpus::{VcpuError, Vcpus};
 use devices::Devices;
 use passthrough::PassthroughDevices;
@@ -77,6 +78,7 @@ pub struct Machine {
     /// What the guest's clock was set by in this image; None in the image it booted in.
     clock: Option<ClockAnchor>,
     populating: Option<Populating>,
+    _watched: Watched,
 }
 
 impl Machine {
@@ -107,7 +109,7 @@ impl Machine {
 
     /// Ends the guest and gives its devices back. Returns what it takes to boot it again.
     pub fn shut_down(self) -> VmConfig {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _, populating } = self;
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _, populating, _watched } = self;
         drop(populating);
         // Nothing may touch the devices any more before they are released.
         drop(vcpus);

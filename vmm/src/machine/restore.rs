@@ -11,6 +11,7 @@ use super::devices::{Buses, Devices, RestoreParts};
 use super::passthrough::PassthroughDevices;
 use super::state::MachineState;
 use super::{Host, Machine, MachineError};
+use crate::memory_errors;
 use crate::update::arbiter::Way;
 use crate::update::timeline::{Phase, Timeline};
 use crate::vcpus::{Shared, Start, Vcpus};
@@ -27,6 +28,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let MachineState { config, running: _, ram, vm_fd, irqchip, clock, mut vcpus, devices, passthrough } = state;
         let ram = Arc::new(GuestRam::restore(ram, claims)?);
+        let watched = memory_errors::watch(&ram);
         timeline.pass(Phase::Claim).map_err(MachineError::Config)?;
 
         let vm = BareVm::new(&host.hypervisor, Some(vm_fd))?;
@@ -76,6 +78,16 @@ impl Machine {
         devices.plug(&buses)?;
         timeline.pass(Phase::Devices).map_err(MachineError::Config)?;
 
-        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: Some(clock), populating: None })
+        Ok(Self {
+            config,
+            vcpus,
+            passthrough,
+            devices,
+            vm,
+            ram,
+            clock: Some(clock),
+            populating: None,
+            _watched: watched,
+        })
     }
 }

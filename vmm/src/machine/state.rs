@@ -68,7 +68,7 @@ impl Machine {
         was_running: bool,
         placements: Vec<Placement>,
     ) -> Result<(), MachineError> {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock, populating: _ } = self;
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock, populating: _, _watched } = self;
         let states = if depth == Depth::Full { vcpus.save()? } else { Vec::new() };
         let memory = vm.memory();
         let refused: Vec<_> = states.iter().flat_map(|state| vcpu::reasons(state, &memory)).collect();

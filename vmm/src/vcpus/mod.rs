@@ -5,6 +5,7 @@
 //!               '-----resume------^
 //! ```
 
+mod checks;
 pub mod placement;
 mod signal;
 mod thread;
@@ -20,10 +21,12 @@ use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
+use theseus_hypervisor::vcpu::mce::Check;
 use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuState};
 
 use crate::boot::Entry;
 use crate::update::arbiter::Way;
+use checks::Checks;
 use placement::Placement;
 pub use signal::install_kick_handler;
 
@@ -165,18 +168,19 @@ struct Newcomer {
 /// vCPU threads on their way.
 pub struct Starting {
     waiting: Vec<Newcomer>,
+    checks: Arc<Checks>,
     events: Receiver<Event>,
 }
 
 impl Starting {
     /// All vCPUs come into being, in parallel, and are stopped.
     pub fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
-        let Self { waiting, events } = self;
+        let Self { waiting, checks, events } = self;
         for newcomer in &waiting {
             // One that has ended already has said why.
             let _ = newcomer.vm.send(vm.clone());
         }
-        let mut vcpus = Vcpus { handles: Vec::new(), events, running: false, late: 0, saves: Cell::new(0) };
+        let mut vcpus = Vcpus { handles: Vec::new(), checks, events, running: false, late: 0, saves: Cell::new(0) };
         for Newcomer { vm: _, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok((tid, exit_flag)) = introduced.recv() {
@@ -193,6 +197,7 @@ impl Starting {
 
 pub struct Vcpus {
     handles: Vec<Handle>,
+    checks: Arc<Checks>,
     events: Receiver<Event>,
     running: bool,
     /// Acknowledgements of abandoned pauses that are still to come.
@@ -205,7 +210,8 @@ impl Vcpus {
     /// Starts a thread per vCPU. They get ready in parallel with the caller, until [`Starting::create`].
     pub fn start(shared: &Shared, starts: Vec<Start>) -> Result<Starting, VcpuError> {
         let (event_sender, events) = channel();
-        let mut starting = Starting { waiting: Vec::new(), events };
+        let checks = Arc::new(Checks::new(starts.len()));
+        let mut starting = Starting { waiting: Vec::new(), checks: checks.clone(), events };
         for (index, start) in (0u32..).zip(starts) {
             let pauses = Arc::new(AtomicU32::new(0));
             let (commands, receiver) = channel();
@@ -214,6 +220,7 @@ impl Vcpus {
             let body = thread::Body {
                 index,
                 shared: shared.clone(),
+                checks: checks.clone(),
                 pauses: pauses.clone(),
                 commands: receiver,
                 events: event_sender.clone(),
@@ -243,6 +250,11 @@ impl Vcpus {
             handle.send(Command::RestoreLate)?;
         }
         self.handles.iter().try_for_each(|_| self.ready())
+    }
+
+    /// Tells the guest of a page that it has lost, and does not need just now.
+    pub fn memory_lost(&self, gpa: u64) {
+        self.checks.post(0, Check::Optional(gpa));
     }
 
     /// Lets all vCPUs run.

@@ -7,11 +7,14 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequest;
+use theseus_hypervisor::vcpu::mce::Check;
 use theseus_hypervisor::vcpu::{ExitFlag, OwedWrite};
 use theseus_hypervisor::{Exit, ReadyVm, Vcpu, VcpuState};
 
+use super::checks::Checks;
 use super::{Command, Event, Shared, Start, VcpuError, signal};
 use crate::boot;
+use crate::memory_errors;
 use crate::update::arbiter::Way;
 use crate::update::back::panic_text;
 
@@ -45,6 +48,7 @@ type Restored = (Box<VcpuState>, Way);
 pub(super) struct Body {
     pub index: u32,
     pub shared: Shared,
+    pub checks: Arc<Checks>,
     pub pauses: Arc<AtomicU32>,
     pub commands: Receiver<Command>,
     pub events: Sender<Event>,
@@ -72,6 +76,7 @@ impl Body {
             Err(error) => return self.tell(Event::Ready(Err(error))),
         };
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        self.checks.introduce(self.index, tid, vcpu.exit_flag());
         let _ = introduce.send((tid, vcpu.exit_flag()));
         self.tell(Event::Ready(Ok(())));
         let mut owed = Owed(restored.as_mut().map_or_else(Vec::new, |(state, _)| std::mem::take(&mut state.owed)));
@@ -89,6 +94,7 @@ impl Body {
                     self.tell(Event::Paused);
                 }
                 Command::Save(turn) => {
+                    self.take_checks(&mut vcpu);
                     let saved = vcpu.save().map_err(|source| self.error(source)).map(|mut state| {
                         state.owed.clone_from(&owed.0);
                         state
@@ -117,6 +123,30 @@ impl Body {
         }
     }
 
+    /// Tells the guest of a page that it has just needed, and that is lost.
+    fn page_lost(&self, vcpu: &mut Vcpu, gpa: u64) {
+        self.inject(vcpu, Check::Required(gpa));
+        if vcpu.broadcasts() {
+            self.checks.post_others(self.index, Check::OfOther);
+        }
+    }
+
+    /// Machine checks that others have for this vCPU.
+    fn take_checks(&self, vcpu: &mut Vcpu) {
+        for check in self.checks.take(self.index) {
+            self.inject(vcpu, check);
+            if matches!(check, Check::Optional(_)) && vcpu.broadcasts() {
+                self.checks.post_others(self.index, Check::OfOther);
+            }
+        }
+    }
+
+    fn inject(&self, vcpu: &mut Vcpu, check: Check) {
+        if let Err(error) = vcpu.inject(check) {
+            log::error!("vCPU {}: the guest is not told of a memory error: {error}", self.index);
+        }
+    }
+
     fn fail(&self, reason: String) {
         log::error!("the guest cannot go on: {reason}");
         self.shared.requests.ask(GuestRequest::Failed(reason));
@@ -140,6 +170,7 @@ impl Body {
                 let mut vcpu = new()?;
                 boot::cpuid::timing::describe(&mut cpuid, vcpu.tsc_khz());
                 vcpu.set_cpuid(&cpuid).map_err(|source| self.error(source))?;
+                vcpu.offer_machine_checks(&self.shared.hypervisor).map_err(|source| self.error(source))?;
                 if let Some((entry, ram)) = entry {
                     let mut sregs = vcpu.sregs().map_err(|source| self.error(source))?;
                     let regs = boot::boot_regs(ram.memory(), entry, &mut sregs)
@@ -165,12 +196,13 @@ impl Body {
         self.clear_exit_flag(vcpu);
         // Whatever it stood still for: a pause that was asked for, an update, an update that was undone.
         vcpu.note_pause();
+        self.take_checks(vcpu);
         while !self.shared.requests.pending() {
             if !owed.0.is_empty() {
                 // Not one more instruction: KVM only completes the one whose write this is.
                 vcpu.set_immediate_exit(true);
             }
-            match vcpu.run() {
+            match memory_errors::in_guest(|| vcpu.run()) {
                 Ok(Exit::IoIn(port, size, data)) => {
                     owed.pay(pio, mmio, &|| false);
                     data.chunks_mut(size).for_each(|one| pio.read(port.into(), one));
@@ -184,8 +216,17 @@ impl Body {
                 }
                 Ok(Exit::MmioWrite(addr, data)) => owed.write(mmio, false, addr, data, &is_wanted),
                 // KVM completes what the last exit left pending before it looks at the exit flag, so here nothing is.
-                Ok(Exit::Interrupted) if self.is_wanted() => return,
-                Ok(Exit::Interrupted) => self.clear_exit_flag(vcpu),
+                Ok(Exit::Interrupted) => {
+                    if let Some(gpa) = memory_errors::required() {
+                        self.page_lost(vcpu, gpa);
+                    }
+                    if self.is_wanted() {
+                        return;
+                    }
+                    self.clear_exit_flag(vcpu);
+                    // After that: who posts one raises the flag again.
+                    self.take_checks(vcpu);
+                }
                 Ok(Exit::Reset) => {
                     log::info!("vCPU {}: triple fault: the guest resets", self.index);
                     return self.shared.requests.ask(GuestRequest::Reset);

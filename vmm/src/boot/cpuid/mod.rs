@@ -12,11 +12,16 @@ const LEAF_FEATURES: u32 = 1;
 const LEAF_XSTATE: u32 = 0xD;
 const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
 const LEAF_EXTENDED_MAX: u32 = 0x8000_0000;
+/// AMD's "RAS capabilities" in EBX.
+const LEAF_POWER: u32 = 0x8000_0007;
 const LEAF_ADDRESS_SIZES: u32 = 0x8000_0008;
 
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
+/// McaOverflowRecov and SUCCOR: without them an AMD guest takes every uncorrectable memory error as fatal. KVM's machine check banks are good
+/// for it (vcpu/mce.rs), but KVM_GET_SUPPORTED_CPUID leaves it to the VMM.
+const EBX_MCA_RECOVERY: u32 = bits(&[0, 1]);
 
 /// What the CPUs without a leaf 0x80000008 have.
 const DEFAULT_PHYS_BITS: u8 = 36;
@@ -114,12 +119,15 @@ impl GuestCpuid {
         if !has_tiles {
             hide(&mut common, AMX, AMX_LEAVES);
         }
+        let vendor = find(&common, LEAF_VENDOR, 0).map(|leaf| leaf.ebx);
+        let is_amd = [*b"Auth", *b"Hygo"].map(|name| Some(u32::from_le_bytes(name))).contains(&vendor);
         for leaf in common.iter_mut() {
             match leaf.function {
                 LEAF_FEATURES => {
                     leaf.ecx |= ECX_HYPERVISOR | ECX_X2APIC;
                     set(&mut leaf.ecx, ECX_TSC_DEADLINE, options.tsc_deadline);
                 }
+                LEAF_POWER if is_amd => leaf.ebx |= EBX_MCA_RECOVERY,
                 LEAF_KVM_FEATURES => leaf.eax &= KVM_FEATURES,
                 _ => {}
             }
