@@ -23,12 +23,28 @@ fn poison(pid: u32, gpa: u64) -> Result<()> {
         libc::mmap(std::ptr::null_mut(), PAGE, access, libc::MAP_SHARED, file.as_raw_fd(), gpa as i64)
     };
     ensure!(page != libc::MAP_FAILED, "mapping the page: {}", io::Error::last_os_error());
-    // SAFETY: the mapping above.
-    let done = unsafe { libc::madvise(page, PAGE, libc::MADV_HWPOISON) };
-    let error = io::Error::last_os_error();
-    // SAFETY: the mapping above, which nobody refers to.
-    unsafe { libc::munmap(page, PAGE) };
-    ensure!(done == 0, "MADV_HWPOISON: {error}: does L1's kernel handle memory failures?");
+    // In a process of its own: whoever asks for it is killed first (madvise_inject_error: MF_ACTION_REQUIRED).
+    // SAFETY: the child makes system calls only, and ends; the mapping is there for both.
+    let child = unsafe {
+        match libc::fork() {
+            0 => match libc::madvise(page, PAGE, libc::MADV_HWPOISON) {
+                0 => libc::_exit(0),
+                _ => libc::_exit(*libc::__errno_location()),
+            },
+            child => child,
+        }
+    };
+    let mut status = 0;
+    // SAFETY: our child, and one int to fill; the mapping above, which nobody refers to any more.
+    let ended = unsafe {
+        let ended = libc::waitpid(child, &mut status, 0);
+        libc::munmap(page, PAGE);
+        ended
+    };
+    ensure!(child > 0 && ended == child, "a process that poisons: {}", io::Error::last_os_error());
+    let done = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS || status == 0;
+    let error = io::Error::from_raw_os_error(libc::WEXITSTATUS(status));
+    ensure!(done, "MADV_HWPOISON: {error}: does L1's kernel handle memory failures?");
     Ok(())
 }
 
