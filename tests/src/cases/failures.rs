@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     os::{
-        fd::AsRawFd,
+        fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::{
             fs::{FileExt, PermissionsExt},
             process::CommandExt,
@@ -263,7 +263,16 @@ const FDS: i32 = 128;
 /// Starts `new` as an update would, with only these fds; `others` is what all further numbers are open on.
 fn taking_over(new: &Path, state: &File, old: &File, timeline: &File, others: Option<&File>) -> Result<Output> {
     let others = others.map(AsRawFd::as_raw_fd);
-    let fds = [state.as_raw_fd(), old.as_raw_fd(), timeline.as_raw_fd()];
+    // At numbers that the VMM of the state does not use: they would be taken for its own.
+    let high = |file: &File| -> Result<OwnedFd> {
+        // SAFETY: no memory is involved.
+        let fd = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, FDS) };
+        ensure!(fd >= 0, "F_DUPFD: {}", std::io::Error::last_os_error());
+        // SAFETY: just opened, and nobody else's.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    let kept = [high(state)?, high(old)?, high(timeline)?];
+    let fds = kept.each_ref().map(AsRawFd::as_raw_fd);
     let mut command = Command::new(new);
     command.env("THESEUS_HANDOVER", format!("state={},old={},timeline={}", fds[0], fds[1], fds[2]));
     // SAFETY: system calls only, on the child's own copies of open fds.
@@ -277,7 +286,7 @@ fn taking_over(new: &Path, state: &File, old: &File, timeline: &File, others: Op
             let Some(others) = others else { return Ok(()) };
             // Its own number is one of those that are replaced.
             let other = libc::fcntl(others, libc::F_DUPFD, FDS);
-            for number in (3..FDS).filter(|number| !fds.contains(number)) {
+            for number in 3..FDS {
                 if libc::dup2(other, number) < 0 {
                     return Err(std::io::Error::last_os_error());
                 }

@@ -13,7 +13,8 @@ use crate::{
 
 const PAGE: usize = 4096;
 
-/// Marks the host's page behind the guest's page at `gpa` as one with an uncorrectable error (madvise(2), MADV_HWPOISON).
+/// Marks the host's page behind the guest's page at `gpa` as one with an uncorrectable error (madvise(2), MADV_HWPOISON). Its kernel does not use
+/// the page again, which with `--hardware` means until that machine is started anew.
 fn poison(pid: u32, gpa: u64) -> Result<()> {
     ensure!(gpa < ram::HOLE, "{gpa:#x} is not below the hole");
     let file = proc::open_fd_to(pid, "/memfd:guest-ram", std::fs::OpenOptions::new().read(true).write(true))?;
