@@ -52,13 +52,13 @@ pub enum Vendor {
 }
 
 impl Vendor {
-    pub(super) fn of(cpuid: &[kvm_cpuid_entry2]) -> Self {
-        let ebx = cpuid.iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.ebx);
-        // AuthenticAMD, HygonGenuine.
-        if [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")].contains(&ebx) {
-            Self::Amd
-        } else {
-            Self::Intel
+    /// By the vendor's name in leaf 0.
+    pub fn of(cpuid: &[kvm_cpuid_entry2]) -> Self {
+        let leaf = cpuid.iter().find(|leaf| leaf.function == 0);
+        let name = leaf.map(|leaf| [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat());
+        match name.as_deref() {
+            Some(b"AuthenticAMD" | b"HygonGenuine") => Self::Amd,
+            _ => Self::Intel,
         }
     }
 }
@@ -135,13 +135,17 @@ impl Vcpu {
 mod tests {
     use super::*;
 
-    fn vendor(name: &[u8; 4]) -> Vendor {
-        Vendor::of(&[kvm_cpuid_entry2 { ebx: u32::from_le_bytes(*name), ..Default::default() }])
+    fn vendor(name: &[u8; 12]) -> Vendor {
+        let part = |at: usize| u32::from_le_bytes([name[at], name[at + 1], name[at + 2], name[at + 3]]);
+        Vendor::of(&[kvm_cpuid_entry2 { ebx: part(0), edx: part(4), ecx: part(8), ..Default::default() }])
     }
 
     #[test]
     fn a_guest_is_told_in_its_vendors_words() {
-        assert_eq!([vendor(b"Genu"), vendor(b"Auth"), vendor(b"Hygo")], [Vendor::Intel, Vendor::Amd, Vendor::Amd]);
+        assert_eq!(
+            [vendor(b"GenuineIntel"), vendor(b"AuthenticAMD"), vendor(b"HygonGenuine")],
+            [Vendor::Intel, Vendor::Amd, Vendor::Amd]
+        );
         // IA32_MCi_STATUS of a data load error in recovery (SDM 3B, table 17-9), and of memory scrubbing.
         let required = Check::Required(0x1234_5000).to_kvm(Vendor::Intel);
         assert_eq!((required.status, required.addr), (0xBD80_0000_0000_0134, 0x1234_5000));

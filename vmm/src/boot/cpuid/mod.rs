@@ -6,6 +6,7 @@ pub mod timing;
 mod topology;
 
 use kvm_bindings::kvm_cpuid_entry2;
+use theseus_hypervisor::vcpu::mce::Vendor;
 
 const LEAF_VENDOR: u32 = 0;
 const LEAF_FEATURES: u32 = 1;
@@ -119,8 +120,7 @@ impl GuestCpuid {
         if !has_tiles {
             hide(&mut common, AMX, AMX_LEAVES);
         }
-        let vendor = find(&common, LEAF_VENDOR, 0).map(|leaf| leaf.ebx);
-        let is_amd = [*b"Auth", *b"Hygo"].map(|name| Some(u32::from_le_bytes(name))).contains(&vendor);
+        let is_amd = Vendor::of(&common) == Vendor::Amd;
         for leaf in common.iter_mut() {
             match leaf.function {
                 LEAF_FEATURES => {

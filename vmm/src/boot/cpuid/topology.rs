@@ -1,6 +1,7 @@
 //! One socket of N cores with one thread each. APIC id = core id = index of the vCPU.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use theseus_hypervisor::vcpu::mce::Vendor;
 
 use super::{LEAF_ADDRESS_SIZES, LEAF_EXTENDED_MAX, LEAF_FEATURES, LEAF_VENDOR, find, set};
 
@@ -23,7 +24,7 @@ const SHARED_CACHE_LEVEL: u32 = 3;
 
 /// Describes all that is the same for each vCPU.
 pub fn describe(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u32) {
-    let amd = is_amd(entries);
+    let amd = Vendor::of(entries) == Vendor::Amd;
     let max_leaf = find(entries, LEAF_VENDOR, 0).map_or(0, |leaf| leaf.eax);
     let max_extended = find(entries, LEAF_EXTENDED_MAX, 0).map_or(0, |leaf| leaf.eax);
     let id_bits = core_id_bits(vcpus);
@@ -106,11 +107,4 @@ fn extended_topology(function: u32, vcpus: u32, id_bits: u32) -> [kvm_cpuid_entr
         ..Default::default()
     };
     [level(0, 0, 1, LEVEL_THREAD), level(1, id_bits, vcpus, LEVEL_CORE), level(2, 0, 0, 0)]
-}
-
-fn is_amd(entries: &[kvm_cpuid_entry2]) -> bool {
-    find(entries, LEAF_VENDOR, 0).is_some_and(|leaf| {
-        let name: Vec<u8> = [leaf.ebx, leaf.edx, leaf.ecx].iter().flat_map(|part| part.to_le_bytes()).collect();
-        name == b"AuthenticAMD" || name == b"HygonGenuine"
-    })
 }
