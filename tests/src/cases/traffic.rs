@@ -20,6 +20,7 @@ use crate::{
         vm::Vm,
         wait_for,
     },
+    native::HugePages,
     proto::{MemoryStats, Request},
 };
 
@@ -181,33 +182,5 @@ impl Transparent {
 impl Drop for Transparent {
     fn drop(&mut self) {
         let _ = std::fs::write(Self::SWITCH, &self.before);
-    }
-}
-
-/// More pages of 2 MiB in the pool, until this is dropped.
-struct HugePages {
-    before: u64,
-}
-
-impl HugePages {
-    const POOL: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn pool() -> Result<u64> {
-        Ok(std::fs::read_to_string(Self::POOL)?.trim().parse()?)
-    }
-
-    fn reserve(pages: u64) -> Result<Self> {
-        let reserved = Self { before: Self::pool()? };
-        let wanted = reserved.before + pages;
-        std::fs::write(Self::POOL, wanted.to_string()).context(Self::POOL)?;
-        let granted = Self::pool()?;
-        ensure!(granted >= wanted, "{granted} huge pages of {wanted}: is memory short, or too fragmented?");
-        Ok(reserved)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = std::fs::write(Self::POOL, self.before.to_string());
     }
 }
