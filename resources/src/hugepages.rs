@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
+/// It is for a message: a guest that goes on and on has it a few pages off.
+const TRIES: u32 = 100;
 
 /// What the kernel says of the pool of one size (Documentation/admin-guide/mm/hugetlbpage.rst), when it could not give `wanted` pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,14 +29,16 @@ impl Pool {
             let text = std::fs::read_to_string(folder.join(file));
             text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
         };
-        Self {
-            folder: folder.to_owned(),
-            bytes,
-            wanted,
-            pages: number("nr_hugepages"),
-            free: number("free_hugepages"),
-            reserved: number("resv_hugepages"),
+        // A guest that touches its pages takes from both while they are read: only those between two equal readings belong together.
+        let (mut free, mut reserved) = (0, number("resv_hugepages"));
+        for _ in 0..TRIES {
+            free = number("free_hugepages");
+            let before = std::mem::replace(&mut reserved, number("resv_hugepages"));
+            if reserved == before {
+                break;
+            }
         }
+        Self { folder: folder.to_owned(), bytes, wanted, pages: number("nr_hugepages"), free, reserved }
     }
 }
 
