@@ -87,11 +87,31 @@ pub struct Peer {
 
 impl Peer {
     pub fn of(fd: impl AsFd) -> io::Result<Self> {
-        let credentials = sockopt::socket_peercred(&fd)?;
+        let credentials = credentials(&fd)?;
         let mut gids = groups(&fd)?;
-        gids.push(credentials.gid.as_raw());
-        Ok(Self { uid: credentials.uid.as_raw(), gids })
+        gids.push(credentials.gid);
+        Ok(Self { uid: credentials.uid, gids })
     }
+}
+
+/// SO_PEERCRED (unix(7)). By libc: rustix has no place for the PID 0 of a peer outside of this process's PID namespace, as that of a container.
+fn credentials(fd: &impl AsFd) -> io::Result<libc::ucred> {
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, one ucred, and into `len` how many.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &mut len,
+        )
+    };
+    if result != 0 || len as usize != size_of::<libc::ucred>() {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(credentials)
 }
 
 /// SO_PEERGROUPS (unix(7)).
@@ -169,5 +189,34 @@ mod tests {
         assert!(not_listening(&inet).unwrap().contains("not a unix socket"));
         let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
         assert!(not_listening(&datagram).unwrap().contains("not a stream"));
+    }
+
+    /// In a container the API's clients may be outside of its PID namespace.
+    #[test]
+    fn a_peer_of_another_pid_namespace_is_known_by_its_user() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let thread = std::thread::spawn(move || {
+            let own = rustix::process::geteuid().as_raw();
+            // SAFETY: of this thread's children only.
+            if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+                // Not root.
+                return Ok(());
+            }
+            // SAFETY: the child makes a few system calls, allocates, for which the C library cares at a fork, and exits.
+            match unsafe { libc::fork() } {
+                0 => {
+                    let peer = Peer::of(&here);
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(i32::from(!peer.is_ok_and(|peer| peer.uid == own))) }
+                }
+                child => {
+                    let mut status = 0;
+                    // SAFETY: our own child; the kernel fills in one status.
+                    unsafe { libc::waitpid(child, &mut status, 0) };
+                    if status == 0 { Ok(()) } else { Err(status) }
+                }
+            }
+        });
+        assert_eq!(thread.join().unwrap(), Ok(()));
     }
 }
