@@ -12,7 +12,9 @@ pub use foreign::ForeignOptions;
 pub use options::byte_size;
 use options::{Options, path};
 
-use crate::types::{CpusConfig, DeviceConfig, MemoryConfig, SOCKET_PATH_MAX, SerialConfig, SerialMode};
+use crate::types::{
+    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, MemoryConfig, SOCKET_PATH_MAX, SerialConfig, SerialMode,
+};
 
 /// What is wrong with an option string.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -62,16 +64,37 @@ pub fn socket(s: &str) -> Result<ApiSocket> {
     }
 }
 
-/// `boot=N[,max=N]`, or `N` alone.
+/// `boot=N[,max=N][,affinity=[VCPU@[CPU,CPU-CPU,...],...]]`, or `N` alone.
 pub fn cpus(s: &str) -> Result<CpusConfig> {
     if let Ok(boot_vcpus) = s.parse() {
-        return Ok(CpusConfig { boot_vcpus, max_vcpus: None });
+        return Ok(CpusConfig { boot_vcpus, ..Default::default() });
     }
-    let mut options = Options::parse(s, "cpus", &["boot", "max"])?;
+    let mut options = Options::parse(s, "cpus", &["boot", "max", "affinity"])?;
     let Some(boot_vcpus) = options.number("boot")? else {
         return err("boot is missing: give boot=N, the number of vCPUs".into());
     };
-    Ok(CpusConfig { boot_vcpus, max_vcpus: options.number("max")? })
+    let affinity = options.take("affinity").map(affinity).transpose()?;
+    Ok(CpusConfig { boot_vcpus, max_vcpus: options.number("max")?, affinity })
+}
+
+fn affinity(s: &str) -> Result<Vec<CpuAffinity>> {
+    let wrong = || ArgError(format!("affinity is {s:?}: give affinity=[VCPU@[CPU,CPU-CPU,...],...]"));
+    let inside = |list: &str| list.strip_prefix('[').and_then(|list| list.strip_suffix(']')).map(str::to_owned);
+    let list = inside(s).ok_or_else(wrong)?;
+    if list.is_empty() {
+        return Ok(Vec::new());
+    }
+    let one = |part: &str| {
+        let (vcpu, cpus) = part.split_once('@')?;
+        let mut host_cpus = Vec::new();
+        for range in inside(cpus)?.split(',') {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            let number = |word: &str| word.parse::<u32>().ok().filter(|cpu| *cpu < HOST_CPUS_MAX);
+            host_cpus.extend(number(first)?..=number(last)?);
+        }
+        Some(CpuAffinity { vcpu: vcpu.parse().ok()?, host_cpus })
+    };
+    options::split(&list)?.into_iter().map(|part| one(part).ok_or_else(wrong)).collect()
 }
 
 /// `size=SIZE[,shared=on][,hugepages=on][,hugepage_size=SIZE][,thp=on][,prefault=on]`
@@ -127,8 +150,11 @@ mod tests {
 
     #[test]
     fn good_strings() {
-        assert_eq!(cpus("4"), Ok(CpusConfig { boot_vcpus: 4, max_vcpus: None }));
-        assert_eq!(cpus("boot=2,max=4"), Ok(CpusConfig { boot_vcpus: 2, max_vcpus: Some(4) }));
+        assert_eq!(cpus("4"), Ok(CpusConfig { boot_vcpus: 4, ..Default::default() }));
+        let placed = cpus("boot=2,affinity=[0@[1,4-6],1@[3]]").unwrap().affinity.unwrap();
+        let placed: Vec<_> = placed.into_iter().map(|one| (one.vcpu, one.host_cpus)).collect();
+        assert_eq!(placed, [(0, vec![1, 4, 5, 6]), (1, vec![3])]);
+        assert_eq!(cpus("boot=2,max=4"), Ok(CpusConfig { boot_vcpus: 2, max_vcpus: Some(4), affinity: None }));
         // What says nothing, of keys that are not there.
         assert_eq!(
             cpus("boot=2,max=4,topology=1:4:1:1,kvm_hyperv=off,max_phys_bits=46,affinity=[]").unwrap().boot_vcpus,
@@ -166,12 +192,9 @@ mod tests {
             (text(cpus("")), "not key=value"),
             (text(cpus("max=2")), "boot is missing"),
             (text(cpus("boot=x")), "boot is \"x\""),
-            (text(cpus("boot=1,colour=red")), "\"colour\" is not a key here: the keys are boot, max"),
+            (text(cpus("boot=1,colour=red")), "\"colour\" is not a key here: the keys are boot, max, affinity"),
             (text(cpus("boot=1,topology=2:1:1:1")), "topology is not supported by this build: leave it out"),
-            (
-                text(cpus("boot=1,affinity=[0@[1,2]]")),
-                "affinity is not supported by this build: place the vCPU threads",
-            ),
+            (text(cpus("boot=1,affinity=[0@1,2]")), "give affinity=[VCPU@[CPU,CPU-CPU,...],...]"),
             (text(cpus("boot=1,nested=on")), "nested is not supported"),
             (text(memory("size=1G,hotplug_size=1G")), "hotplug_size is not supported"),
             (text(memory("512M")), "not key=value"),

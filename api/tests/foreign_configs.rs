@@ -138,7 +138,6 @@ fn what_says_something_is_refused_by_name() {
         ),
         ("/cpus/kvm_hyperv", json!(true), "cpus.kvm_hyperv"),
         ("/cpus/max_phys_bits", json!(39), "cpus.max_phys_bits"),
-        ("/cpus/affinity", json!([{"vcpu": 0, "host_cpus": [1]}]), "cpus.affinity"),
         ("/cpus/features", json!({"amx": true}), "cpus.features"),
         ("/cpus/core_scheduling", json!("Vcpu"), "cpus.core_scheduling"),
         ("/memory/mergeable", json!(true), "memory.mergeable"),

@@ -17,7 +17,7 @@ pub use error::Error;
 pub use irqchip::IrqchipState;
 pub use routing::MsiRoute;
 pub use system::Hypervisor;
-pub use vcpu::{Exit, Vcpu, VcpuState};
+pub use vcpu::{Exit, Vcpu, VcpuShape, VcpuState};
 pub use vm::{BareVm, ReadyVm, Vm};
 
 pub type Result<T> = std::result::Result<T, Error>;

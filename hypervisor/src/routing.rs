@@ -27,11 +27,13 @@ pub struct MsiRoute {
 /// The table as KVM has it, plus the GSIs that are taken without having a route yet.
 pub(crate) struct Routing {
     msi: BTreeMap<u32, Option<MsiRoute>>,
+    /// KVM has not all of it yet.
+    staged: bool,
 }
 
 impl Routing {
     pub(crate) fn new() -> Self {
-        Self { msi: BTreeMap::new() }
+        Self { msi: BTreeMap::new(), staged: true }
     }
 
     /// Routes `gsi` by `write`, which gives the kernel the whole table. If that fails the table is the kernel's again, which keeps its old one
@@ -81,11 +83,20 @@ impl Vm {
 
     /// Notes routes without telling KVM, for a restore: [`Vm::commit_routes`] then sets all of them in one call.
     pub fn stage_routes(&self, routes: impl IntoIterator<Item = (u32, Option<MsiRoute>)>) {
-        self.routing().msi.extend(routes);
+        let mut routing = self.routing();
+        for (gsi, route) in routes {
+            routing.staged |= routing.msi.insert(gsi, route) != Some(route);
+        }
     }
 
+    /// Waits for a grace period of KVM's: nothing is done where KVM has all of them already.
     pub fn commit_routes(&self) -> Result<()> {
-        self.write_table(&self.routing())
+        let mut routing = self.routing();
+        if routing.staged {
+            self.write_table(&routing)?;
+            routing.staged = false;
+        }
+        Ok(())
     }
 
     fn write_table(&self, routing: &Routing) -> Result<()> {

@@ -38,6 +38,15 @@ impl Vm {
         Ok(())
     }
 
+    /// Takes all groups off, at the end of the process: this VM holds their files as long as a vCPU's run page is mapped.
+    pub fn vfio_forget(&self) {
+        if let Ok(mut state) = self.vfio.0.try_lock() {
+            for file in std::mem::take(&mut state.files) {
+                let _ = change(&state, KVM_DEV_VFIO_FILE_DEL, file);
+            }
+        }
+    }
+
     /// Takes a group off this VM: a late release of an old VM would otherwise clear the group's VM pointer under the new one.
     pub fn vfio_del(&self, group: BorrowedFd<'_>) -> Result<()> {
         let mut state = self.vfio.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,9 +1,7 @@
 //! One KVM VM: memslots and the in-kernel devices.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::{Deref, Range};
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_msi, kvm_userspace_memory_region};
@@ -35,14 +33,8 @@ pub struct BareVm(Arc<Vm>);
 pub struct ReadyVm(Arc<Vm>);
 
 impl BareVm {
-    /// `avoid`: an fd number the VM must not get. While a parked helper keeps the last image's VM alive in the same PID,
-    /// the same number would be refused its debugfs folder (kvm_create_vm_debugfs names it PID-FD).
-    pub fn new(hypervisor: &Hypervisor, avoid: Option<RawFd>) -> Result<Self> {
-        let spare = File::open("/dev/null").map_err(Error::io("open /dev/null"))?;
-        // The kernel hands out the lowest free number: the spare holds the one to avoid, or is closed to make room.
-        let spare = (avoid == Some(spare.as_raw_fd())).then_some(spare);
+    pub fn new(hypervisor: &Hypervisor) -> Result<Self> {
         let fd = hypervisor.kvm().create_vm().map_err(Error::call("KVM_CREATE_VM"))?;
-        drop(spare);
         if std::env::consts::ARCH == "x86_64" {
             // Needed on Intel hosts without unrestricted guest, harmless elsewhere.
             fd.set_identity_map_address(layout::IDENTITY_MAP_ADDR).map_err(Error::call("KVM_SET_IDENTITY_MAP_ADDR"))?;
@@ -87,11 +79,6 @@ impl Deref for ReadyVm {
 }
 
 impl Vm {
-    /// For [`BareVm::new`] of the next image.
-    pub fn raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-
     pub fn fd(&self) -> &VmFd {
         &self.fd
     }

@@ -1,7 +1,8 @@
 //! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved state's
-//! envelope ([`state`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]). Beside it [`rate`] and [`socket`], which several crates use.
+//! envelope ([`state`]), how both travel ([`channel`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]). Beside it [`rate`] and [`socket`], which several crates use.
 
 pub mod alloc;
+pub mod channel;
 pub mod hugepages;
 pub mod layout;
 pub mod ram;
@@ -10,6 +11,7 @@ pub mod socket;
 pub mod state;
 pub mod vault;
 
+pub use channel::Channel;
 pub use ram::{GuestRam, Pages, RamRange};
 pub use state::{StateReader, StateWriter};
 pub use vault::{Claims, KeptFd, Purpose, Slot, Vault};

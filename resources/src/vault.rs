@@ -1,11 +1,11 @@
-//! The one owner of file descriptors that survive exec.
+//! The one owner of file descriptors that go over from one VMM to the next.
 //!
 //! A device gives the vault an fd under a name and a purpose and works with the [`KeptFd`] it gets back. At save it writes the
-//! [`Slot`] into its state; in the new image it claims that slot, once. What nobody claims is an error. How the fds travel
-//! (inherited by exec) is known only to [`Vault::open_for_exec`] and [`Vault::adopt`].
+//! [`Slot`] into its state; in the new VMM it claims that slot, once. What nobody claims is an error. How the fds travel
+//! (over a socket, [`crate::channel`]) is not known here: [`Vault::offer`] names them, and [`Vault::receive`] takes what came.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -31,33 +31,30 @@ pub enum Purpose {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Slot(u32);
 
-/// How one kept fd is described to the next image.
+/// How one kept fd is described to the next VMM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
     pub slot: Slot,
     pub name: String,
     pub purpose: Purpose,
-    pub fd: RawFd,
-    /// `st_dev`, `st_ino` and `st_rdev` when it was kept: an fd number that now means something else is caught at claim. Zeros if unknown.
+    /// `st_dev`, `st_ino` and `st_rdev` when it was kept: an fd that came in another one's place is caught. Zeros if unknown.
     pub identity: (u64, u64, u64),
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
-    #[error("kept fd '{name}' ({purpose:?}): fd {fd} is not open in this image: was it closed before exec?")]
-    NotOpen { name: String, purpose: Purpose, fd: RawFd },
-    #[error("kept fd '{name}' ({purpose:?}): fd {fd} is another file than the one that was kept")]
-    OtherFile { name: String, purpose: Purpose, fd: RawFd },
+    #[error("kept fd '{name}' ({purpose:?}): what came is another file than the one that was kept")]
+    OtherFile { name: String, purpose: Purpose },
+    #[error("{fds} fds came, and the saved state names {named} that are not here")]
+    Count { fds: usize, named: usize },
     #[error("slot {slot} ({purpose:?}) is not in the vault: claimed twice, or never kept")]
     NoSlot { slot: u32, purpose: Purpose },
     #[error("kept fd '{name}' is a {found:?}, not a {wanted:?}")]
     WrongPurpose { name: String, found: Purpose, wanted: Purpose },
-    #[error("the saved state names a slot or an fd twice")]
+    #[error("the saved state names a slot twice")]
     Twice,
     #[error("kept fds that nothing claimed: {0}")]
     Unclaimed(String),
-    #[error("kept fd '{name}': cannot change its close-on-exec flag: {source}")]
-    Flag { name: String, source: std::io::Error },
 }
 
 struct Entry {
@@ -79,6 +76,11 @@ impl KeptFd {
 
     pub fn name(&self) -> &str {
         &self.0.name
+    }
+
+    fn record(&self) -> Record {
+        let Entry { slot, name, purpose, identity, fd: _ } = &*self.0;
+        Record { slot: *slot, name: name.clone(), purpose: *purpose, identity: *identity }
     }
 }
 
@@ -106,6 +108,12 @@ struct Inner {
     entries: BTreeMap<Slot, Weak<Entry>>,
 }
 
+impl Inner {
+    fn has(&self, slot: Slot) -> bool {
+        self.entries.get(&slot).is_some_and(|entry| entry.strong_count() > 0)
+    }
+}
+
 /// See the module. Cheap to clone: all clones are one vault.
 #[derive(Clone, Default)]
 pub struct Vault(Arc<Mutex<Inner>>);
@@ -120,7 +128,7 @@ impl Vault {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes `fd` into keeping. It stays CLOEXEC until an exec is really about to happen.
+    /// Takes `fd` into keeping.
     pub fn keep(&self, name: impl Into<String>, purpose: Purpose, fd: OwnedFd) -> KeptFd {
         let mut inner = self.lock();
         inner.entries.retain(|_, entry| entry.strong_count() > 0);
@@ -136,107 +144,65 @@ impl Vault {
         self.lock().entries.values().filter_map(Weak::upgrade).map(KeptFd).collect()
     }
 
-    /// Every fd in keeping now, as the next image has to know it.
+    /// Every fd in keeping now, as the next VMM has to know it.
     pub fn manifest(&self) -> Vec<Record> {
-        self.live()
-            .iter()
-            .map(|kept| Record {
-                slot: kept.slot(),
-                name: kept.0.name.clone(),
-                purpose: kept.0.purpose,
-                fd: kept.as_raw_fd(),
-                identity: kept.0.identity,
-            })
-            .collect()
+        self.live().iter().map(KeptFd::record).collect()
     }
 
-    /// Everything in keeping now stays open for as long as this lives.
-    pub fn hold(&self) -> HeldVault {
-        HeldVault(self.live())
+    /// As [`Vault::manifest`], with those of the fds, in the same order, that are not among `known` slots.
+    pub fn offer(&self, known: &BTreeSet<Slot>) -> (Vec<Record>, Vec<KeptFd>) {
+        let live = self.live();
+        let records = live.iter().map(KeptFd::record).collect();
+        (records, live.into_iter().filter(|kept| !known.contains(&kept.slot())).collect())
     }
 
-    /// [`HeldVault::open_for_exec`] for everything in keeping now.
-    pub fn open_for_exec(&self) -> Result<OpenVault, VaultError> {
-        self.hold().open_for_exec()
+    /// Everything in keeping once more, as another process would get it. For tests.
+    pub fn handed_over(&self) -> Result<(Self, Claims), VaultError> {
+        let (records, fds) = self.offer(&BTreeSet::new());
+        let (new, mut claims) = (Self::new(), Claims::default());
+        let again = fds.iter().filter_map(|kept| kept.as_fd().try_clone_to_owned().ok()).collect();
+        new.receive(&mut claims, records, again)?;
+        Ok((new, claims))
     }
 
-    /// In the new image: takes over what the manifest names. Fails, before anything is claimed, if one is not what it was.
-    ///
-    /// # Safety
-    /// The fds in `records` must have no other owner in this process: call it once, at start, on the manifest handed over.
-    pub unsafe fn adopt(records: Vec<Record>) -> Result<(Self, Claims), VaultError> {
-        // First look, then touch: an image that cannot take them over hands all of them back as they are.
-        for Record { slot: _, name, purpose, fd, identity: kept } in &records {
-            let (name, purpose, fd) = (name.clone(), *purpose, *fd);
-            if fd < 0 {
-                return Err(VaultError::NotOpen { name, purpose, fd });
-            }
-            // SAFETY: only borrowed, and a number that is not open is answered with EBADF; -1 is excluded.
-            let file = unsafe { BorrowedFd::borrow_raw(fd) };
-            if rustix::io::fcntl_getfd(file).is_err() {
-                return Err(VaultError::NotOpen { name, purpose, fd });
-            }
-            // A file of the user's may be on a file system that is gone: its stat fails then, or waits.
-            let ours = !matches!(purpose, Purpose::Console | Purpose::Log);
-            if ours && *kept != Default::default() && identity(file).is_some_and(|found| found != *kept) {
-                return Err(VaultError::OtherFile { name, purpose, fd });
-            }
-        }
-        let numbers: BTreeSet<_> = records.iter().map(|record| record.fd).collect();
+    /// How many of `records` are not here.
+    pub fn missing(&self, records: &[Record]) -> usize {
+        let inner = self.lock();
+        records.iter().filter(|record| !inner.has(record.slot)).count()
+    }
+
+    /// In the new VMM: takes over what `records` names. What is here already stays; each of the others is the next one of `fds`. What waits in
+    /// `claims` and is no longer named is closed. On an error nothing has changed, and `fds` are closed.
+    pub fn receive(&self, claims: &mut Claims, records: Vec<Record>, fds: Vec<OwnedFd>) -> Result<(), VaultError> {
         let slots: BTreeSet<_> = records.iter().map(|record| record.slot).collect();
-        if numbers.len() != records.len() || slots.len() != records.len() {
+        if slots.len() != records.len() {
             return Err(VaultError::Twice);
         }
-        let vault = Self::new();
-        let mut waiting = BTreeMap::new();
-        for Record { slot, name, purpose, fd, identity } in records {
-            // SAFETY: open and named once (just checked), and the caller promises that nobody else owns it.
-            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            if let Err(error) = set_cloexec(fd.as_fd(), true) {
-                log::error!("{name}: cannot set close-on-exec: {error}");
+        let mut inner = self.lock();
+        let new: Vec<_> = records.into_iter().filter(|record| !inner.has(record.slot)).collect();
+        if new.len() != fds.len() {
+            return Err(VaultError::Count { fds: fds.len(), named: new.len() });
+        }
+        for (Record { slot: _, name, purpose, identity: kept }, fd) in new.iter().zip(&fds) {
+            // A file of the user's may be on a file system that is gone: its stat fails then, or waits.
+            let ours = !matches!(purpose, Purpose::Console | Purpose::Log);
+            if ours && *kept != Default::default() && identity(fd.as_fd()).is_some_and(|found| found != *kept) {
+                return Err(VaultError::OtherFile { name: name.clone(), purpose: *purpose });
             }
+        }
+        for (Record { slot, name, purpose, identity }, fd) in new.into_iter().zip(fds) {
             let entry = Arc::new(Entry { slot, name, purpose, identity, fd });
-            let mut inner = vault.lock();
             inner.next = inner.next.max(slot.0.wrapping_add(1));
             inner.entries.insert(slot, Arc::downgrade(&entry));
-            waiting.insert(slot, KeptFd(entry));
+            claims.waiting.insert(slot, KeptFd(entry));
         }
-        Ok((vault, Claims { waiting }))
+        claims.waiting.retain(|slot, _| slots.contains(slot));
+        Ok(())
     }
 }
 
-/// A share in every fd that was in keeping at some moment.
-pub struct HeldVault(Vec<KeptFd>);
-
-impl HeldVault {
-    /// Clears CLOEXEC on every one of them: the only place that does. Dropping the guard, which happens only when exec failed,
-    /// sets it again.
-    pub fn open_for_exec(&self) -> Result<OpenVault, VaultError> {
-        let mut open = OpenVault(Vec::new());
-        for kept in &self.0 {
-            set_cloexec(kept.as_fd(), false)
-                .map_err(|source| VaultError::Flag { name: kept.name().to_owned(), source })?;
-            open.0.push(kept.clone());
-        }
-        Ok(open)
-    }
-}
-
-/// While it lives, the kept fds would survive an exec.
-#[must_use = "dropping it closes the fds to the next image again"]
-pub struct OpenVault(Vec<KeptFd>);
-
-impl Drop for OpenVault {
-    fn drop(&mut self) {
-        for kept in &self.0 {
-            if let Err(error) = set_cloexec(kept.as_fd(), true) {
-                log::error!("{}: cannot set close-on-exec again: {error}", kept.name());
-            }
-        }
-    }
-}
-
-/// What the old image handed over and nobody has claimed yet.
+/// What the old VMM handed over and nobody has claimed yet.
+#[derive(Default)]
 pub struct Claims {
     waiting: BTreeMap<Slot, KeptFd>,
 }
@@ -266,11 +232,6 @@ fn identity(fd: BorrowedFd<'_>) -> Option<(u64, u64, u64)> {
     rustix::fs::fstat(fd).ok().map(|stat| (stat.st_dev, stat.st_ino, stat.st_rdev))
 }
 
-fn set_cloexec(fd: BorrowedFd<'_>, on: bool) -> std::io::Result<()> {
-    let flags = if on { rustix::io::FdFlags::CLOEXEC } else { rustix::io::FdFlags::empty() };
-    Ok(rustix::io::fcntl_setfd(fd, flags)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -279,19 +240,8 @@ mod tests {
         rustix::fs::memfd_create("t", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
     }
 
-    fn is_cloexec(fd: &impl AsFd) -> bool {
-        rustix::io::fcntl_getfd(fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC)
-    }
-
-    #[test]
-    fn cloexec_is_cleared_only_while_open() {
-        let vault = Vault::new();
-        let kept = vault.keep("a", Purpose::Log, file());
-        assert!(is_cloexec(&kept));
-        let open = vault.open_for_exec().unwrap();
-        assert!(!is_cloexec(&kept));
-        drop(open);
-        assert!(is_cloexec(&kept));
+    fn again(kept: &[&KeptFd]) -> Vec<OwnedFd> {
+        kept.iter().map(|kept| kept.as_fd().try_clone_to_owned().unwrap()).collect()
     }
 
     #[test]
@@ -299,35 +249,52 @@ mod tests {
         let vault = Vault::new();
         let a = vault.keep("a", Purpose::Log, file());
         let b = vault.keep("b", Purpose::Console, file());
-        let mut records = vault.manifest();
-        // Hand over duplicates, as exec would hand over the numbers themselves.
-        let dups: Vec<OwnedFd> = [&a, &b].iter().map(|kept| kept.as_fd().try_clone_to_owned().unwrap()).collect();
-        for (record, dup) in records.iter_mut().zip(dups) {
-            record.fd = std::os::fd::IntoRawFd::into_raw_fd(dup);
-        }
-        // SAFETY: the duplicates were made for this and have no other owner.
-        let (adopted, mut claims) = unsafe { Vault::adopt(records) }.unwrap();
+        let (new, mut claims) = (Vault::new(), Claims::default());
+        new.receive(&mut claims, vault.manifest(), again(&[&a, &b])).unwrap();
         assert!(matches!(claims.claim(a.slot(), Purpose::Console), Err(VaultError::WrongPurpose { .. })));
-        let kept = claims.claim(a.slot(), Purpose::Log).unwrap();
-        assert!(is_cloexec(&kept));
+        let _kept = claims.claim(a.slot(), Purpose::Log).unwrap();
         assert!(matches!(claims.claim(a.slot(), Purpose::Log), Err(VaultError::NoSlot { .. })));
         assert!(matches!(claims.finish(), Err(VaultError::Unclaimed(names)) if names == "b"));
-        assert_ne!(adopted.keep("c", Purpose::Log, file()).slot(), b.slot());
+        assert_ne!(new.keep("c", Purpose::Log, file()).slot(), b.slot());
     }
 
     #[test]
-    fn a_number_that_means_another_file_is_refused() {
+    fn what_was_opened_since_comes_later_and_what_was_closed_goes() {
+        let old = Vault::new();
+        let (a, b) = (old.keep("a", Purpose::State, file()), old.keep("b", Purpose::State, file()));
+        let (new, mut claims) = (Vault::new(), Claims::default());
+        let (records, fds) = old.offer(&BTreeSet::new());
+        assert_eq!(fds.len(), 2);
+        let known = records.iter().map(|record| record.slot).collect();
+        new.receive(&mut claims, records, again(&[&a, &b])).unwrap();
+        let claimed = claims.claim(a.slot(), Purpose::State).unwrap();
+        let gone = b.slot();
+        drop((b, fds));
+        let c = old.keep("c", Purpose::State, file());
+        let (records, fds) = old.offer(&known);
+        assert_eq!(fds.iter().map(KeptFd::slot).collect::<Vec<_>>(), [c.slot()]);
+        new.receive(&mut claims, records, again(&[&c])).unwrap();
+        assert!(claims.claim(gone, Purpose::State).is_err());
+        let c = claims.claim(c.slot(), Purpose::State).unwrap();
+        claims.finish().unwrap();
+        assert_eq!(new.manifest().len(), 2);
+        drop((a, c, claimed));
+    }
+
+    #[test]
+    fn another_file_is_refused_and_changes_nothing() {
         let vault = Vault::new();
         let kept = vault.keep("a", Purpose::State, file());
-        let mut records = vault.manifest();
-        let other = file();
-        records[0].fd = other.as_raw_fd();
-        // SAFETY: refused before ownership is taken.
-        let adopted = unsafe { Vault::adopt(records.clone()) };
-        assert!(matches!(adopted, Err(VaultError::OtherFile { .. })));
-        records[0].fd = 987_654;
-        // SAFETY: as above.
-        assert!(matches!(unsafe { Vault::adopt(records) }, Err(VaultError::NotOpen { .. })));
+        let (new, mut claims) = (Vault::new(), Claims::default());
+        let other = new.receive(&mut claims, vault.manifest(), vec![file()]);
+        assert!(matches!(other, Err(VaultError::OtherFile { .. })));
+        assert!(matches!(
+            new.receive(&mut claims, vault.manifest(), Vec::new()),
+            Err(VaultError::Count { fds: 0, named: 1 })
+        ));
+        let twice = [vault.manifest(), vault.manifest()].concat();
+        assert!(matches!(new.receive(&mut claims, twice, again(&[&kept, &kept])), Err(VaultError::Twice)));
+        assert!(new.manifest().is_empty());
         drop(kept);
         assert!(vault.manifest().is_empty());
     }

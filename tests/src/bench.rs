@@ -105,7 +105,7 @@ fn start() -> Result<()> {
     for _ in 0..STARTS {
         let started = Instant::now();
         let vm = Vm::builder().memory("size=512M").without_hooks().start()?;
-        let dir = kvm_dir(vm.pid())?;
+        let dir = kvm_dir(vm.vmm()?)?;
         // The VM is there before its vCPU runs; its exits are counted from the first on. The guest's first exit is
         // within its kernel's first few hundred instructions.
         while std::fs::read_to_string(dir.join("exits")).context("exits in debugfs")?.trim() == "0" {

@@ -157,8 +157,7 @@ fn last_against_first(values: &[u64]) -> f64 {
 fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2).memory("size=512M"), nics)?;
     rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 99 })?;
-    // Shared among the wires: with more, L1's one CPU is busy with packets alone, and the helper of an update, at idle priority, with
-    // nothing for most of a minute.
+    // Shared among the wires: with more, L1 is busy with packets alone.
     let wires: Vec<_> = rig.wires.iter().collect();
     let traffic = Traffic::start(rig.agent()?, &wires, traffic::RATE / wires.len() as u32)?;
     let drift = drift(&rig.vm)?;

@@ -78,7 +78,7 @@ impl EventStream {
 fn shortened(properties: &Value) -> Value {
     let reason = properties["reasons"].get(0).and_then(Value::as_str).unwrap_or_default();
     let reason: String = reason.chars().take(500).collect();
-    json!({ "pid": std::process::id(), "outcome": properties["outcome"], "reasons": [reason], "shortened": true })
+    json!({ "pid": crate::keeper::pid(), "outcome": properties["outcome"], "reasons": [reason], "shortened": true })
 }
 
 #[cfg(test)]

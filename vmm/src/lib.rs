@@ -4,15 +4,20 @@ pub mod boot;
 mod build_info;
 mod cli;
 mod control;
+mod ending;
 mod events;
 mod heap;
+mod keeper;
 mod logging;
 mod machine;
 mod main_thread;
 mod memory_errors;
+mod notify;
+mod panics;
 mod signals;
 mod supervisor;
 mod test_hooks;
+mod timeline;
 mod update;
 mod vcpus;
 
@@ -34,20 +39,22 @@ use theseus_api::server::{self, KeptConnection, Server};
 use theseus_api::types::VmConfig;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
-use theseus_resources::Vault;
 use theseus_resources::rate::Rate;
+use theseus_resources::{Channel, Vault};
 use vmm_sys_util::eventfd::EventFd;
 
 use cli::{Cli, OnReset};
 use control::{Control, Inbox, LostPages, Queue, Vm, Wish};
 use events::EventStream;
+use keeper::{Keeper, Newcomer, Role};
 use logging::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
+use panics::panic_text;
 use signals::Signals;
 use supervisor::Supervisor;
+use timeline::Timeline;
 use update::adopt::Adopted;
-use update::back::{Inherited, WayBack, panic_text};
 
 /// The API or a signal asked the VMM to end.
 pub const EXIT_OK: i32 = 0;
@@ -58,21 +65,21 @@ pub const EXIT_FAILURE: i32 = 1;
 pub const EXIT_RESET: i32 = 3;
 /// The guest cannot go on, and did not ask for it: KVM or the VMM has failed it, or cannot boot it again after a reset.
 pub const EXIT_GUEST_FAILED: i32 = 4;
-/// An update failed after exec, and so did the way back in this process; a parked helper may still bring the guest back in another.
-pub const EXIT_LOST: i32 = 70;
+/// A new VMM that failed before it had the guest, which is the old one's; nobody but its keeper sees it.
+const EXIT_FAILED: i32 = 70;
 
 /// When a thread that could not be started is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
 static NO_THREAD: Rate = Rate::new(2, Duration::from_secs(60));
 
 pub fn main() -> ExitCode {
-    let started = update::timeline::now_ns();
+    let started = timeline::now_ns();
     signals::ignore_limits();
     heap::keep();
-    let result = match Inherited::from_env() {
-        // The guest is waiting: nothing that can be done later is done before.
-        Some(inherited) => Ok(after_update(inherited, started)),
-        None => by_command_line(&Cli::parse()),
+    let result = match keeper::role() {
+        Ok(Role::Newcomer(newcomer)) => Ok(in_update(newcomer, started)),
+        Ok(Role::Beginner) => by_command_line(&Cli::parse()),
+        Err(error) => Err(anyhow::Error::new(error).context("the keeper cannot begin")),
     };
     logging::settle();
     match result {
@@ -102,25 +109,27 @@ fn ready(fd: &impl AsFd) -> bool {
     rustix::event::poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default())) == Ok(1)
 }
 
-/// The life of an image that an update has started. Returns the exit code; an image that fails before its commit becomes the old binary.
-fn after_update(inherited: Inherited, started: u64) -> i32 {
-    let lost = |reason: &str| {
-        log::error!("the guest is lost to this process: {reason}");
-        logging::finish();
-        say(std::io::stderr(), &format!("the guest is lost to this process: {reason}"));
-        EXIT_LOST
+/// The life of a new VMM. Returns the exit code; one that fails before its commit has touched nothing.
+fn in_update(newcomer: Newcomer, started: u64) -> i32 {
+    let Newcomer { keeper, channel, page } = newcomer;
+    let timeline = match Timeline::map(&page) {
+        Ok(timeline) => timeline,
+        Err(_) => return EXIT_FAILED,
     };
-    let mut back = match WayBack::new(inherited) {
-        Ok(back) => back,
-        Err(error) => return lost(&format!("the update's timeline cannot be mapped: {error}")),
-    };
-    let life = catch_unwind(AssertUnwindSafe(|| run(IfNone::TryAgain, |parts| take_over(parts, &mut back, started))));
-    let cause = match life {
+    drop(page);
+    let prepare = |parts| take_over(parts, &channel, &timeline, started);
+    let cause = match catch_unwind(AssertUnwindSafe(|| run(keeper, IfNone::TryAgain, prepare))) {
         Ok(Ok(code)) => return code,
         Ok(Err(error)) => text(&error),
         Err(panic) => panic_text(&*panic),
     };
-    lost(&back.go(&cause))
+    if timeline.word().is_committed() {
+        log::error!("the guest is lost: {cause}");
+        logging::finish();
+        return EXIT_GUEST_FAILED;
+    }
+    update::adopt::give_up(&channel, &timeline, cause);
+    EXIT_FAILED
 }
 
 /// What the command line asks for. Returns the exit code.
@@ -136,23 +145,24 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     }
     #[cfg(feature = "test-hooks")]
     cli.fault.iter().for_each(|fault| test_hooks::set_fault(fault));
+    // From here on in the VMM.
+    let keeper = keeper::start().context("the VMM's process cannot be started: raise pids.max or RLIMIT_NPROC")?;
     LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
     cli.warnings().iter().for_each(|warning| log::warn!("{warning}"));
     signals::warn_of_limits();
-    run(IfNone::Fail, |parts| boot(parts, cli))
+    run(keeper, IfNone::Fail, |parts| boot(parts, cli))
 }
 
 /// Starts the other threads, with what `prepare` boots or takes over, and then serves them. Returns the exit code.
-fn run(if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result<i32> {
-    // Before any signal is let through: one may have waited during an exec.
+fn run(keeper: Keeper, if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result<i32> {
     let memory_errors = memory_errors::install().context("signals")?;
     let signals = Signals::new().context("signals")?;
     vcpus::install_kick_handler().context("signals")?;
-    // exec leaves "fd N" or the file's old name as the thread's name.
-    let _ = rustix::thread::set_name(c"theseus");
+    keeper::watch::start(|| ending::abandon(EXIT_FAILURE))
+        .context("cannot start the thread that watches the keeper")?;
     let (queue, inbox) = control::queue().context("control queue")?;
     let (main, orders) = main_thread::orders();
-    let control = prepare(Parts { signals, queue, inbox, main, memory_errors })?;
+    let control = prepare(Parts { keeper, signals, queue, inbox, main, memory_errors })?;
     start(control, if_none)?;
     Ok(orders.serve())
 }
@@ -162,7 +172,7 @@ fn run(if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) 
 enum IfNone {
     /// Nothing runs yet.
     Fail,
-    /// A guest runs, and no lack of threads is worth losing it: the helper of an update, for one, gives its own back soon.
+    /// A guest runs, and no lack of threads is worth losing it: the old VMM of an update, for one, gives its own back soon.
     TryAgain,
 }
 
@@ -192,6 +202,7 @@ pub fn check_state(bytes: &[u8]) -> Result<(), String> {
 }
 
 struct Parts {
+    keeper: Keeper,
     signals: Signals,
     queue: Queue,
     inbox: Inbox,
@@ -201,9 +212,10 @@ struct Parts {
 
 impl Parts {
     fn control(self, host: Host, server: Option<Server>, supervisor: Supervisor, events: EventStream) -> Control {
-        let Self { signals, queue: _, inbox, main, memory_errors } = self;
+        let Self { keeper, signals, queue: _, inbox, main, memory_errors } = self;
         Control {
             host,
+            keeper: Arc::new(keeper),
             main,
             inbox,
             signals,
@@ -215,9 +227,8 @@ impl Parts {
             vm: Vm::None,
             booting: None,
             unwanted: None,
+            updating: None,
             waiting: Default::default(),
-            helper: None,
-            hurry: None,
             resets: Default::default(),
             watched: None,
             exit: None,
@@ -256,7 +267,7 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
         control.vm = Vm::Created(config.clone());
         control.start_boot(config, Wish::CommandLine);
     } else {
-        control.supervisor.ready();
+        control.keeper.notify(notify::READY);
     }
     Ok(control)
 }
@@ -289,10 +300,10 @@ fn start_api(peers: Peers, listener: UnixListener, kept: Vec<KeptConnection>, qu
     Server::start_for(peers, listener, kept, Arc::new(queue.clone())).context("the API server cannot be started")
 }
 
-fn take_over(parts: Parts, back: &mut WayBack, started: u64) -> anyhow::Result<Control> {
+fn take_over(parts: Parts, channel: &Channel, timeline: &Timeline, started: u64) -> anyhow::Result<Control> {
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
-    let adopted = update::adopt::adopt(back, requests, started).map_err(anyhow::Error::msg)?;
-    let Adopted { host, machine, config, was_shut_down, api, peers, helper, supervisor, events } = adopted;
+    let adopted = update::adopt::adopt(channel, timeline, requests, started).map_err(anyhow::Error::msg)?;
+    let Adopted { host, machine, config, was_shut_down, api, peers, supervisor, events } = adopted;
     // The guest runs: an API that cannot be served is no reason to lose it.
     let server = api.and_then(|api| {
         start_api(peers.clone(), api.listener, api.connections, &parts.queue)
@@ -301,7 +312,6 @@ fn take_over(parts: Parts, back: &mut WayBack, started: u64) -> anyhow::Result<C
     });
     let mut control = parts.control(host, server, supervisor, events);
     control.peers = peers;
-    control.helper = helper;
     control.vm = match (machine, config) {
         (Some(mut machine), _) => {
             machine.populate();

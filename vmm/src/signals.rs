@@ -3,7 +3,7 @@
 //! Of all whose default is to end or to stop a process (signal(7)), these can come from a limit, a peer or a terminal. ALRM, VTALRM, PROF
 //! and IO come only to who has asked for them, STOP and TSTP stand for somebody's wish, and USR1 and USR2 are nobody's here but an operator's.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// End the VMM in order, unless whoever started it has them ignored: nohup(1) does that with HUP, a shell without job control with INT and
 /// QUIT for what it starts in the background. exec keeps that, and we never ignore one of these ourselves: so what an image finds ignored
@@ -38,15 +38,16 @@ pub fn warn_of_limits() {
 }
 
 impl Signals {
-    /// Blocks the signals that the VMM acts on, on the calling thread, whose mask the threads it starts inherit, and unblocks all others: exec
-    /// leaves everything blocked. To be called on the main thread, before there are others.
+    /// Blocks the signals that the VMM acts on, on the calling thread, whose mask the threads it starts inherit, and unblocks all others. To be called on the main thread, before there are others.
     pub fn new() -> std::io::Result<Self> {
-        let set = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)).chain([libc::SIGCHLD]));
-        // SAFETY: `set` is a valid set, and the signal numbers are constants.
+        let set = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)));
+        // SIGCONT: see keeper::watch.
+        let blocked = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)).chain([libc::SIGCONT]));
+        // SAFETY: both are valid sets, and the signal numbers are constants.
         let fd = unsafe {
             // Whoever started us may ignore it, which exec hands on: the kernel would then reap the rehearsals of updates itself.
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+            libc::pthread_sigmask(libc::SIG_SETMASK, &blocked, std::ptr::null_mut());
             libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
         };
         if fd < 0 {
@@ -58,17 +59,22 @@ impl Signals {
 
     /// The signals that have come since the last call.
     pub fn read(&self) -> Vec<libc::c_int> {
-        let mut signals = Vec::new();
-        let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
-        while rustix::io::read(&self.0, &mut info) == Ok(info.len()) {
-            // ssi_signo is the first field.
-            signals.push(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
-        }
-        signals
+        read_all(self.0.as_fd())
     }
 }
 
-fn set_of(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
+/// Those that have come to a signalfd that does not block.
+pub fn read_all(signalfd: BorrowedFd<'_>) -> Vec<libc::c_int> {
+    let mut signals = Vec::new();
+    let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
+    while rustix::io::read(signalfd, &mut info) == Ok(info.len()) {
+        // ssi_signo is the first field.
+        signals.push(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
+    }
+    signals
+}
+
+pub fn set_of(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
     let mut set = std::mem::MaybeUninit::uninit();
     // SAFETY: a set of our own, initialised by the first call; the numbers are constants.
     unsafe {
@@ -81,7 +87,7 @@ fn set_of(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
 }
 
 /// One that is ignored and blocked would be queued all the same, and read from a signalfd (kernel/signal.c, sig_ignored).
-fn is_ignored(signal: libc::c_int) -> bool {
+pub fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: nothing is changed, and the kernel fills the struct where it returns 0; all zeroes are one too.
     unsafe {

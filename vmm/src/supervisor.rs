@@ -1,21 +1,16 @@
 //! Whoever watches over this process: it is told the PID, by a file and by systemd's notify socket (sd_notify(3)), and may confine where
 //! builds to update to come from.
 //!
-//! An update keeps the PID. Only a roll back by the parked helper changes it.
+//! An update keeps the PID. Only the death of the keeper in an update changes it.
 
 use std::io::Write;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-/// How long whoever listens may take for a message.
-const PATIENCE: Duration = Duration::from_secs(1);
+use crate::notify;
 
 /// What the command line says of it; goes over with every update.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -56,23 +51,19 @@ impl Supervisor {
         let Some(path) = &self.pid_file else { return Ok(()) };
         let mut new = path.clone().into_os_string();
         new.push(".new");
-        replace(Path::new(&new), path, &format!("{}\n", std::process::id()))
+        replace(Path::new(&new), path, &format!("{}\n", crate::keeper::pid()))
             .with_context(|| format!("PID file {}", path.display()))
     }
 
-    /// The VMM serves.
-    pub fn ready(&self) {
-        notify("READY=1");
-    }
-
-    /// This process is not the one that the supervisor has started.
-    pub fn pid_changed(&self) {
-        let pid = std::process::id();
-        log::warn!("an update was rolled back by the parked helper: the PID is now {pid}");
+    /// The keeper has died in an update, and its VMM, this process, goes on.
+    pub fn keeper_is_gone(&self) {
+        crate::keeper::is_gone();
+        let pid = crate::keeper::pid();
+        log::warn!("the keeper of this VMM has died in an update: the PID is now {pid}");
         if let Err(error) = self.write_pid_file() {
             log::error!("{error:#}");
         }
-        notify(&format!("MAINPID={pid}\nSTATUS=an update was rolled back"));
+        notify::send(&format!("MAINPID={pid}\nSTATUS=an update was rolled back"));
     }
 }
 
@@ -85,22 +76,6 @@ fn replace(new: &Path, path: &Path, text: &str) -> std::io::Result<()> {
     // O_EXCL, which follows no link.
     std::fs::File::options().write(true).create_new(true).mode(0o644).open(new)?.write_all(text.as_bytes())?;
     std::fs::rename(new, path)
-}
-
-fn notify(text: &str) {
-    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    let address = match name.as_bytes() {
-        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
-        path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path)),
-    };
-    let sent = address.and_then(|address| {
-        let socket = UnixDatagram::unbound()?;
-        socket.set_write_timeout(Some(PATIENCE))?;
-        socket.send_to_addr(text.as_bytes(), &address)
-    });
-    if let Err(error) = sent {
-        log::warn!("systemd cannot be notified: {error}");
-    }
 }
 
 #[cfg(test)]

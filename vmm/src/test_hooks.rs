@@ -9,15 +9,12 @@
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
 //! | `skip-state-check` | state that KVM would not take is saved all the same |
-//! | `skip-park` | no helper keeps the old address space: its tear-down is part of the pause |
-//! | `fail-park` | the helper cannot be started |
 //! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
-//! | `skip-reinjection` | after a roll back no vector is signalled |
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
-//! kill, stop, hang (N seconds), sleep (N ms), oom (takes memory until it is killed). The phase `word` is the moment between the last look
-//! at the deadline and the arbiter's word, `committed` the one right after that word. Some are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N
+//! kill, stop, hang (N seconds), sleep (N ms), oom (takes memory until it is killed). The phase `become` is the moment right before the keeper is asked
+//! to become the new image, `word` the one between the last look at the deadline and the word, `committed` the one right after that word. Some are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N
 //! refuses), `remap:refused:N` (MAP of range N is refused).
 
 #[cfg(feature = "test-hooks")]
@@ -73,22 +70,10 @@ mod hooks {
         path("fail-exec").is_some()
     }
 
-    pub fn skip_park() -> bool {
-        path("skip-park").is_some()
-    }
-
-    pub fn fail_park() -> bool {
-        path("fail-park").is_some()
-    }
-
     pub fn vcpu_panic() {
         if path("vcpu-panic").is_some_and(|file| std::fs::remove_file(file).is_ok()) {
             panic!("panic of a thread (test)");
         }
-    }
-
-    pub fn skip_reinjection() -> bool {
-        path("skip-reinjection").is_some()
     }
 
     const FAULT: &str = "THESEUS_FAULT";
@@ -196,19 +181,7 @@ mod hooks {
         false
     }
 
-    pub fn skip_park() -> bool {
-        false
-    }
-
-    pub fn fail_park() -> bool {
-        false
-    }
-
     pub fn vcpu_panic() {}
-
-    pub fn skip_reinjection() -> bool {
-        false
-    }
 
     pub fn fault_number(_phase: &str, _kind: &str) -> Option<u32> {
         None

@@ -56,11 +56,24 @@ pub struct CpusConfig {
     /// [`VmConfig::settled`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
+    /// Where the threads of vCPUs run; the others run where the VMM does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<Vec<CpuAffinity>>,
 }
+
+/// The host's CPUs that the thread of a vCPU may run on. An update keeps it, and what was set from outside since.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuAffinity {
+    pub vcpu: u32,
+    pub host_cpus: Vec<u32>,
+}
+
+/// Of CPU numbers, as the kernel's masks have them.
+pub const HOST_CPUS_MAX: u32 = 8192;
 
 impl Default for CpusConfig {
     fn default() -> Self {
-        Self { boot_vcpus: 1, max_vcpus: None }
+        Self { boot_vcpus: 1, max_vcpus: None, affinity: None }
     }
 }
 

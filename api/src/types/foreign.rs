@@ -21,7 +21,6 @@ const SMBIOS: &str = "leave it out: a guest has no SMBIOS tables";
 
 /// By the last part of a key's path.
 const INSTEAD: &[(&str, &str)] = &[
-    ("affinity", "place the vCPU threads (vcpu0, vcpu1, ...) from outside: an update keeps their places"),
     ("balloon", "leave it out, or give the guest less memory"),
     ("console", SERIAL),
     ("core_scheduling", "set it from outside (prctl PR_SCHED_CORE on the VMM's threads)"),

@@ -90,7 +90,7 @@ mod tests {
             let errors = from_body::<VmConfig>(body.as_bytes()).unwrap_err();
             assert!(matches!(&errors[..], [error] if error.contains(expected)), "{body}: {errors:?}");
         }
-        let two = from_body::<VmConfig>(br#"{"colour":1,"cpus":{"boot_vcpus":1,"affinity":[1]}}"#).unwrap_err();
+        let two = from_body::<VmConfig>(br#"{"colour":1,"cpus":{"boot_vcpus":1,"topology":[1]}}"#).unwrap_err();
         assert_eq!(two.len(), 2, "{two:?}");
     }
 

@@ -11,8 +11,8 @@ mod update;
 mod validate;
 
 pub use config::{
-    CpusConfig, DEFAULT_CONTAINER, DeviceConfig, HUGEPAGE_SIZE, MemoryConfig, PayloadConfig, SerialConfig, SerialMode,
-    VmConfig,
+    CpuAffinity, CpusConfig, DEFAULT_CONTAINER, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, MemoryConfig,
+    PayloadConfig, SerialConfig, SerialMode, VmConfig,
 };
 pub(crate) use json::from_body;
 pub use update::{BuildInfo, PhaseTime, UpdateMode, UpdateOutcome, UpdateReport, UpdateRequest};
@@ -33,7 +33,10 @@ pub struct PingInfo {
     pub version: String,
     /// Linker build id, lower-case hex: what tells two builds apart.
     pub build_id: String,
+    /// That of the process that everybody knows, over all updates.
     pub pid: u32,
+    /// That of the process below it that runs the guest now, for gdb, strace and perf.
+    pub vmm_pid: u32,
     pub features: Vec<String>,
 }
 
@@ -56,6 +59,9 @@ pub struct VmInfo {
     /// By id.
     #[serde(default)]
     pub device_tree: BTreeMap<String, DeviceNode>,
+    /// The threads of the vCPUs, in order, for whoever places them from outside. Others after each update, in the same places.
+    #[serde(default)]
+    pub vcpu_threads: Vec<i32>,
 }
 
 /// A device in the answer of `vm.info`, with what Cloud Hypervisor's type has of one.

@@ -102,6 +102,11 @@ pub struct UpdateReport {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<BuildInfo>,
     pub pid: u32,
+    /// The process below that one which runs the guest now, and its vCPUs' threads, in order.
+    #[serde(default)]
+    pub vmm_pid: u32,
+    #[serde(default)]
+    pub vcpu_threads: Vec<i32>,
     /// Microseconds from the moment the vCPUs are asked to stop to the one in which they have been told to run; None where they were not
     /// asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]

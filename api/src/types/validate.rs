@@ -3,7 +3,10 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use super::config::{DeviceConfig, HUGEPAGE_SIZE, MemoryConfig, PayloadConfig, SerialConfig, SerialMode, VmConfig};
+use super::config::{
+    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, MemoryConfig, PayloadConfig, SerialConfig,
+    SerialMode, VmConfig,
+};
 
 /// Bytes.
 pub const MIN_MEMORY: u64 = 128 << 20;
@@ -31,12 +34,27 @@ impl VmConfig {
         {
             problems.push(format!("cpus.max_vcpus is {max}, less than cpus.boot_vcpus: leave it out"));
         }
+        check_affinity(cpus, &mut problems);
         check_memory(memory, &mut problems);
         check_payload(payload, &mut problems);
         check_serial(serial, &mut problems);
         check_devices(devices, &mut problems);
 
         if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+}
+
+fn check_affinity(cpus: &CpusConfig, problems: &mut Vec<String>) {
+    let mut seen = Vec::new();
+    for CpuAffinity { vcpu, host_cpus } in cpus.affinity.iter().flatten() {
+        if *vcpu >= cpus.boot_vcpus || seen.contains(vcpu) {
+            let last = cpus.boot_vcpus.saturating_sub(1);
+            problems.push(format!("cpus.affinity names vCPU {vcpu}: give each of 0 to {last} once at most"));
+        }
+        if host_cpus.is_empty() || host_cpus.iter().any(|cpu| *cpu >= HOST_CPUS_MAX) {
+            problems.push(format!("cpus.affinity of vCPU {vcpu}: give host_cpus, each below {HOST_CPUS_MAX}"));
+        }
+        seen.push(*vcpu);
     }
 }
 
@@ -133,7 +151,6 @@ fn check_name(key: &str, name: &str, problems: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::CpusConfig;
     use super::*;
 
     fn good() -> VmConfig {
@@ -155,7 +172,13 @@ mod tests {
         let table: &[(Change, &str)] = &[
             (|c| c.cpus.boot_vcpus = 0, "cpus.boot_vcpus is 0"),
             (|c| c.cpus.boot_vcpus = 65, "cpus.boot_vcpus is 65"),
-            (|c| c.cpus = CpusConfig { boot_vcpus: 4, max_vcpus: Some(2) }, "cpus.max_vcpus is 2"),
+            (|c| c.cpus = CpusConfig { boot_vcpus: 4, max_vcpus: Some(2), affinity: None }, "cpus.max_vcpus is 2"),
+            (
+                |c| c.cpus = crate::args::cpus("boot=2,affinity=[2@[0]]").unwrap(),
+                "names vCPU 2: give each of 0 to 1 once",
+            ),
+            (|c| c.cpus = crate::args::cpus("boot=2,affinity=[1@[0],1@[1]]").unwrap(), "names vCPU 1"),
+            (|c| c.cpus.affinity = Some(vec![CpuAffinity { vcpu: 0, host_cpus: vec![] }]), "give host_cpus"),
             (|c| c.memory.size = 64 << 20, "memory.size"),
             (|c| c.memory.size = u64::MAX - 4095, "memory.size"),
             (|c| c.memory.size += 512, "multiple of 4 KiB"),
@@ -252,7 +275,7 @@ mod tests {
     #[test]
     fn what_is_accepted_is_said_to_be_what_it_comes_to() {
         let mut config = good();
-        config.cpus = CpusConfig { boot_vcpus: 2, max_vcpus: Some(200) };
+        config.cpus = CpusConfig { boot_vcpus: 2, max_vcpus: Some(200), affinity: None };
         config.memory.shared = false;
         config.serial = SerialConfig { mode: SerialMode::Pty, file: Some("/dev/pts/7".into()), socket: None };
         config.validate().unwrap();

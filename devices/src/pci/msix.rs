@@ -91,6 +91,8 @@ pub enum MsixError {
     Vault(#[from] VaultError),
     #[error("MSI-X: the saved state has {wires} eventfds and a table of {table} bytes")]
     State { wires: usize, table: usize },
+    #[error("MSI-X: the saved state has other vectors than the one before it")]
+    OtherVectors,
 }
 
 impl Msix {
@@ -289,7 +291,7 @@ impl Msix {
         self.reconcile_all()
     }
 
-    /// Signals every vector that can fire, once: after an image died in between, whose end drained the eventfds. A spurious
+    /// Signals every vector that can fire, once: where what came may have been lost. A spurious
     /// interrupt is legal, a lost one is not.
     pub fn signal_all(&self) {
         for (vector, wire) in self.wires.iter().enumerate().filter(|_| self.enabled()) {
@@ -323,30 +325,46 @@ impl Msix {
         vault: Vault,
         claims: &mut Claims,
     ) -> Result<Self, MsixError> {
-        let MsixState { table, control, wires } = state;
-        if !table.len().is_multiple_of(ENTRY) || !(wires.is_empty() || wires.len() == table.len() / ENTRY) {
-            return Err(MsixError::State { wires: wires.len(), table: table.len() });
-        }
-        let gsis: Vec<_> = wires.iter().map(|wire| (wire.gsi, wire.routed)).collect();
-        msi.adopt(&gsis)?;
-        let wires: Result<_, MsixError> = wires
-            .into_iter()
-            .map(|WireState { slot, gsi, routed }| {
-                let eventfd = claims.claim(slot, Purpose::Interrupt)?;
-                Ok(Wire { eventfd, gsi, routed, attached: false })
-            })
-            .collect();
-        Ok(Self {
+        let mut this = Self {
             name: name.to_owned(),
             msi,
             vault,
-            table,
-            control,
-            wires: wires?,
+            table: vec![0; state.table.len()],
+            control: 0,
+            wires: Vec::new(),
             quiesced: true,
             dirty: false,
             complaints: Complaints::default(),
-        })
+        };
+        this.mend(state, claims)?;
+        Ok(this)
+    }
+
+    /// Takes a later state of the same guest. Nothing is attached yet.
+    pub fn mend(&mut self, state: MsixState, claims: &mut Claims) -> Result<(), MsixError> {
+        let MsixState { table, control, wires } = state;
+        let is_whole = table.len().is_multiple_of(ENTRY) && (wires.is_empty() || wires.len() == table.len() / ENTRY);
+        if !is_whole {
+            return Err(MsixError::State { wires: wires.len(), table: table.len() });
+        }
+        // Once made, they stay.
+        let is_later =
+            self.wires.iter().zip(&wires).all(|(old, new)| (old.eventfd.slot(), old.gsi) == (new.slot, new.gsi));
+        if table.len() != self.table.len() || !is_later || wires.len() < self.wires.len() {
+            return Err(MsixError::OtherVectors);
+        }
+        let gsis: Vec<_> = wires.iter().map(|wire| (wire.gsi, wire.routed)).collect();
+        self.msi.adopt(&gsis)?;
+        for (old, new) in self.wires.iter_mut().zip(&wires) {
+            old.routed = new.routed;
+        }
+        for WireState { slot, gsi, routed } in wires.into_iter().skip(self.wires.len()) {
+            let eventfd = claims.claim(slot, Purpose::Interrupt)?;
+            self.wires.push(Wire { eventfd, gsi, routed, attached: false });
+        }
+        self.table = table;
+        self.control = control;
+        Ok(())
     }
 }
 

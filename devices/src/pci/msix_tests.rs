@@ -189,13 +189,7 @@ fn a_refused_update_loses_nothing() {
 fn carried(msix: &mut Msix, vault: &Vault) -> (Msix, Arc<FakeMsi>) {
     let state = msix.save();
     assert_eq!(state, msix.save(), "save is pure");
-    let mut records = vault.manifest();
-    // The new image gets duplicates, as exec would hand the numbers themselves over.
-    for (record, fd) in records.iter_mut().zip(msix.eventfds().unwrap()) {
-        record.fd = std::os::fd::IntoRawFd::into_raw_fd(fd.try_clone_to_owned().unwrap());
-    }
-    // SAFETY: the duplicates were made for this and have no other owner.
-    let (vault, mut claims) = unsafe { Vault::adopt(records) }.unwrap();
+    let (vault, mut claims) = vault.handed_over().unwrap();
     let msi = Arc::new(FakeMsi::default());
     let new = Msix::restore("nic0", state, msi.clone(), vault, &mut claims).unwrap();
     claims.finish().unwrap();

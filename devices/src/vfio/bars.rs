@@ -3,9 +3,10 @@
 //! Parts below a page, the pages of the MSI-X table and of the pending bits, I/O ports, and what VFIO does not let anybody map
 //! are trapped; all the rest is mapped from the device fd once, at build, and put before the guest while the BAR decodes.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags};
@@ -43,12 +44,33 @@ impl Mapping {
         // SAFETY: a new mapping at an address the kernel chooses; no Rust reference is ever made to it.
         let hva =
             unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, device.fd().as_fd(), at) };
-        Ok(Self { hva: hva.map_err(|e| error(e.into()))? as u64, size })
+        let hva = hva.map_err(|e| error(e.into()))? as u64;
+        mapped().insert(hva, size);
+        Ok(Self { hva, size })
+    }
+}
+
+/// All of them in this process: address and size.
+static MAPPED: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
+
+fn mapped() -> MutexGuard<'static, BTreeMap<u64, u64>> {
+    MAPPED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// At the end of the process: while a BAR is mapped its device stays in use, and the mapping ends only with all of the memory.
+///
+/// # Safety
+/// Nobody may use a device any more, or mind to be ended for it.
+pub unsafe fn unmap_bars() {
+    for (hva, size) in MAPPED.try_lock().iter().flat_map(|mapped| mapped.iter()) {
+        // SAFETY: mapped by `Mapping::new`, and the caller's promise.
+        let _ = unsafe { rustix::mm::munmap(*hva as *mut _, *size as usize) };
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        mapped().remove(&self.hva);
         // SAFETY: mapped in `new`; the memslots over it are removed before (see `Drop for VfioPci`). The device does not notice.
         if let Err(e) = unsafe { rustix::mm::munmap(self.hva as *mut _, self.size as usize) } {
             log::error!("cannot unmap a BAR at {:#x}: {e}", self.hva);
@@ -155,6 +177,18 @@ impl Bar {
         Some(BarAddress { index: register.index, address: self.address()?, size: register.size, kind, prefetchable })
     }
 
+    /// Takes `active` of a later state, if the BAR is where that says.
+    pub fn keep(&mut self, active: Option<&Active>) -> bool {
+        match (&mut self.active, active) {
+            (None, None) => true,
+            (Some(here), Some(there)) if here.address == there.address => {
+                here.dma.clone_from(&there.dma);
+                true
+            }
+            _ => false,
+        }
+    }
+
     pub fn active(&self) -> &Option<Active> {
         &self.active
     }
@@ -182,11 +216,6 @@ impl Bar {
             let into = offset.checked_sub(*start)?;
             (into.checked_add(size)? <= mapping.size).then(|| mapping.hva + into)
         })
-    }
-
-    /// (address, size) of all its mappings in this process.
-    pub fn mappings(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.direct.iter().map(|(_, mapping)| (mapping.hva, mapping.size))
     }
 
     pub fn region(&self) -> u32 {

@@ -281,6 +281,16 @@ impl Container {
         }
     }
 
+    /// Takes a later state of the same container.
+    pub(super) fn mend(&self, state: ContainerState) -> bool {
+        let ContainerState { name, slot, maps } = state;
+        let is_same = name == self.name && slot == self.fd.slot();
+        if is_same {
+            *self.lock() = maps;
+        }
+        is_same
+    }
+
     #[cfg(test)]
     pub(super) fn with(name: &str, fd: KeptFd, type1: Box<dyn Type1>) -> Self {
         Self { name: name.to_owned(), fd, type1, maps: Mutex::default() }

@@ -229,6 +229,21 @@ impl VfioDevice {
         }
     }
 
+    /// Takes a later state of the same device. `enabled`: see [`VfioDevice::restore`].
+    pub(super) fn mend(&self, state: &DeviceState, enabled: bool) -> Result<(), String> {
+        let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
+        let is_same = *bdf == self.bdf
+            && *slot == self.fd.slot()
+            && *bars == self.bars
+            && *config == self.config
+            && *vectors == self.vectors;
+        if !is_same {
+            return Err(format!("it was device {}, and is another one now ({bdf})", self.bdf));
+        }
+        self.signals.store(signals.unwrap_or(enabled), Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Touches nothing in the kernel: the device is in use. `enabled`: whether the guest has MSI-X on.
     pub(super) fn restore(state: DeviceState, enabled: bool, claims: &mut Claims) -> Result<Self, VaultError> {
         let DeviceState { bdf, slot, bars, config, vectors, signals } = state;

@@ -1,10 +1,12 @@
 //! A VFIO group: the devices that the IOMMU cannot tell apart, which go to one owner together.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::vault::{Claims, VaultError};
@@ -64,10 +66,25 @@ pub struct GroupState {
     container: String,
 }
 
+/// A VMM that was killed gives its devices back when they are reset, which takes some 100 ms: whoever is started in its place waits for that.
+const FREE_WITHIN: Duration = Duration::from_secs(1);
+
+fn open_when_free(path: &str) -> io::Result<File> {
+    let until = Instant::now() + FREE_WITHIN;
+    loop {
+        match File::options().read(true).write(true).open(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
+        }
+    }
+}
+
 impl Group {
     /// Opens the group and puts it into `container`.
     pub(super) fn open(vault: &Vault, number: u32, container: Arc<Container>) -> Result<Self, GroupError> {
-        let file = std::fs::File::options().read(true).write(true).open(format!("/dev/vfio/{number}"));
+        let file = open_when_free(&format!("/dev/vfio/{number}"));
         let file = file.map_err(|source| match source.raw_os_error() {
             Some(libc::EBUSY) => GroupError::Busy { number },
             Some(libc::ENOENT) => GroupError::Absent { number, devices: devices(number) },
@@ -115,6 +132,12 @@ impl Group {
     pub(super) fn save(&self) -> GroupState {
         let Self { number, fd, container } = self;
         GroupState { number: *number, slot: fd.slot(), container: container.name().to_owned() }
+    }
+
+    /// Whether `state` is a later one of the same group.
+    pub(super) fn is(&self, state: &GroupState) -> bool {
+        let GroupState { number, slot, container } = state;
+        (*number, *slot, &container[..]) == (self.number, self.fd.slot(), self.container.name())
     }
 
     /// Touches nothing in the kernel: the group is in use.

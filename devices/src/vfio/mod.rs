@@ -10,7 +10,7 @@
 //! | [`config`], [`bars`] | its configuration space and its BARs |
 //! | [`signals`] | its MSI-X and VFIO's in line |
 //!
-//! The fds are the device: a group can be opened only once, so they survive exec in the Vault and the new image builds its
+//! The fds are the device: a group can be opened only once, so they go over to the new VMM in the Vault, and it builds its
 //! objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
 //!
 //! Written on raw ioctls: the objects of the `vfio-ioctls` crate cannot be built again from fds, and detach when dropped.
@@ -28,7 +28,7 @@ mod placement;
 pub mod registry;
 mod signals;
 
-pub use bars::{BarAddress, BarKind};
+pub use bars::{BarAddress, BarKind, unmap_bars};
 pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
 pub use group::Group;
 pub use invalidate::{InvalidateError, Invalidated, invalidate_all};

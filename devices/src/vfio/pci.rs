@@ -8,7 +8,7 @@
 //!
 //! The device must have MSI-X: INTx and MSI are not supported yet, and hidden.
 //!
-//! After an update the device is in use when its object is built again: [`Carried::restore`] makes no request to VFIO but mmap,
+//! In an update the device is in use when its object is built again: [`Carried::restore`] makes no request to VFIO but mmap,
 //! and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
 
 use std::ops::Range;
@@ -210,11 +210,6 @@ impl VfioPci {
         self.bars.iter().find(|bar| bar.region() == region)?.vaddr(offset, size)
     }
 
-    /// (address, size) of everything of it that is mapped in this process.
-    pub fn mappings(&self) -> Vec<(u64, u64)> {
-        self.bars.iter().flat_map(Bar::mappings).collect()
-    }
-
     /// Detaches all irqfds before an update; undone by [`VfioPci::attach_irqfds`]. vCPUs must be stopped.
     pub fn quiesce_irqfds(&self) -> Result<(), MsixError> {
         self.msix().quiesce_irqfds()
@@ -224,11 +219,6 @@ impl VfioPci {
     /// GSI routes.
     pub fn attach_irqfds(&self) -> Result<(), MsixError> {
         self.msix().resume_irqfds()
-    }
-
-    /// Signals each vector once, after an image died in between and its end drained the eventfds.
-    pub fn signal_all(&self) {
-        self.msix().signal_all();
     }
 
     /// The orderly end of a device that no other image has taken over: interrupts off, bus mastering off, unmapped, its
@@ -434,6 +424,42 @@ impl Carried for VfioPci {
             this.bars.push(bar);
         }
         Ok(this)
+    }
+}
+
+impl VfioPci {
+    /// Brings a device that was restored from an earlier state of its guest to `state`, before anything of it is in use. Returns which BARs
+    /// had to be put elsewhere: that takes time.
+    pub fn mend(&mut self, state: VfioPciState, claims: &mut Claims) -> Result<Vec<u8>, CarryError> {
+        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, asleep } = state;
+        let wrong = |what: String| CarryError::State(what);
+        let is_same = id == self.id && group == self.group.number() && layout == self.layout && decoded == self.decoded;
+        if !is_same || bars.len() != self.bars.len() {
+            return Err(wrong("it is another device than the one that was made ready".into()));
+        }
+        let enabled = filter.msix_control() & MSIX_ENABLE != 0;
+        self.device.mend(&device, enabled).map_err(wrong)?;
+        self.filter = filter;
+        self.is_loud = self.filter.adopt_intx_disable(&*self.device);
+        self.msix().mend(msix, claims).map_err(|e| wrong(e.to_string()))?;
+        (self.command, self.asleep) = (command, asleep);
+        let mut moved = Vec::new();
+        for (bar, BarState { register, region, active, leftover_dma }) in self.bars.iter_mut().zip(bars) {
+            if register != bar.register || region != bar.region() {
+                return Err(wrong(format!("BAR {region} is another one than the one that was made ready")));
+            }
+            if bar.keep(active.as_ref()) {
+                bar.set_leftover_dma(leftover_dma);
+                continue;
+            }
+            moved.push(register.index);
+            bar.forget(&self.wiring);
+            if let Some(active) = active {
+                bar.map_again(active, &self.wiring).map_err(|e| wrong(format!("BAR {region}: {e}")))?;
+            }
+            bar.set_leftover_dma(leftover_dma);
+        }
+        Ok(moved)
     }
 }
 

@@ -1,7 +1,6 @@
 //! The whole device over a memfd that stands for a VFIO device: BARs can be mapped from it, requests to VFIO fail.
 
 use std::collections::BTreeMap;
-use std::os::fd::IntoRawFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -175,15 +174,6 @@ impl Rig {
     }
 }
 
-/// Puts duplicates in, as exec would hand over the numbers themselves.
-pub fn duplicate(records: &mut [theseus_resources::vault::Record]) {
-    for record in records {
-        // SAFETY: the vault holds it open.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(record.fd) };
-        record.fd = fd.try_clone_to_owned().unwrap().into_raw_fd();
-    }
-}
-
 const ON: &[u8] = &[7, 0];
 const BAR3: u64 = 64 << 30;
 
@@ -285,18 +275,9 @@ fn carried(mut rig: Rig) -> Rig {
 }
 
 fn carried_untouched(rig: Rig) -> Rig {
-    let mut writer = StateWriter::new("test");
-    writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &rig.passthrough.save().unwrap()).unwrap();
-    writer.add("nic0", VfioPci::KIND, VfioPci::VERSION, &rig.pci.save().unwrap()).unwrap();
-    let bytes = writer.finish().unwrap();
-    let mut reader = StateReader::new(&bytes).unwrap();
-    let vfio = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION).unwrap();
-    let state = reader.take("nic0", VfioPci::KIND, VfioPci::VERSION).unwrap();
-    let mut records = rig.wiring.vault.manifest();
-    duplicate(&mut records);
+    let (vfio, state) = read(&saved(&rig));
+    let (vault, mut claims) = rig.wiring.vault.handed_over().unwrap();
     drop(rig.pci);
-    // SAFETY: the duplicates were made for this and have no other owner.
-    let (vault, mut claims) = unsafe { Vault::adopt(records) }.unwrap();
     let (wiring, memslots, msi) = wiring(&vault);
     let passthrough = Passthrough::restore(vfio, (vault.clone(), &mut claims)).unwrap();
     let mut windows = Windows::new(1 << 30, 40);
@@ -305,6 +286,92 @@ fn carried_untouched(rig: Rig) -> Rig {
     let pci = VfioPci::restore(state, parts).unwrap();
     claims.finish().unwrap();
     Rig { pci, passthrough, file: rig.file, windows, memslots, msi, irqs: rig.irqs, wiring }
+}
+
+/// What the device and its registry are, as they would be saved, in bytes.
+fn saved(rig: &Rig) -> Vec<u8> {
+    let mut writer = StateWriter::new("test");
+    writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &rig.passthrough.save().unwrap()).unwrap();
+    writer.add("nic0", VfioPci::KIND, VfioPci::VERSION, &rig.pci.save().unwrap()).unwrap();
+    writer.finish().unwrap()
+}
+
+fn read(bytes: &[u8]) -> (super::super::PassthroughState, VfioPciState) {
+    let mut reader = StateReader::new(bytes).unwrap();
+    let vfio = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION).unwrap();
+    (vfio, reader.take("nic0", VfioPci::KIND, VfioPci::VERSION).unwrap())
+}
+
+/// A new VMM gets ready while the guest goes on, and is then brought to the guest's last state: whatever has changed in between, it has what
+/// it would have from that state alone.
+#[test]
+fn a_device_that_was_made_ready_is_mended() {
+    type Change = fn(&mut Rig);
+    let changes: [(&str, Change, &[u8]); 7] = [
+        ("nothing", |_| {}, &[]),
+        ("decoding begins", |rig| rig.write(COMMAND, ON), &[0, 1, 2, 3]),
+        ("a BAR moves", |rig| rig.write(0x10, &0xD000_0000u32.to_le_bytes()), &[0]),
+        ("MSI-X is turned on", enable_vector0, &[]),
+        (
+            "a vector is moved and masked",
+            |rig| {
+                rig.wiring.mmio.write(BAR3, &[0x10, 0x20]);
+                rig.wiring.mmio.write(BAR3 + 12, &1u32.to_le_bytes());
+            },
+            &[],
+        ),
+        ("it moves again", |rig| rig.write(0x10, &0xD800_0000u32.to_le_bytes()), &[0]),
+        ("decoding ends", |rig| rig.write(COMMAND, &[0, 0]), &[0, 1, 2, 3]),
+    ];
+    for at in 0..changes.len() {
+        let (mut rig, mut moved) = (rig(), Vec::new());
+        let (name, last, wanted) = &changes[at];
+        changes[..at].iter().for_each(|(_, change, _)| change(&mut rig));
+        let early = saved(&rig);
+        let (vault, mut claims) = (Vault::new(), Claims::default());
+        let again = |fds: Vec<theseus_resources::KeptFd>| -> Vec<_> {
+            fds.iter().map(|fd| std::os::fd::AsFd::as_fd(fd).try_clone_to_owned().unwrap()).collect()
+        };
+        let (records, fds) = rig.wiring.vault.offer(&Default::default());
+        let known = records.iter().map(|record| record.slot).collect();
+        vault.receive(&mut claims, records, again(fds)).unwrap();
+        let (wiring, memslots, msi) = wiring(&vault);
+        let (vfio, state) = read(&early);
+        let passthrough = Passthrough::restore(vfio, (vault.clone(), &mut claims)).unwrap();
+        let mut windows = Windows::new(1 << 30, 40);
+        let (ready, device) = (&passthrough, wiring.clone());
+        let parts = VfioPciParts { claims: &mut claims, passthrough: ready, windows: &mut windows, wiring: device };
+        let mut pci = VfioPci::restore(state, parts).unwrap();
+
+        last(&mut rig);
+        rig.pci.quiesce_irqfds().unwrap();
+        let late = saved(&rig);
+        let (records, fds) = rig.wiring.vault.offer(&known);
+        vault.receive(&mut claims, records, again(fds)).unwrap();
+        let (vfio, state) = read(&late);
+        passthrough.mend(vfio).unwrap();
+        moved.extend(pci.mend(state, &mut claims).unwrap());
+        claims.finish().unwrap();
+        assert_eq!(&moved, wanted, "{name}");
+        let (slots, file, irqs) = (rig.slots(), rig.file.try_clone().unwrap(), rig.irqs.clone());
+        let new = Rig { pci, passthrough, file, windows, memslots, msi, irqs, wiring };
+        assert_eq!(saved(&new), late, "{name}");
+        assert_eq!(new.slots(), slots, "{name}");
+        assert_eq!(new.msi.attached(), 0, "{name}");
+        rig.pci.attach_irqfds().unwrap();
+        new.pci.attach_irqfds().unwrap();
+        assert_eq!(new.msi.attached(), rig.msi.attached(), "{name}");
+    }
+}
+
+#[test]
+fn a_device_that_is_another_one_is_refused() {
+    let (one, other) = (rig(), rig());
+    let (_, state) = read(&saved(&one));
+    let mut other = carried_untouched(other);
+    let mut claims = Claims::default();
+    assert!(other.pci.mend(VfioPciState { id: "nic1".into(), ..state.clone() }, &mut claims).is_err());
+    assert!(other.pci.mend(VfioPciState { bars: Vec::new(), ..state }, &mut claims).is_err());
 }
 
 #[test]

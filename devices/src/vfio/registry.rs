@@ -225,6 +225,18 @@ impl Passthrough {
         Ok(())
     }
 
+    /// Takes a later state of the same guest: what is mapped may have changed.
+    pub fn mend(&self, state: PassthroughState) -> Result<(), CarryError> {
+        let PassthroughState { containers, groups } = state;
+        let inner = self.lock();
+        let same_number = containers.len() == inner.containers.len() && groups.len() == inner.groups.len();
+        let is_same = same_number
+            && inner.groups.iter().zip(&groups).all(|(group, state)| group.is(state))
+            && inner.containers.iter().zip(containers).all(|(container, state)| container.mend(state));
+        let other = || CarryError::State("containers or groups are others than those that were made ready".into());
+        is_same.then_some(()).ok_or_else(other)
+    }
+
     /// The orderly end, after the devices were released: nothing stays mapped.
     pub fn release(&self) {
         for container in self.containers() {

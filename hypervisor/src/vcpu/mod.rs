@@ -17,7 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 pub use refused::reasons;
-pub use state::{OwedWrite, VcpuState, XsaveBytes};
+pub use state::{OwedWrite, VcpuShape, VcpuState, XsaveBytes};
 
 use crate::{Error, Hypervisor, ReadyVm, Result};
 
@@ -74,6 +74,8 @@ pub struct Vcpu {
     fd: VcpuFd,
     exit_flag: ExitFlag,
     index: u32,
+    /// As it was set: KVM's own has bits in it that follow the guest's registers.
+    cpuid: Vec<kvm_cpuid_entry2>,
     /// The MSRs this vCPU has, all readable and writable here.
     msr_list: Vec<u32>,
     xsave_size: usize,
@@ -89,7 +91,16 @@ impl Vcpu {
         let xsave_size = usize::try_from(vm.fd().check_extension_int(kvm_ioctls::Cap::Xsave2)).unwrap_or(0);
         let byte = NonNull::from(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
         let exit_flag = ExitFlag(Arc::new(Mutex::new(FlagAddr(Some(byte)))));
-        Ok(Self { fd, exit_flag, index, msr_list: Vec::new(), xsave_size, vendor: Default::default(), mcg_cap: None })
+        Ok(Self {
+            fd,
+            exit_flag,
+            index,
+            cpuid: Vec::new(),
+            msr_list: Vec::new(),
+            xsave_size,
+            vendor: Default::default(),
+            mcg_cap: None,
+        })
     }
 
     pub fn index(&self) -> u32 {
@@ -118,11 +129,13 @@ impl Vcpu {
     pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
         self.vendor = mce::Vendor::of(entries);
         let cpuid = CpuId::from_entries(entries).map_err(|_| Error::Exhausted("CPUID entry"))?;
-        self.fd.set_cpuid2(&cpuid).map_err(Error::call(format!("vCPU {}: KVM_SET_CPUID2", self.index)))
+        self.fd.set_cpuid2(&cpuid).map_err(Error::call(format!("vCPU {}: KVM_SET_CPUID2", self.index)))?;
+        self.cpuid = entries.to_vec();
+        Ok(())
     }
 
     pub fn set_msrs(&self, values: &[kvm_msr_entry]) -> Result<()> {
-        msrs::write(&self.fd, self.index, values, &Err)
+        msrs::write(&self.fd, self.index, values)
     }
 
     /// From now on the guest may use those of KVM's own MSRs and hypercalls that its CPUID offers, and no others.

@@ -3,7 +3,6 @@
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
-use super::refused::MSR_KVM;
 use crate::{Error, Result};
 
 const MSR_IA32_TSC: u32 = 0x10;
@@ -88,22 +87,13 @@ pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<Vec<kvm_msr_entry
 }
 
 /// Writes all of `values` but the wall clocks, which states of earlier builds have. KVM_SET_MSRS stops at the first that it refuses, which is
-/// the error; if it is one of KVM's own, a guest can live without it, and `bear` says whether the others are still to be written.
-pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry], bear: &dyn Fn(Error) -> Result<()>) -> Result<()> {
+/// the error.
+pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
     let values: Vec<_> =
         values.iter().filter(|entry| !is_untouched(entry) && !WALL_CLOCKS.contains(&entry.index)).copied().collect();
-    let mut rest = &values[..];
-    while !rest.is_empty() {
-        let chunk = &rest[..rest.len().min(CHUNK)];
-        let done = write_once(fd, chunk);
-        rest = &rest[done.min(chunk.len())..];
-        if let Some(refused) = chunk.get(done) {
-            let error = Error::Msr { vcpu, index: refused.index, data: refused.data };
-            if !MSR_KVM.contains(&refused.index) {
-                return Err(error);
-            }
-            bear(error)?;
-            rest = &rest[1..];
+    for chunk in values.chunks(CHUNK) {
+        if let Some(refused) = chunk.get(write_once(fd, chunk)) {
+            return Err(Error::Msr { vcpu, index: refused.index, data: refused.data });
         }
     }
     Ok(())

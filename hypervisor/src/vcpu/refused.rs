@@ -1,4 +1,4 @@
-//! State that KVM gives and does not take back: an update that met it after the exec could go neither forward nor back.
+//! State that KVM gives and does not take back: an update that meets it is undone, and this names the register that it was, which KVM does not.
 //!
 //! KVM checks on KVM_SET_SREGS2 and KVM_SET_MSRS what a guest can change without being checked. Writing the state back into the old vCPU would
 //! find out, and do harm (it rewrites the wall clock in guest RAM, restarts LAPIC timers, drops MMU roots): so these are the rules.
@@ -21,8 +21,6 @@ const CR3_LAM: u64 = 3 << 61;
 
 pub(super) const MSR_KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
 pub(super) const MSR_KVM_PV_EOI_EN: u32 = 0x4b56_4d04;
-/// All of KVM's own, old numbers aside (Documentation/virt/kvm/x86/msr.rst).
-pub(super) const MSR_KVM: Range<u32> = 0x4b56_4d00..0x4b56_4e00;
 
 const ENABLED: u64 = 1 << 0;
 const ASYNC_PF_DELIVERY_AS_INT: u64 = 1 << 3;
@@ -79,17 +77,6 @@ fn unreachable(msr: &kvm_msr_entry, memory: &[Range<u64>]) -> Option<String> {
     // Neither crosses a page, nor so a memslot.
     let there = memory.iter().any(|range| range.contains(&address) && range.end - address >= len);
     (!there).then(|| format!("{name} is {:#x}: there is no memory at {address:#x}", msr.data))
-}
-
-impl VcpuState {
-    /// On a way back, where nothing else is left: what KVM refuses, and the guest has no use for, is put right. Returns what.
-    pub fn mend(&mut self) -> Option<String> {
-        let [_, _, _, _, _, efer, ..] = self.sregs.control;
-        let cs = self.sregs.cs_mut();
-        // Legacy modes ignore the bit (SDM 3A, 3.4.5).
-        (efer & EFER_LMA == 0 && std::mem::take(&mut cs.l) != 0)
-            .then(|| format!("vCPU {}: CS.L was set outside of long mode, and is cleared", self.index))
-    }
 }
 
 #[cfg(test)]

@@ -32,6 +32,16 @@ pub struct Sregs {
     pub pdptrs: [u64; 4],
 }
 
+/// What a vCPU is from its guest's boot on.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct VcpuShape {
+    pub index: u32,
+    /// Frozen at the guest's boot: a newer build adds nothing to it.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// IA32_MCG_CAP where it is not KVM's own.
+    pub mcg_cap: Option<u64>,
+}
+
 /// One vCPU between two instructions.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -133,12 +143,11 @@ impl Vcpu {
         let lapic = fd.get_lapic().map_err(self.err("KVM_GET_LAPIC"))?;
         let msrs = msrs::read(fd, self.index, &self.msr_list)?;
         let nested = self.get_nested()?;
-        let cpuid = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(self.err("KVM_GET_CPUID2"))?;
         // Last: reading the others may turn something into an event (kernel.md).
         let events = fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
         Ok(Box::new(VcpuState {
             index: self.index,
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid: self.cpuid.clone(),
             mp_state,
             regs,
             sregs: Sregs::from_kvm(&sregs),
@@ -157,14 +166,28 @@ impl Vcpu {
         }))
     }
 
+    /// What it is, whatever its guest does meanwhile.
+    pub fn shape(&self) -> VcpuShape {
+        VcpuShape { index: self.index, cpuid: self.cpuid.clone(), mcg_cap: self.mcg_cap }
+    }
+
+    /// Before its guest stands still, in the process that will run it: all that can be known by then, and what KVM does at a first KVM_RUN (which
+    /// does not enter the guest). Then [`Vcpu::restore_early`].
+    pub fn prewarm(&mut self, shape: &VcpuShape) -> Result<()> {
+        self.set_cpuid(&shape.cpuid)?;
+        self.set_mcg_cap(shape.mcg_cap)?;
+        self.set_immediate_exit(true);
+        let first = self.run().map(drop);
+        self.set_immediate_exit(false);
+        first
+    }
+
     /// The part before the VM's clock can be set, with the TSC offset in it. Then [`crate::Vm::restore_clock`], then
     /// [`Vcpu::restore_late`].
     pub fn restore_early(&mut self, state: &VcpuState) -> Result<()> {
-        self.set_cpuid(&state.cpuid)?;
         if offers::kept(state) {
             self.keep_to_offers()?;
         }
-        self.set_mcg_cap(state.mcg_cap)?;
         let fd = &self.fd;
         fd.set_mp_state(state.mp_state).map_err(self.err("KVM_SET_MP_STATE"))?;
         fd.set_regs(&state.regs).map_err(self.err("KVM_SET_REGS"))?;
@@ -178,16 +201,16 @@ impl Vcpu {
         fd.set_lapic(&state.lapic).map_err(self.err("KVM_SET_LAPIC"))
     }
 
-    /// `bear`: what becomes of the refusal of a value that a guest can live without.
-    pub fn restore_late(&mut self, state: &VcpuState, bear: &dyn Fn(Error) -> Result<()>) -> Result<()> {
+    /// The rest.
+    pub fn restore_late(&mut self, state: &VcpuState) -> Result<()> {
         let fd = &self.fd;
         let values = offers::existing(state);
-        msrs::write(fd, self.index, &values, bear)?;
+        msrs::write(fd, self.index, &values)?;
         if let Some(saved) = state.tsc_deadline {
             // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake up.
             let data = deadline::to_restore(&state.lapic, saved);
             let deadline = kvm_msr_entry { index: MSR_IA32_TSC_DEADLINE, data, ..Default::default() };
-            msrs::write(fd, self.index, &[deadline], &Err)?;
+            msrs::write(fd, self.index, &[deadline])?;
         }
         if let Some(nested) = &state.nested {
             self.set_nested(nested)?;
@@ -254,6 +277,7 @@ impl Sregs {
         &self.segments[0]
     }
 
+    #[cfg(test)]
     pub(super) fn cs_mut(&mut self) -> &mut kvm_segment {
         &mut self.segments[0]
     }

@@ -42,16 +42,16 @@ fn check(vm: &Vm, cpus: u32, mib: u64) -> Result<()> {
     let off = clock::read(vm)?.real_ns;
     ensure!(off.abs() < 5_000_000_000, "the guest's time of day is off by {off} ns");
     for cpu in 0..cpus {
-        proc::thread_named(vm.pid(), &format!("vcpu{cpu}"))?;
+        proc::thread_named(vm.vmm()?, &format!("vcpu{cpu}"))?;
     }
     // Memory behind the hole is not only counted but there: it is written and read. Linux takes from it first, which is checked.
     if mib > 4096 {
         const MIB: u64 = 100;
-        let before = ram::touched_from(vm.pid(), ram::HOLE)?;
+        let before = ram::touched_from(vm.vmm()?, ram::HOLE)?;
         vm.agent()?.call::<()>(&Request::MemoryStart { mib: MIB, seed: 1 })?;
         let stats: crate::proto::MemoryStats = vm.agent()?.call_within(&Request::MemoryStop, 3 * PATIENCE)?;
         ensure!(stats.pages_wrong == 0 && stats.pages_checked >= MIB * 256, "{stats:?}");
-        let after = ram::touched_from(vm.pid(), ram::HOLE)?;
+        let after = ram::touched_from(vm.vmm()?, ram::HOLE)?;
         ensure!(after >= before + (MIB << 20) / 2, "{before} -> {after} bytes behind the hole");
     }
     Ok(())
@@ -140,7 +140,7 @@ const COUNT: u64 = 0x5_1000;
 const GO: u64 = COUNT + 8;
 
 fn ram(vm: &Vm) -> Result<File> {
-    proc::open_fd_to(vm.pid(), "/memfd:guest-ram", File::options().read(true).write(true))
+    proc::open_fd_to(vm.vmm()?, "/memfd:guest-ram", File::options().read(true).write(true))
 }
 
 /// Four vCPUs that write to the reset port without end, while nobody has time for them: each writes once, and waits. Then the update that they

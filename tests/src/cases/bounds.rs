@@ -54,8 +54,7 @@ pub fn log_stands_still() -> Result<()> {
     make_fifo(&log)?;
     let mut reader = read_end(&log)?;
     let mut rig = Rig::boot(Vm::builder().cpus(2).verbose().log_file(&log), &[(Nic::IgbA, None)])?;
-    let turns = [("rolled_back", "the update failed in phase claim"), ("updated", "Updated from build")];
-    for (outcome, line) in turns {
+    for outcome in ["rolled_back", "updated"] {
         drop(reader);
         let traffic = rig.traffic()?;
         traffic.moves_on(rig.agent()?, 50)?;
@@ -71,6 +70,13 @@ pub fn log_stands_still() -> Result<()> {
             rig.vm.note_update();
         }
         traffic.moves_on(rig.agent()?, 50)?;
+        if !changed {
+            // The log is open as it was: what nobody reads is dropped, and counted.
+            ensure!(rig.vm.counter("/log/dropped_bytes")? > 0, "where did the log go?");
+            traffic.finish_clean(rig.agent()?)?;
+            reader = read_end(&log)?;
+            continue;
+        }
 
         let refused = rig.vm.ask_update(&rig.vm.other_build()?)?;
         ensure!(refused.status == 409 && refused.causes()?.join(" ").contains("the log takes nothing"), "{refused:?}");
@@ -82,7 +88,7 @@ pub fn log_stands_still() -> Result<()> {
         wait_for("the line that has waited", || {
             // 0: not opened by the VMM yet; an error: nothing more for now.
             let _ = reader.read_to_end(&mut text);
-            Ok(String::from_utf8_lossy(&text).contains(line).then_some(()))
+            Ok(String::from_utf8_lossy(&text).contains("Updated from build").then_some(()))
         })?;
     }
     rig.update_under_traffic()?;

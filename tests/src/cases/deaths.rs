@@ -21,16 +21,13 @@ use crate::{
     proto::{MemoryStats, Request},
 };
 
-/// No helper, no update: nobody would bring the guest back from an image that is killed. And a panic that is not the main thread's.
-pub fn helper_missing_and_vcpu_panic() -> Result<()> {
+/// A panic that is not the control thread's.
+pub fn vcpu_panic() -> Result<()> {
     rig::shared(|rig| {
-        for (hook, words) in [("fail-park", "cannot park"), ("vcpu-panic", "panic of a thread (test)")] {
-            unharmed(rig, End::RolledBack, &[words], |rig| {
-                let _hook = Switch::on(&rig.vm.dir, hook)?;
-                rig.vm.ask_update(&rig.vm.other_build()?)
-            })?;
-        }
-        Ok(())
+        unharmed(rig, End::RolledBack, &["panic of a thread (test)"], |rig| {
+            let _hook = Switch::on(&rig.vm.dir, "vcpu-panic")?;
+            rig.vm.ask_update(&rig.vm.other_build()?)
+        })
     })
 }
 
@@ -82,18 +79,16 @@ impl Drop for SmallMemory {
     }
 }
 
-/// Asks for an update whose new image a fault kills: the parked helper brings the guest back, as another process.
+/// Asks for an update whose new VMM a fault kills.
 pub fn taken_back(vm: &mut Vm) -> Result<Report> {
     let answer = vm.ask_update(&vm.other_build()?)?;
     let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
-    let image = vm.pid();
-    vm.follow(report.pid)?;
-    ensure!(report.outcome == "rolled_back" && report.pid != image, "{report:?}");
+    ensure!(report.outcome == "rolled_back" && report.pid == vm.pid() && vm.ping()?.pid == vm.pid(), "{report:?}");
     Ok(report)
 }
 
-/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer takes the new image,
-/// and not the helper, though that has all of guest RAM mapped.
+/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer takes the new VMM,
+/// and not the old one, though that has all of guest RAM mapped.
 pub fn out_of_memory() -> Result<()> {
     // Before the VM, so that it is empty when it is removed.
     let cgroup = SmallMemory::new()?;
@@ -115,20 +110,21 @@ pub fn out_of_memory() -> Result<()> {
         ensure!(reasons.contains(&format!("phase {phase}")) && reasons.contains("died"), "{report:?}");
         ensure!(cgroup.kills()? == round as u64 + 1, "{} processes were killed", cgroup.kills()?);
         note(format_args!("{phase}: rolled back after {} us: {reasons}", report.pause_us));
-        let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", report.pid))?;
+        let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", rig.vm.vmm()?))?;
         ensure!(score.trim() == "0", "oom_score_adj is {score} afterwards");
         traffic.moves_on(rig.agent()?, 25)?;
         traffic.finish_clean(rig.agent()?)?;
     }
     rig.update_under_traffic()?;
-    let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", rig.vm.pid()))?;
+    rig.vm.settled_facts()?;
+    let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", rig.vm.vmm()?))?;
     ensure!(score.trim() == "0", "oom_score_adj is {score} after an update");
     let memory: MemoryStats = rig.agent()?.call(&Request::MemoryStop)?;
     ensure!(memory.pages_wrong == 0, "{memory:?}");
     Ok(())
 }
 
-/// From its commit on an image that dies is a VMM that crashes, and leaves nothing: its helper goes too, and the device is free for the next.
+/// From its commit on a new VMM that dies is a VMM that crashes, and leaves nothing: the old one goes too, and the device is free for the next.
 pub fn committed() -> Result<()> {
     for kind in ["kill", "segv"] {
         let mut vm = Vm::builder().cpus(2).device(Nic::IgbA, None)?.boot()?;
@@ -141,8 +137,8 @@ pub fn committed() -> Result<()> {
         ensure!(!status.success() && status.code().is_none(), "{kind}: {status}");
         drop(fault);
         ensure!(caller.receive().is_err(), "an answer of a VMM that is dead");
-        // The helper is ours now, as its parent is gone.
-        wait_for("the helper to end", || {
+        // The old VMM is ours now, as its parent is gone.
+        wait_for("the old VMM to end", || {
             let ours = proc::children(std::process::id())?;
             Ok(ours.into_iter().all(|pid| proc::state(pid).is_ok_and(|state| state == 'Z')).then_some(()))
         })?;
@@ -151,7 +147,7 @@ pub fn committed() -> Result<()> {
     Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?.update_under_traffic()
 }
 
-/// `--fault` of a test build: it strikes in every update, whichever image is the old one by then.
+/// `--fault` of a test build: it strikes in every update, whichever build is the old one by then.
 pub fn fault_by_option() -> Result<()> {
     let mut vm = Vm::builder().fault("remap:kill").boot()?;
     for _ in 0..2 {

@@ -1,16 +1,9 @@
 //! Updates that must not happen: the guest goes on in the old image, the caller is told why, and the next update works.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::{
-            fs::{FileExt, PermissionsExt},
-            process::CommandExt,
-        },
-    },
+    fs::{self, OpenOptions},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -47,9 +40,10 @@ impl End {
         }
         let report: serde_json::Value = answer.json()?;
         ensure!(answer.status == 200 && report["outcome"] == "rolled_back", "{answer:?}");
+        let stopped = report["phases"].as_array().into_iter().flatten().any(|phase| phase["name"] == "freeze");
         ensure!(
-            report["pause_us"].as_u64().is_some_and(|us| us > 0),
-            "the guest was stopped, but for how long? {answer:?}"
+            stopped == report["pause_us"].as_u64().is_some_and(|us| us > 0),
+            "was the guest stopped, and for how long? {answer:?}"
         );
         Ok(report["reasons"].to_string())
     }
@@ -154,7 +148,7 @@ pub fn exec_fails() -> Result<()> {
     rig::shared(|rig| {
         let target = copy_of_next(rig, "busy-file")?;
         unharmed(rig, End::RolledBack, &["exec", "busy"], |rig| {
-            let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
+            let mut hold = Hold::arm(&rig.vm.dir, "become")?;
             let mut caller = rig.vm.api.connect()?;
             caller.send("PUT", "vm.update", &update_body(&target))?;
             hold.wait_held()?;
@@ -193,10 +187,10 @@ pub fn downgrade() -> Result<()> {
     })
 }
 
-/// The way back leads to the file that was running, though its name is gone: an update that fails after the exec.
+/// The keeper becomes the file that was running again, though its name is gone: an update that fails after the exec.
 pub fn old_binary_deleted() -> Result<()> {
     rig::shared(|rig| {
-        for fault in ["vm:error", "remap:panic"] {
+        for fault in ["vcpus:error", "remap:panic"] {
             let running = copy_of_next(rig, "deleted")?;
             rig.vm.update_to(&running)?;
             rig.vm.note_update();
@@ -216,87 +210,6 @@ pub fn old_binary_deleted() -> Result<()> {
     })
 }
 
-/// A saved state that was used already, one whose fds are not there, and one whose numbers are other files, as in another VMM: each time
-/// both images give up with a reason, and no guest is touched.
-pub fn state_used_again() -> Result<()> {
-    rig::shared(|rig| {
-        let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
-        let mut caller = rig.vm.api.connect()?;
-        caller.send("PUT", "vm.update", &update_body(&rig.vm.other_build()?))?;
-        hold.wait_held()?;
-        let state = proc::open_fd_to(rig.vm.pid(), "/memfd:saved-state", File::options().read(true))?;
-        let used = proc::open_fd_to(rig.vm.pid(), "/memfd:update-timeline", File::options().read(true).write(true))?;
-        hold.release()?;
-        ensure!(caller.receive()?.status == 200, "not updated");
-        rig.vm.note_update();
-        drop(hold);
-        // As a new page is: nobody has committed.
-        let fresh = rig.vm.dir.join("timeline");
-        fs::write(&fresh, [0; 4096])?;
-        let fresh = File::options().read(true).write(true).open(&fresh)?;
-        let cases = [
-            (&used, None, "used already"),
-            (&fresh, None, "is not open in this image"),
-            (&fresh, Some(File::open("/dev/null")?), "is another file"),
-        ];
-        for (timeline, others, why) in cases {
-            // What the case before left in there is how it failed.
-            if why != "used already" {
-                timeline.write_all_at(&[0; 4096], 0)?;
-            }
-            let (new, old) = (lab::bin("theseus-b")?, File::open(lab::bin("theseus-a")?)?);
-            let output = taking_over(&new, &state, &old, timeline, others.as_ref())?;
-            let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            note(format_args!("{why}: {}: {}", output.status, text.trim()));
-            ensure!(output.status.code() == Some(70) && text.contains(why), "{why}: {}: {text}", output.status);
-            ensure!(!text.contains("panicked"), "{text}");
-        }
-        rig.agent()?.ping()?;
-        rig.vm.update()?;
-        Ok(())
-    })
-}
-
-/// More numbers than a VMM with one device uses.
-const FDS: i32 = 128;
-
-/// Starts `new` as an update would, with only these fds; `others` is what all further numbers are open on.
-fn taking_over(new: &Path, state: &File, old: &File, timeline: &File, others: Option<&File>) -> Result<Output> {
-    let others = others.map(AsRawFd::as_raw_fd);
-    // At numbers that the VMM of the state does not use: they would be taken for its own.
-    let high = |file: &File| -> Result<OwnedFd> {
-        // SAFETY: no memory is involved.
-        let fd = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, FDS) };
-        ensure!(fd >= 0, "F_DUPFD: {}", std::io::Error::last_os_error());
-        // SAFETY: just opened, and nobody else's.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-    };
-    let kept = [high(state)?, high(old)?, high(timeline)?];
-    let fds = kept.each_ref().map(AsRawFd::as_raw_fd);
-    let mut command = Command::new(new);
-    command.env("THESEUS_HANDOVER", format!("state={},old={},timeline={}", fds[0], fds[1], fds[2]));
-    // SAFETY: system calls only, on the child's own copies of open fds.
-    unsafe {
-        command.pre_exec(move || {
-            for fd in fds {
-                if libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-            }
-            let Some(others) = others else { return Ok(()) };
-            // Its own number is one of those that are replaced.
-            let other = libc::fcntl(others, libc::F_DUPFD, FDS);
-            for number in 3..FDS {
-                if libc::dup2(other, number) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
-    }
-    Ok(command.stdin(Stdio::null()).output()?)
-}
-
 /// The kernel refuses to invalidate the second container, because one of its ranges is invalid already; the first is put back.
 pub fn second_container() -> Result<()> {
     let nics = [(Nic::IgbA, None), (Nic::IgbB, Some("second"))];
@@ -306,7 +219,7 @@ pub fn second_container() -> Result<()> {
         [(1, "container 'second': cannot invalidate"), (0, "container 'default': cannot invalidate")]
     {
         unharmed(&mut rig, End::RolledBack, &[said], |rig| {
-            let range = InvalidRange::new(rig.vm.pid(), container)?;
+            let range = InvalidRange::new(rig.vm.vmm()?, container)?;
             let answer = rig.vm.ask_update(&rig.vm.other_build()?);
             ensure!(range.is_valid_again(), "the range is still invalid: no later update could succeed");
             answer
@@ -342,10 +255,12 @@ pub fn preflight() -> Result<()> {
 /// A dry run says that it would work, or why not, and changes nothing.
 pub fn dry_run() -> Result<()> {
     rig::shared(|rig| {
-        let (before, facts) = (rig.vm.ping()?, rig.vm.settled_facts()?);
         let ask = |rig: &Rig, binary: &Path| {
             rig.vm.api.put("vm.update", &serde_json::json!({ "binary": binary, "dry_run": true }).to_string())
         };
+        // Once before: the C library keeps the stack of a thread that has ended.
+        ask(rig, &rig.vm.other_build()?)?;
+        let (before, facts) = (rig.vm.ping()?, rig.vm.settled_facts()?);
         let answer = ask(rig, &rig.vm.other_build()?)?;
         ensure!(answer.status == 200, "{answer:?}");
         let report: serde_json::Value = answer.json()?;

@@ -108,11 +108,11 @@ pub fn affinity_kept() -> Result<()> {
     let is_root = std::fs::read_to_string("/proc/self/cgroup")?.lines().any(|line| line == "0::/");
     let cgroup = is_root.then(Cgroup::new).transpose()?;
     let mut vm = Vm::builder().cpus(2).boot()?;
-    let tid = proc::thread_named(vm.pid(), "vcpu0")?;
+    let tid = proc::thread_named(vm.vmm()?, "vcpu0")?;
     if let Some(cgroup) = &cgroup {
         std::fs::write(cgroup.0.join("cgroup.threads"), tid.to_string()).context("a thread into a cgroup")?;
     }
-    let other = Placement::of(proc::thread_named(vm.pid(), "vcpu1")?)?;
+    let other = Placement::of(proc::thread_named(vm.vmm()?, "vcpu1")?)?;
     // The last CPU of those there are: where L1 has one, only policy and nice value can differ.
     let cpus: Vec<_> = other.cpus.last().copied().into_iter().collect();
     Placement { cpus: cpus.clone(), policy: libc::SCHED_BATCH, nice: 5, cgroup: String::new() }.put(tid)?;
@@ -123,9 +123,9 @@ pub fn affinity_kept() -> Result<()> {
     ensure!(cgroup.is_none() || (wanted.cgroup == "/vcpus" && other.cgroup == "/"), "{wanted:?}, {other:?}");
     for _ in 0..2 {
         vm.update()?;
-        let now = Placement::of(proc::thread_named(vm.pid(), "vcpu0")?)?;
+        let now = Placement::of(proc::thread_named(vm.vmm()?, "vcpu0")?)?;
         ensure!(now == wanted, "vcpu0: {wanted:?} -> {now:?}");
-        let now = Placement::of(proc::thread_named(vm.pid(), "vcpu1")?)?;
+        let now = Placement::of(proc::thread_named(vm.vmm()?, "vcpu1")?)?;
         ensure!(now == other, "vcpu1: {other:?} -> {now:?}");
     }
     vm.agent()?.ping()

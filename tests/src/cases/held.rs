@@ -73,7 +73,7 @@ pub fn red_without_irqfds() -> Result<()> {
         "the VMM under test has no test hooks: {:?}",
         rig.vm.ping()?
     );
-    let ram = GuestRam::of(rig.vm.pid())?;
+    let ram = GuestRam::of(rig.vm.vmm()?)?;
     let (vector, source) = sources(rig.agent()?, &rig.wires[0])?.into_iter().next().context("no vector")?;
     let _hook = Switch::on(&rig.vm.dir, "skip-irqfds")?;
     let seen = attempts(|| {
@@ -91,7 +91,7 @@ fn request(rig: &Rig) -> Result<String> {
 }
 
 fn every_vector(rig: &mut Rig, expected: usize) -> Result<()> {
-    let ram = GuestRam::of(rig.vm.pid())?;
+    let ram = GuestRam::of(rig.vm.vmm()?)?;
     let vectors = sources(rig.agent()?, &rig.wires[0])?;
     ensure!(
         vectors.len() >= expected,

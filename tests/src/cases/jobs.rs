@@ -117,12 +117,13 @@ impl Job {
 
     /// The guest runs, and the control thread answers.
     fn goes_on(&self, what: &str) -> Result<()> {
-        let counter = Counter::of(self.pid)?;
+        let vmm = proc::newest_child(self.pid)?.context("no VMM")?;
+        let counter = Counter::of(vmm)?;
         let before = counter.get();
         wait_for(&format!("the guest to go on: {what}"), || {
             Ok((counter.get() > before + guest::pages(MEMORY)).then_some(()))
         })?;
-        ensure!(proc::state(self.pid)? != 'T', "the VMM is stopped: {what}");
+        ensure!(proc::state(self.pid)? != 'T' && proc::state(vmm)? != 'T', "the VMM is stopped: {what}");
         let ping = self.api.get("vmm.ping")?;
         ensure!(ping.ok(), "{what}: {ping:?}");
         Ok(())

@@ -53,13 +53,20 @@ pub fn refuse_or_drop() -> Result<()> {
     let len = || fs::metadata(&output).map(|meta| meta.size()).unwrap_or(0);
     wait_for("the guest to talk", || Ok((len() > 0).then_some(())))?;
     let max = len() + (64 << 10);
-    proc::set_soft_limit(vm.pid(), libc::RLIMIT_FSIZE, max)?;
+    let limit = |vm: &Vm, max| -> Result<()> {
+        // Of the keeper, whose limits count for an update, and of the VMM, which is the one that writes now.
+        for pid in [vm.pid(), vm.vmm()?] {
+            proc::set_soft_limit(pid, libc::RLIMIT_FSIZE, max)?;
+        }
+        Ok(())
+    };
+    limit(&vm, max)?;
     wait_for("output to be dropped", || Ok((vm.counter("/serial/dropped_bytes")? > 0).then_some(())))?;
     ensure!(len() == max, "{} bytes were written, {max} were allowed", len());
     let refused = vm.ask_update(&vm.other_build()?)?;
     ensure!(refused.status == 409 && refused.body.contains("RLIMIT_FSIZE is "), "{refused:?}");
     ensure!(vm.is_running(), "it has ended");
-    proc::set_soft_limit(vm.pid(), libc::RLIMIT_FSIZE, libc::RLIM_INFINITY)?;
+    limit(&vm, libc::RLIM_INFINITY)?;
     vm.update().context("without the limit")?;
     wait_for("the guest to talk on", || Ok((len() > max).then_some(())))?;
     drop(vm);
@@ -79,7 +86,7 @@ fn counting() -> Result<Vm> {
 }
 
 fn goes_on(vm: &Vm, what: &str) -> Result<()> {
-    let counter = Counter::of(vm.pid())?;
+    let counter = Counter::of(vm.vmm()?)?;
     let before = counter.get();
     wait_for(&format!("the guest to go on after {what}"), || {
         Ok((counter.get() > before + guest::pages(MEMORY)).then_some(()))
@@ -91,11 +98,14 @@ pub fn signal_nothing() -> Result<()> {
     let mut vm = counting()?;
     for turn in 0..2 {
         for signal in [libc::SIGXFSZ, libc::SIGXCPU, libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU] {
-            vm.signal(signal)?;
-            goes_on(&vm, &format!("signal {signal} in turn {turn}"))?;
-            ensure!(vm.is_running() && proc::state(vm.pid())? != 'T', "signal {signal} in turn {turn}");
+            for pid in [vm.pid(), vm.vmm()?] {
+                proc::signal(pid, signal)?;
+                goes_on(&vm, &format!("signal {signal} to {pid} in turn {turn}"))?;
+                ensure!(vm.is_running() && proc::state(pid)? != 'T', "signal {signal} to {pid} in turn {turn}");
+            }
         }
         vm.update()?;
+        vm.settled_facts()?;
     }
     Ok(())
 }
@@ -103,6 +113,7 @@ pub fn signal_nothing() -> Result<()> {
 /// vCPUs stop at once where this user's other processes have used up what may be queued of signals (RLIMIT_SIGPENDING).
 pub fn no_signal_queued() -> Result<()> {
     let mut vm = counting()?;
+    proc::set_soft_limit(vm.vmm()?, libc::RLIMIT_SIGPENDING, 0)?;
     proc::set_soft_limit(vm.pid(), libc::RLIMIT_SIGPENDING, 0)?;
     for endpoint in ["vm.pause", "vm.resume"] {
         let answer = vm.api.put(endpoint, "")?;

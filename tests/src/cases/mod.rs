@@ -12,6 +12,7 @@ pub mod frozen;
 mod held;
 mod hostile;
 mod jobs;
+mod keeper;
 mod limits;
 mod meetings;
 mod operator;
@@ -94,6 +95,8 @@ const CASES: &[Case] = &[
     plain("update_plain", update::plain),
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
+    plain("keeper_signals", keeper::signals),
+    plain("keeper_settings", keeper::settings),
     plain("serial_modes", serial::modes),
     plain("serial_terminal_gone", serial::terminal_gone),
     plain("job_hang_up", jobs::hang_up),
@@ -134,9 +137,8 @@ const CASES: &[Case] = &[
     shared("fails_downgrade", failures::downgrade),
     shared("fails_exec", failures::exec_fails),
     shared("target_of_others", target::of_others),
-    shared("fails_park_and_vcpu_thread", deaths::helper_missing_and_vcpu_panic),
+    shared("fails_vcpu_thread", deaths::vcpu_panic),
     shared("fails_old_binary_deleted", failures::old_binary_deleted),
-    shared("state_used_again", failures::state_used_again),
     shared("meets_its_deadline", meetings::deadline_race),
     shared("meets_stopped_at_the_word", meetings::stopped_at_the_word),
     shared("meets_short_deadlines", meetings::short_deadlines),
@@ -149,6 +151,8 @@ const CASES: &[Case] = &[
     unwired(&[Nic::IgbA], "resets_without_end", hostile::resets_without_end),
     unwired(&[Nic::IgbA], "device_without_wire", operator::device_without_wire),
     unwired(&[Nic::IgbA], "devices_free_at_once", operator::devices_free_at_once),
+    with(&[Nic::IgbA], "keeper_killed", keeper::killed),
+    with(&[Nic::IgbA], "keeper_killed_in_update", keeper::killed_in_update),
     with(&[Nic::IgbA], "reset_with_nic", operator::reset_with_nic),
     unwired(&[Nic::IgbA], "eoi_flag_that_kvm_refuses", probes::eoi_flag_that_kvm_refuses),
     with(&[Nic::IgbA], "supervisor_is_told", operator::supervisor_is_told),
@@ -167,7 +171,7 @@ const LONG: &[Case] = &[
     plain("boot_16cpu", boot::sixteen_cpus),
     shared("traffic_without_update", traffic::without_update),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
-    with(&[Nic::IgbA, Nic::E1000e], "rollback_red_without_reinjection", rollback::red_without_reinjection),
+    with(&[Nic::IgbA, Nic::E1000e], "rollback_red_without_irqfds", rollback::red_without_irqfds),
     with(&[Nic::E1000e], "disk_and_nic_of_one_group", traffic::disk_and_nic),
     with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),

@@ -63,7 +63,7 @@ pub fn pages() -> Result<()> {
         let gpa: u64 = vm.agent()?.call(&Request::PageHold)?;
         let touch = |vm: &Vm| vm.agent()?.call::<i32>(&Request::PageTouch);
         ensure!(touch(&vm)? == 0, "the page cannot be read before");
-        poison(vm.pid(), gpa)?;
+        poison(vm.vmm()?, gpa)?;
         let event = |vm: &Vm| wait_for("the event", || Ok((told(vm, gpa)? > 0).then_some(())));
         // Before anybody needs the page, the second time.
         if turn == 1 {
@@ -138,7 +138,7 @@ pub fn signals() -> Result<()> {
     guest::write(&kernel, MEMORY)?;
     let mut vm = Vm::bare(&kernel, 1, "size=128M", true)?;
     let goes_on = |vm: &Vm, what: &str| {
-        let counter = Counter::of(vm.pid())?;
+        let counter = Counter::of(vm.vmm()?)?;
         let before = counter.get();
         wait_for(&format!("the guest to go on after {what}"), || {
             Ok((counter.get() > before + guest::pages(MEMORY)).then_some(()))
@@ -148,19 +148,20 @@ pub fn signals() -> Result<()> {
         goes_on(&vm, "an update")?;
         let gpa = 0x300_0000 + turn * 0x1000;
         // Main is told of what nobody needs yet.
-        strike(vm.pid(), vm.pid() as i32, BUS_MCEERR_AO, address_in(vm.pid(), gpa)?)?;
+        let vmm = vm.vmm()?;
+        strike(vmm, vmm as i32, BUS_MCEERR_AO, address_in(vmm, gpa)?)?;
         wait_for("the event", || Ok((told(&vm, gpa)? > 0).then_some(())))?;
         goes_on(&vm, "an error that is nobody's yet")?;
         vm.update()?;
         goes_on(&vm, "an update")?;
     }
-    let (pid, gpa) = (vm.pid(), 0x400_0000);
+    let (pid, gpa) = (vm.vmm()?, 0x400_0000);
     strike(pid, proc::thread_named(pid, "vcpu0")?, BUS_MCEERR_AR, address_in(pid, gpa)?)?;
     wait_for("the event", || Ok((told(&vm, gpa)? > 0).then_some(())))?;
     wait_for("the guest to boot again", || {
         Ok(vm.events()?.iter().any(|event| event["event"] == "rebooted").then_some(()))
     })?;
-    ensure!(vm.is_running() && vm.ping()?.pid == pid, "the VMM is another one");
+    ensure!(vm.is_running() && vm.vmm()? == pid, "the VMM is another one");
     goes_on(&vm, "its reset")?;
     vm.update()?;
     goes_on(&vm, "an update after that")?;

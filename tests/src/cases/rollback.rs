@@ -1,7 +1,6 @@
-//! Nothing loses the guest: faults by name, in every phase of an update, on both sides of the exec.
+//! Nothing loses the guest: faults by name, in every phase of an update, in both VMMs.
 //!
-//! A cell is a fault. From the park to the commit the guest lives in every one of them; before the park, in all but those that are an
-//! ordinary crash of the VMM.
+//! A cell is a fault. The guest lives in every one of them but those that are an ordinary crash of the VMM that has it.
 
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use crate::{
         lab::{self, Nic},
         proc,
         ram::GuestRam,
-        report::{Report, update_body},
+        report::Report,
         rig::Rig,
         table::{Table, ms},
         vm::Vm,
@@ -58,7 +57,7 @@ impl Subject {
         let nics = [(Nic::IgbA, None), (Nic::E1000e, Some("second"))];
         let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 3 })?;
-        let ram = GuestRam::of(rig.vm.pid())?;
+        let ram = GuestRam::of(rig.vm.vmm()?)?;
         let vector = held::sources(rig.agent()?, &rig.wires[0])?.into_iter().next().context("no vector")?;
         let pause_ms = rig.vm.update()?.pause_us / 1000;
         let first = rig.vm.settled_facts()?;
@@ -137,16 +136,15 @@ impl Subject {
 
     fn ask(&mut self, cell: &Cell, request: &str) -> Result<Answer> {
         let vm = &mut self.rig.vm;
-        if cell.kind != "stop" || cell.end == End::NewPid {
+        if !cell.stops_the_old() {
             return vm.api.put("vm.update", request);
         }
-        // Before the park nobody but its supervisor can wake a stopped VMM.
+        let old = vm.vmm()?;
         let mut caller = vm.api.connect()?;
         caller.send("PUT", "vm.update", request)?;
-        let pid = vm.pid();
-        crate::harness::wait_for("the VMM to stop", || Ok((proc::state(pid)? == 'T').then_some(())))?;
+        crate::harness::wait_for("the VMM to stop", || Ok((proc::state(old)? == 'T').then_some(())))?;
         std::thread::sleep(Duration::from_millis(self.deadline_ms + 100));
-        vm.signal(libc::SIGCONT)?;
+        proc::signal(old, libc::SIGCONT)?;
         caller.receive()
     }
 
@@ -163,9 +161,7 @@ impl Subject {
         }
         ensure!(answer.status == 200, "{answer:?}");
         let report: Report = answer.json()?;
-        vm.follow(report.pid)?;
-        ensure!(vm.ping()?.pid == report.pid, "{report:?}");
-        ensure!((report.pid == pid) == (cell.end != End::NewPid), "PID {pid} before: {report:?}");
+        ensure!(report.pid == pid && vm.ping()?.pid == pid, "PID {pid} before: {report:?}");
         if cell.end == End::Updated {
             vm.note_update();
             ensure!(report.outcome == "updated", "{report:?}");
@@ -230,8 +226,7 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
                 let what = match end {
                     End::Refused => "lives, refused",
                     End::Updated => "lives, updated",
-                    End::SamePid => "lives, same PID",
-                    _ => "lives, new PID",
+                    _ => "lives, rolled back",
                 };
                 note(format_args!(
                     "{phase}:{kind}: {what}, outage {outage:?}, timers late {late:?}, silent packet {reported:?}"
@@ -255,17 +250,22 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
     Ok(())
 }
 
-/// Cells with each kind of end, on both sides of the exec; all cells are in the soak's matrix.
+/// Cells with each kind of end, in both VMMs; all cells are in the soak's matrix.
 pub fn some_cells() -> Result<()> {
-    let cells =
-        [("pause", "error"), ("invalidate", "ebusy:1"), ("exec", "segv"), ("devices", "hang"), ("remap", "refused:1")];
+    let cells = [
+        ("pause", "error"),
+        ("invalidate", "ebusy:1"),
+        ("prewarm", "segv"),
+        ("devices", "hang"),
+        ("remap", "refused:1"),
+    ];
     matrix(&cells.map(|(phase, kind)| Cell::new(phase, kind)))
 }
 
-/// Without re-injection, the packet whose interrupt the failed image has consumed must be missing: or the check above shows nothing.
-pub fn red_without_reinjection() -> Result<()> {
+/// With no irqfd attached again by the old VMM, the packet that came in the pause must be missing: or the check above shows nothing.
+pub fn red_without_irqfds() -> Result<()> {
     let mut subject = Subject::boot()?;
-    let _hook = Switch::on(&subject.rig.vm.dir, "skip-reinjection")?;
+    let _hook = Switch::on(&subject.rig.vm.dir, "skip-irqfds")?;
     let seen = subject.silent_packet(&Cell::new("commit", "error"))?;
     subject.rig.agent()?.ping()?;
     // Only the driver's watchdog brings it to light.
@@ -273,22 +273,30 @@ pub fn red_without_reinjection() -> Result<()> {
     Ok(())
 }
 
-/// Keeps the saved state of an update as a file among the results, for vmm/tests/golden.
+/// Keeps the states of an update, the true one and that of its rehearsal, as files among the results, for vmm/tests/golden.
 pub fn golden() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None), (Nic::E1000e, Some("second"))])?;
     // Twice: the state is to be of build a, which is what is released.
     rig.vm.update()?;
     rig.vm.update()?;
     let version = rig.vm.ping()?.version;
-    let mut hold = Hold::arm(&rig.vm.dir, "invalidate")?;
-    let mut caller = rig.vm.api.connect()?;
-    caller.send("PUT", "vm.update", &update_body(&rig.vm.other_build()?))?;
-    hold.wait_held()?;
-    let mut state = proc::open_fd_to(rig.vm.pid(), "/memfd:saved-state", std::fs::File::options().read(true))?;
-    let path = lab::results()?.join(format!("{}.state", version));
-    std::io::copy(&mut state, &mut std::fs::File::create(&path)?)?;
-    hold.release()?;
-    caller.receive()?;
-    println!("{}", path.display());
+    for (kind, memfd, phase) in
+        [("rehearsal", "/memfd:rehearsal", "prepare"), ("state", "/memfd:saved-state", "invalidate")]
+    {
+        let old = rig.vm.vmm()?;
+        let mut hold = Hold::arm(&rig.vm.dir, phase)?;
+        let mut caller = rig.vm.api.connect()?;
+        let body = serde_json::json!({ "binary": lab::bin("theseus-a")? });
+        caller.send("PUT", "vm.update", &body.to_string())?;
+        hold.wait_held()?;
+        let mut state = proc::open_fd_to(old, memfd, std::fs::File::options().read(true))?;
+        let path = lab::results()?.join(format!("{version}.{kind}"));
+        std::io::copy(&mut state, &mut std::fs::File::create(&path)?)?;
+        println!("{}", path.display());
+        hold.release()?;
+        caller.receive()?;
+        drop(hold);
+        rig.vm.settled_facts()?;
+    }
     Ok(())
 }

@@ -50,7 +50,7 @@ fn speaks_over_update(vm: &mut Vm, mut heard: impl FnMut() -> Result<String>) ->
     let line = |n: u32| format!("{n:08x}");
     for round in 0..2 {
         let (from, to) = (round * LINES, (round + 1) * LINES);
-        probes::tell(vm.pid(), to)?;
+        probes::tell(vm.vmm()?, to)?;
         wait_for("the guest to speak", || Ok(heard()?.contains(&line(from)).then_some(())))?;
         vm.update()?;
         wait_for("the last line", || Ok(heard()?.contains(&line(to - 1)).then_some(())))?;
@@ -62,7 +62,7 @@ fn speaks_over_update(vm: &mut Vm, mut heard: impl FnMut() -> Result<String>) ->
     Ok(())
 }
 
-/// The console's terminal has hung up: neither an update nor the helper's way back needs it.
+/// The console's terminal has hung up: neither an update nor a way back needs it.
 pub fn terminal_gone() -> Result<()> {
     const MEMORY: u64 = 128 << 20;
     let (mut master, mut slave) = (-1, -1);
@@ -78,7 +78,7 @@ pub fn terminal_gone() -> Result<()> {
     guest::write(&kernel, MEMORY)?;
     let mut vm = Vm::bare_on(&slave, &kernel, "size=128M")?;
     fs::remove_file(&kernel)?;
-    let counter = Counter::of(vm.pid())?;
+    let counter = Counter::of(vm.vmm()?)?;
     let goes_on = |what: &str| {
         let before = counter.get();
         wait_for(&format!("the guest to go on after {what}"), || {
@@ -132,9 +132,9 @@ pub fn modes() -> Result<()> {
 
     for mode in ["null", "off"] {
         let mut vm = speaker(mode)?;
-        let counter = Counter::of(vm.pid())?;
+        let counter = Counter::of(vm.vmm()?)?;
         for lines in [LINES, 2 * LINES] {
-            probes::tell(vm.pid(), lines)?;
+            probes::tell(vm.vmm()?, lines)?;
             wait_for("the guest to speak", || Ok((counter.get() > 0).then_some(())))?;
             vm.update().context(mode)?;
             wait_for(mode, || Ok((counter.get() == u64::from(lines)).then_some(())))?;

@@ -124,7 +124,7 @@ pub fn idle_guest_wakes() -> Result<()> {
 /// Waits until the vCPU threads use hardly any CPU for a while.
 fn becomes_idle(vm: &Vm, when: &str) -> Result<()> {
     let used =
-        |vm: &Vm| -> Result<u64> { (0..vm.cpus).map(|cpu| proc::thread_ticks(vm.pid(), &format!("vcpu{cpu}"))).sum() };
+        |vm: &Vm| -> Result<u64> { (0..vm.cpus).map(|cpu| proc::thread_ticks(vm.vmm()?, &format!("vcpu{cpu}"))).sum() };
     wait_for(&format!("the guest to be idle {when}"), || {
         let (before, since) = (used(vm)?, Instant::now());
         sleep(Duration::from_millis(500));

@@ -133,7 +133,7 @@ pub fn huge_pages() -> Result<()> {
         updates_under_traffic(&mut rig, 3).with_context(|| memory.to_string())?;
         let stats: MemoryStats = rig.agent()?.call(&Request::MemoryStop)?;
         ensure!(stats.pages_wrong == 0, "{memory}: {stats:?}");
-        let mapped = proc::huge_kib(rig.vm.pid())?;
+        let mapped = proc::huge_kib(rig.vm.vmm()?)?;
         note(format_args!("{memory}: {mapped} KiB of huge pages"));
         ensure!(mapped >= 512 << 10, "{memory}: {mapped} KiB of huge pages");
         Ok(())
@@ -149,7 +149,7 @@ pub fn memory_behind_the_hole() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2).memory("size=4G,hugepages=on"), &[(Nic::IgbA, None)])?;
     rig.agent()?.call::<()>(&Request::MemoryStart { mib: MIB, seed: 12 })?;
     updates_under_traffic(&mut rig, 3)?;
-    let ram = GuestRam::of(rig.vm.pid())?;
+    let ram = GuestRam::of(rig.vm.vmm()?)?;
     held::send(&rig.wires[0], 0, 0x5e3d)?;
     let packet = wait_for("the packet in guest memory", || Ok(ram.find_filler(0x5e3d)))?;
     ensure!(packet as u64 >= ram::HOLE, "the packet is at {packet:#x}, before the hole");

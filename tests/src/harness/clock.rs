@@ -50,7 +50,7 @@ fn is_vm_of(pid: u32, dir: &Path) -> bool {
 
 /// TSC offset of each vCPU, as KVM has it.
 pub fn tsc_offsets(vm: &Vm) -> Result<Vec<i64>> {
-    let dir = kvm_dir(vm.pid())?;
+    let dir = kvm_dir(vm.vmm()?)?;
     (0..vm.cpus)
         .map(|cpu| {
             let file = dir.join(format!("vcpu{cpu}/tsc-offset"));

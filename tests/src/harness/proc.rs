@@ -58,6 +58,20 @@ impl Facts {
         Ok(facts)
     }
 
+    /// Those of the keeper too, by names of their own.
+    pub fn with_keeper(mut self, keeper: Self) -> Self {
+        let Self { fds, threads, mappings, children, locked_kib, own_rss_kib } = keeper;
+        let named =
+            |counts: BTreeMap<String, usize>| counts.into_iter().map(|(name, n)| (format!("keeper: {name}"), n));
+        self.fds.extend(named(fds));
+        self.threads.extend(named(threads));
+        self.mappings.extend(named(mappings));
+        self.children += children;
+        self.locked_kib += locked_kib;
+        self.own_rss_kib += own_rss_kib;
+        self
+    }
+
     pub fn fd_count(&self) -> usize {
         self.fds.values().sum()
     }
@@ -176,6 +190,16 @@ pub fn children(pid: u32) -> Result<Vec<u32>> {
         }
     }
     Ok(children)
+}
+
+/// The child of `pid` that was started last.
+pub fn newest_child(pid: u32) -> Result<Option<u32>> {
+    let started = |child: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{child}/stat")).ok()?;
+        // Field 22 (proc_pid_stat(5)), counted from the end of the name.
+        stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse::<u64>().ok()
+    };
+    Ok(children(pid)?.into_iter().max_by_key(|child| (started(child), *child)))
 }
 
 /// Opens what the first of [`fds_to`] is open on: another open file, of the same memfd or device.

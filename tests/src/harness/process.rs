@@ -1,4 +1,4 @@
-//! The VMM's process: our child, until a roll back by the parked helper gives the guest to another one.
+//! The keeper of a VMM: our child, until its death in an update leaves the guest to its VMM alone.
 
 use std::{
     io,
@@ -22,7 +22,7 @@ impl Process {
         self.heir.map_or(self.child.id(), |(pid, _)| pid)
     }
 
-    /// Makes orphans of the VMM (parked helpers) ours, so that they can be waited for. To be called before the first is started.
+    /// Makes orphans (VMMs whose keeper has died) ours, so that they can be waited for. To be called before the first is started.
     pub fn adopt_orphans() {
         static ONCE: Once = Once::new();
         // SAFETY: no memory is involved.

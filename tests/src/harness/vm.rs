@@ -164,8 +164,14 @@ impl Vm {
         Ok(vm)
     }
 
+    /// The PID that everybody knows: the keeper's.
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// The process that has the guest, or, in an update, may have it in a moment: the keeper's newest.
+    pub fn vmm(&self) -> Result<u32> {
+        proc::newest_child(self.pid())?.with_context(|| format!("the keeper {} has no VMM", self.pid()))
     }
 
     pub fn agent(&self) -> Result<&Agent> {
@@ -262,10 +268,12 @@ impl Vm {
         self.updates += 1;
     }
 
-    /// Facts about the process, once the old address space of the last update is gone.
+    /// Facts about the keeper and its VMM, once the old one of the last update is gone.
     pub fn settled_facts(&self) -> Result<proc::Facts> {
-        wait_for("the helper of the last update to end", || Ok(proc::children(self.pid())?.is_empty().then_some(())))?;
-        proc::Facts::of(self.pid())
+        wait_for("the old VMM of the last update to end", || {
+            Ok((proc::children(self.pid())?.len() == 1).then_some(()))
+        })?;
+        Ok(proc::Facts::of(self.vmm()?)?.with_keeper(proc::Facts::of(self.pid())?))
     }
 
     /// Everything that the event stream has said, in order.
@@ -350,6 +358,8 @@ impl Drop for Vm {
         {
             let _ = writeln!(log, "[the VMM had ended: {status}]");
         }
+        // One that has an update under way would outlive its keeper, with its devices.
+        let below = proc::children(self.pid()).unwrap_or_default();
         // A test that failed may not have followed a roll back that changed the PID.
         let written = fs::read_to_string(self.dir.join("pid")).ok().and_then(|text| text.trim().parse().ok());
         if let Some(pid) = written {
@@ -357,6 +367,9 @@ impl Drop for Vm {
         }
         let _ = self.process.signal(libc::SIGKILL);
         let _ = self.process.wait();
+        for vmm in below {
+            let _ = proc::signal(vmm, libc::SIGKILL);
+        }
         let _ = fs::remove_dir_all(&self.dir);
     }
 }

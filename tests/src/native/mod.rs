@@ -21,7 +21,6 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cases::frozen::Placement;
 use crate::harness::{
-    hooks::Switch,
     logs, proc,
     table::{Table, ms, percentile},
     vm::Vm,
@@ -46,9 +45,7 @@ pub fn run() -> Result<()> {
     let mut table = Table::new(["pause, ms", "memory", "p50", "p99", "max", "n", "back at 95 %, p50", "max"]);
     let mut medians = Vec::new();
     let mut huge_pages = None;
-    for (name, options, parked) in
-        [("4 KiB pages", "", true), ("4 KiB pages, not parked", "", false), ("2 MiB pages", ",hugepages=on", true)]
-    {
+    for (name, options) in [("4 KiB pages", ""), ("2 MiB pages", ",hugepages=on")] {
         if !options.is_empty() {
             // Not before: two guests of 8 GiB may be more than this machine has.
             match HugePages::reserve((LARGE >> 21) + 64) {
@@ -60,7 +57,7 @@ pub fn run() -> Result<()> {
             }
         }
         for size in [SMALL, LARGE] {
-            let (pauses, backs) = measure(size, options, parked).with_context(|| format!("{name}, {size} bytes"))?;
+            let (pauses, backs) = measure(size, options).with_context(|| format!("{name}, {size} bytes"))?;
             let back_max = if backs.len() < pauses.len() {
                 format!("not in {} s", BACK.as_secs())
             } else {
@@ -98,7 +95,7 @@ pub fn run_vcpus() -> Result<()> {
 /// A vCPU pinned to one of several CPUs stays there, which the lab's L1 with its one CPU cannot show.
 fn pinned() -> Result<()> {
     let mut vm = bare(SMALL, 1, "", true)?;
-    let thread = |vm: &Vm| proc::thread_named(vm.pid(), "vcpu0");
+    let thread = |vm: &Vm| proc::thread_named(vm.vmm()?, "vcpu0");
     let before = Placement::of(thread(&vm)?)?;
     let Some(last) = before.cpus.last().filter(|_| before.cpus.len() > 1) else {
         println!("Not tried, for want of a second CPU: a vCPU that is pinned to one.\n");
@@ -129,14 +126,13 @@ fn bare(size: u64, cpus: u32, options: &str, hooks: bool) -> Result<Vm> {
 }
 
 /// The pauses, and how long after each the guest was at [`BACK_PERCENT`] of its speed again, µs.
-fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>)> {
+fn measure(size: u64, options: &str) -> Result<(Vec<u64>, Vec<u64>)> {
     let mut vm = bare(size, 1, options, true)?;
-    let counter = Counter::of(vm.pid())?;
+    let counter = Counter::of(vm.vmm()?)?;
     wait_for("the guest to write all of its memory", || {
         ensure!(vm.is_running(), "the VMM has ended");
         Ok((counter.get() > 2 * guest::pages(size)).then_some(()))
     })?;
-    let _hook = (!parked).then(|| Switch::on(&vm.dir, "skip-park")).transpose()?;
     vm.update()?;
     let (mut pauses, mut backs) = (Vec::new(), Vec::new());
     for _ in 0..UPDATES {
@@ -151,7 +147,7 @@ fn measure(size: u64, options: &str, parked: bool) -> Result<(Vec<u64>, Vec<u64>
         pauses.push(report.pause_us);
         backs.extend(back);
     }
-    // Its helper holds the guest's memory too.
+    // The old VMM holds the guest's memory too.
     vm.settled_facts()?;
     Ok((pauses, backs))
 }

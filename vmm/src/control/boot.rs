@@ -17,10 +17,9 @@ use theseus_api::server::ReplyTo;
 use theseus_api::types::VmConfig;
 use theseus_api::{ApiError, Body, Request};
 
-use super::requests::HELPER_PATIENCE;
 use super::{Control, Vm};
 use crate::machine::{Machine, MachineError};
-use crate::update::back::panic_text;
+use crate::panics::panic_text;
 
 /// How long the end of the process waits for a boot to put back what it has done, such as the mode of a terminal.
 const LAST_WAIT: Duration = Duration::from_secs(1);
@@ -104,8 +103,6 @@ pub(super) fn needs_machine(request: &Request) -> bool {
 impl Control {
     /// Begins to boot `config`; the VM stays as it is until that has been done.
     pub fn start_boot(&mut self, config: VmConfig, wish: Wish) {
-        // The helper of an update has the devices' fds open until it has run once more.
-        self.reap_helper(HELPER_PATIENCE);
         let given_up = Arc::new(AtomicBool::new(false));
         let (sender, built) = channel();
         let (host, wake, stop) = (self.host.clone(), self.inbox.wake.clone(), given_up.clone());
@@ -156,10 +153,12 @@ impl Control {
         });
         let booted = booted.map(|machine| self.vm = Vm::Booted(Box::new(machine)));
         if booted.is_ok() {
-            self.events.say("vm", wish.event(), json!({}));
+            let threads = self.vm.machine().map(|machine| machine.vcpus.threads()).unwrap_or_default();
+            let properties = json!({ "vmm_pid": std::process::id(), "vcpu_threads": threads });
+            self.events.say("vm", wish.event(), properties);
         }
         match (wish, booted) {
-            (Wish::CommandLine, Ok(())) => self.supervisor.ready(),
+            (Wish::CommandLine, Ok(())) => self.keeper.notify(crate::notify::READY),
             (Wish::Reset { .. }, Ok(())) => {}
             (Wish::CommandLine, Err(error)) => {
                 let reason = ApiError::chain(500, &error).to_string();

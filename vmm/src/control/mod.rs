@@ -6,35 +6,36 @@ mod guest;
 mod memory;
 mod queue;
 mod requests;
+mod update;
 mod vm;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use theseus_api::access::Peers;
 use theseus_api::server::Server;
 use theseus_devices::legacy::serial::SerialDevice;
-use vmm_sys_util::timerfd::TimerFd;
 
 use crate::events::EventStream;
+use crate::keeper::Keeper;
 use crate::machine::Host;
 use crate::machine::devices::lock;
 use crate::main_thread::MainThread;
 use crate::signals::Signals;
 use crate::supervisor::Supervisor;
-use crate::update::adopt::Helper;
 pub use boot::{Booting, UnderWay, Wish};
 pub use guest::Resets;
 pub use memory::LostPages;
 pub use queue::{Inbox, Queue, queue};
+pub use update::Updating;
 pub use vm::Vm;
 
 /// See the module.
 pub struct Control {
     pub host: Host,
+    pub keeper: Arc<Keeper>,
     pub main: MainThread,
     pub inbox: Inbox,
     pub signals: Signals,
@@ -49,12 +50,10 @@ pub struct Control {
     pub booting: Option<Booting>,
     /// One that was given up, until it has ended.
     pub unwanted: Option<UnderWay>,
+    /// The update that is being made ready.
+    pub updating: Option<Updating>,
     /// Requests that wait for the boot.
     pub waiting: VecDeque<queue::Call>,
-    /// Of the last update, until it is reaped.
-    pub helper: Option<Helper>,
-    /// When that helper has been at idle priority for long enough; None before the loop stands.
-    pub hurry: Option<TimerFd>,
     pub resets: Resets,
     /// The serial console in the event loop; changes with the machine.
     pub watched: Option<WatchedConsole>,
@@ -98,7 +97,22 @@ impl Control {
     fn drain(&mut self) {
         let _ = self.inbox.wake.read();
         while self.exit.is_none() {
-            if self.finish_boot() || self.act_for_guest() {
+            if self.finish_boot() || self.finish_update() {
+                continue;
+            }
+            if let Some(updating) = &self.updating {
+                // What the guest asks for waits for the end of that.
+                if self.inbox.guest_has_asked() {
+                    updating.give_up();
+                }
+                let Some((request, reply)) = self.inbox.call() else { return };
+                match queue::meets_update(&request) {
+                    true => self.serve_request(request, reply),
+                    false => reply.send(Err(queue::update_under_way())),
+                }
+                continue;
+            }
+            if self.act_for_guest() {
                 continue;
             }
             let waiting = if self.booting.is_none() { self.waiting.pop_front() } else { None };
@@ -149,12 +163,8 @@ fn report(result: Result<(), event_manager::Error>) {
 const QUEUE: u32 = 0;
 const SIGNAL: u32 = 1;
 const CONSOLE: u32 = 2;
-const HURRY: u32 = 3;
-const RESET: u32 = 4;
-const MEMORY: u32 = 5;
-
-/// How long the tear-down of an old address space may take at idle priority. On a host whose CPUs are all busy it would never end.
-const IDLE: Duration = Duration::from_secs(2);
+const RESET: u32 = 3;
+const MEMORY: u32 = 4;
 
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps) {
@@ -166,7 +176,6 @@ impl MutEventSubscriber for Control {
             log::error!("the control loop cannot start: {error:?}");
             self.exit = Some(crate::EXIT_FAILURE);
         }
-        self.watch_helper(ops);
         self.resets.watch(ops);
         self.watch_console(ops);
         // What came before this loop stood.
@@ -182,12 +191,6 @@ impl MutEventSubscriber for Control {
                     lock(serial).handle_ready();
                 }
             }
-            HURRY => {
-                if let Some(timer) = &mut self.hurry {
-                    let _ = timer.wait();
-                }
-                self.helper.iter().for_each(Helper::hurry);
-            }
             RESET => {
                 self.resets.due();
                 self.drain();
@@ -202,37 +205,8 @@ impl MutEventSubscriber for Control {
 impl Control {
     fn signalled(&mut self) {
         for signal in self.signals.read() {
-            match signal {
-                libc::SIGCHLD => self.reap_helper(Duration::ZERO),
-                signal => {
-                    log::info!("signal {signal}: shutting down");
-                    self.end(crate::EXIT_OK, serde_json::json!({ "signal": signal }));
-                }
-            }
+            log::info!("signal {signal}: shutting down");
+            self.end(crate::EXIT_OK, serde_json::json!({ "signal": signal }));
         }
-    }
-
-    /// Only once in the life of an image is there a helper of an update that succeeded, and that is at its start.
-    fn watch_helper(&mut self, ops: &mut EventOps) {
-        let timer = TimerFd::new().and_then(|mut timer| {
-            if self.helper.is_some() {
-                timer.reset(IDLE, None)?;
-            }
-            Ok(timer)
-        });
-        match timer {
-            Ok(timer) => {
-                if let Err(error) = ops.add(Events::with_data(&timer, HURRY, EventSet::IN)) {
-                    log::warn!("the helper of the update stays at idle priority: {error:?}");
-                }
-                self.hurry = Some(timer);
-            }
-            Err(error) => log::warn!("the helper of the update stays at idle priority: {error}"),
-        }
-    }
-
-    /// Forgets the helper of the last update once it is gone, for which this waits a while.
-    pub fn reap_helper(&mut self, patience: Duration) {
-        self.helper.take_if(|helper| helper.reap(patience));
     }
 }

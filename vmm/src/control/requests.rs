@@ -1,26 +1,21 @@
 //! What each request does.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::json;
 use theseus_api::server::ReplyTo;
-use theseus_api::types::{PayloadConfig, PingInfo, SerialMode, UpdateOutcome, UpdateRequest, VmInfo, VmState};
+use theseus_api::types::{PayloadConfig, PingInfo, SerialMode, VmInfo, VmState};
 use theseus_api::{ApiError, Body, Reply, Request};
 
 use super::admit::admit;
-use super::queue::update_under_way;
 use super::{Control, Vm, Wish};
 use crate::boot;
 use crate::build_info;
 use crate::machine::devices::lock;
 use crate::machine::{Machine, MachineError};
-use crate::update::{self, Subject};
 
 /// How long vm.pause waits for the vCPUs.
 const PAUSE: Duration = Duration::from_secs(5);
-/// How long an update waits for the end of the one before: its tear-down runs at idle priority.
-pub(super) const HELPER_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Control {
     pub(super) fn serve_request(&mut self, request: Request, reply: ReplyTo) {
@@ -35,7 +30,7 @@ impl Control {
             self.events.say("vm", event, json!({}));
         }
         match request {
-            Request::Update(request) => self.update(&request, reply),
+            Request::Update(request) => self.start_update(&request, reply),
             Request::Boot => self.boot(Wish::Boot(reply)),
             Request::Reboot => {
                 self.shut_down();
@@ -137,6 +132,7 @@ impl Control {
             state,
             memory_actual_size: machine.map_or(config.memory.size, Machine::memory_size),
             device_tree: machine.map(Machine::device_tree).unwrap_or_default(),
+            vcpu_threads: machine.map(|machine| machine.vcpus.threads()).unwrap_or_default(),
         };
         Ok(Body::Json(to_json(&info)?))
     }
@@ -148,52 +144,6 @@ impl Control {
             "log": { "dropped_bytes": crate::logging::dropped() },
             "events": { "lost": crate::events::lost() },
         })))
-    }
-
-    fn update(&mut self, request: &UpdateRequest, reply: ReplyTo) {
-        // The helper of the update before holds the old VM: its tear-down is waited for, not raced.
-        self.reap_helper(HELPER_PATIENCE);
-        if self.helper.is_some() {
-            let busy = "the address space of the update before is still being torn down: try again in a moment";
-            return reply.send(Err(ApiError::busy(busy)));
-        }
-        let was_shut_down = matches!(self.vm, Vm::ShutDown(_));
-        let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
-        let inbox = &self.inbox;
-        inbox.updating.store(true, Ordering::SeqCst);
-        let guest_asked = || {
-            while let Some((_, reply)) = inbox.call() {
-                reply.send(Err(update_under_way()));
-            }
-            inbox.guest_has_asked()
-        };
-        // What came together with this request.
-        guest_asked();
-        self.waiting.drain(..).for_each(|(_, reply)| reply.send(Err(update_under_way())));
-        let (devices, containers) = self.vm.machine().map_or_else(Default::default, |machine| {
-            (machine.passthrough.ids(), machine.passthrough.container_names())
-        });
-        let subject = Subject {
-            host: &self.host,
-            main: &self.main,
-            supervisor: &self.supervisor,
-            events: &self.events,
-            server: self.server.as_ref(),
-            peers: &self.peers,
-            machine: self.vm.machine_mut(),
-            config: config.as_ref(),
-            was_shut_down,
-            guest_asked: &guest_asked,
-        };
-        let result = update::run(subject, request, Some(reply.connection()));
-        self.inbox.updating.store(false, Ordering::SeqCst);
-        let outcome = result.outcome;
-        let report = result.report(devices, containers);
-        self.events.say("update", report.outcome.name(), to_json(&report).unwrap_or_default());
-        reply.send(match outcome {
-            UpdateOutcome::Refused => Err(ApiError::conflict("the update is refused").because(report.reasons)),
-            _ => to_json(&report).map(Body::Json),
-        });
     }
 }
 
@@ -228,7 +178,8 @@ fn ping() -> PingInfo {
         build_version: build.version.clone(),
         version: build_info::VERSION.into(),
         build_id: build.build_id.clone(),
-        pid: std::process::id(),
+        pid: crate::keeper::pid(),
+        vmm_pid: std::process::id(),
         features: crate::test_hooks::features(),
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use theseus_api::types::{MemoryConfig, VmConfig};
+use theseus_api::types::{CpuAffinity, MemoryConfig, VmConfig};
 use theseus_hypervisor::BareVm;
 use theseus_resources::{GuestRam, Pages, layout};
 
@@ -26,6 +26,7 @@ impl Machine {
         };
         crate::test_hooks::fault("boot").map_err(MachineError::Config)?;
         go_on()?;
+        crate::keeper::settings::take_over();
         let kernel = config
             .payload
             .kernel
@@ -39,10 +40,11 @@ impl Machine {
             ram.prefault()?;
         }
         go_on()?;
-        let vm = BareVm::new(&host.hypervisor, None)?;
+        let vm = BareVm::new(&host.hypervisor)?;
         map_ram(&vm, &ram)?;
         // BARs decode nothing before the guest says so.
         let vm = vm.create_irqchip()?;
+        crate::ending::remember(Arc::downgrade(&vm));
 
         let supported = host.hypervisor.supported_cpuid()?;
         let options = cpuid::CpuidOptions {
@@ -78,6 +80,12 @@ impl Machine {
                 cpuid: cpuid.for_vcpu(index),
                 msrs: boot::boot_msrs(),
                 entry: (index == 0).then(|| (entry, ram.clone())),
+                host_cpus: config
+                    .cpus
+                    .affinity
+                    .iter()
+                    .flatten()
+                    .find_map(|CpuAffinity { vcpu, host_cpus }| (*vcpu == index).then(|| host_cpus.clone())),
             })
             .collect();
         let shared = Shared {
@@ -87,7 +95,18 @@ impl Machine {
             requests: host.requests.clone(),
         };
         let vcpus = Vcpus::start(&shared, starts)?.create(&vm)?;
-        Ok(Self { config, vcpus, passthrough, devices, vm, ram, clock: None, populating: None, _watched: watched })
+        Ok(Self {
+            config,
+            vcpus,
+            passthrough,
+            devices,
+            vm,
+            ram,
+            clock: None,
+            unfilled: false,
+            populating: None,
+            _watched: watched,
+        })
     }
 }
 

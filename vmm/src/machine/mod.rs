@@ -7,7 +7,7 @@ mod fits;
 mod glue;
 pub mod passthrough;
 mod populate;
-mod restore;
+pub mod restore;
 pub mod state;
 
 use std::collections::BTreeMap;
@@ -77,6 +77,8 @@ pub struct Machine {
     pub ram: Arc<GuestRam>,
     /// What the guest's clock was set by in this image; None in the image it booted in.
     clock: Option<ClockAnchor>,
+    /// Page tables that a new VMM had no time to fill.
+    unfilled: bool,
     populating: Option<Populating>,
     _watched: Watched,
 }
@@ -93,13 +95,11 @@ impl Machine {
         self.vcpus.pause(within).map_err(held)
     }
 
-    /// Fills this image's page tables, in the background.
+    /// Fills what is missing of this process's page tables, in the background.
     pub fn populate(&mut self) {
-        // hugetlbfs does not tell which pages there are (its SEEK_DATA finds no holes): all of them only where they are pinned.
-        if matches!(self.ram.pages(), theseus_resources::Pages::Huge(_)) && self.passthrough.ids().is_empty() {
-            return;
+        if self.unfilled {
+            self.populating = Populating::start(self.ram.clone());
         }
-        self.populating = Populating::start(self.ram.clone());
     }
 
     /// An NMI to every vCPU, as a button on the front panel would give.
@@ -109,7 +109,7 @@ impl Machine {
 
     /// Ends the guest and gives its devices back. Returns what it takes to boot it again.
     pub fn shut_down(self) -> VmConfig {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _, populating, _watched } = self;
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _, unfilled: _, populating, _watched } = self;
         drop(populating);
         // Nothing may touch the devices any more before they are released.
         drop(vcpus);

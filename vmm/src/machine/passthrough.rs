@@ -22,7 +22,6 @@ use theseus_resources::{Claims, GuestRam, StateReader, StateWriter, Vault};
 use super::MachineError;
 use super::devices::{Buses, lock};
 use super::glue::{VmMemslots, VmMsi};
-use crate::update::arbiter::Way;
 
 /// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
 const A_MOMENT: Duration = Duration::from_millis(500);
@@ -140,11 +139,6 @@ impl PassthroughDevices {
         self.plugged.iter().filter_map(held).collect()
     }
 
-    /// (address, size) of everything of the devices that is mapped in this process.
-    pub fn mappings(&self) -> Vec<(u64, u64)> {
-        self.plugged.iter().flat_map(|plugged| plugged.device.lock().mappings()).collect()
-    }
-
     pub fn container_names(&self) -> Vec<String> {
         self.registry.containers().iter().map(|container| container.name().to_owned()).collect()
     }
@@ -184,14 +178,18 @@ impl PassthroughDevices {
         self.plugged.iter().for_each(|plugged| plugged.device.lock().settle());
     }
 
+    /// Attaches all irqfds, in the one VMM that has the guest, before its vCPUs run. What the host refuses is logged and tried again: see
+    /// [`Self::settle`].
     pub fn resume(&self, vm: &Vm) {
-        self.settle(vm);
-        for plugged in &self.plugged {
-            let device = plugged.device.lock();
-            if let Err(error) = device.attach_irqfds() {
-                log::error!("after an update that did not happen: {}: {error}", device.id());
+        if !crate::test_hooks::skip_irqfds() {
+            for plugged in &self.plugged {
+                let device = plugged.device.lock();
+                if let Err(error) = device.attach_irqfds() {
+                    log::error!("{}: {error}", device.id());
+                }
             }
         }
+        self.settle(vm);
     }
 
     /// None where there is nothing to invalidate.
@@ -213,15 +211,31 @@ impl PassthroughDevices {
         Err(format!("container {refusing} of {}: device or resource busy (test)", containers.len()))
     }
 
-    /// In a new image, after the routes are set: addresses for the DMA mappings, groups for KVM, and then the interrupts.
-    ///
-    /// `way`: on a way back every vector is signalled once, as the death of the image in between may have drained its eventfd: a spurious
-    /// interrupt is legal, a lost one is not.
-    pub fn remap(&self, ram: &GuestRam, vm: &Vm, way: Way) -> Result<(), MachineError> {
+    /// Takes a later state of the same guest, while none of it is in use.
+    pub fn mend(&self, state: PassthroughState, claims: &mut Claims) -> Result<(), MachineError> {
+        let PassthroughState { layout, registry, devices } = state;
+        self.registry.mend(registry).map_err(failed)?;
+        let here = self.plugged.iter().map(|plugged| (plugged.slot, &plugged.id));
+        if !here.eq(layout.devices.iter().map(|(slot, id)| (*slot, id))) {
+            return Err(failed("the guest has other devices than those that were made ready"));
+        }
+        for (plugged, state) in self.plugged.iter().zip(devices) {
+            let moved = plugged.device.lock().mend(state, claims);
+            let moved = moved.map_err(|source| MachineError::Device { name: section(&plugged.id), source })?;
+            if !moved.is_empty() {
+                log::info!("device '{}': the guest has moved BARs {moved:?} while it was being updated", plugged.id);
+            }
+        }
+        Ok(())
+    }
+
+    /// In the new VMM, after the routes are set: addresses for the DMA mappings, and groups for KVM. Interrupts come after the word:
+    /// [`Self::resume`].
+    pub fn remap(&self, ram: &GuestRam, vm: &Vm) -> Result<(), MachineError> {
         let mut ranges = ranges(ram);
         // Which BAR mapping a test wants refused; a number below that of the ranges is one of these.
         let mut refused_bar = None;
-        if let Some(refused) = crate::test_hooks::fault_number("remap", "refused").filter(|_| way == Way::Forward) {
+        if let Some(refused) = crate::test_hooks::fault_number("remap", "refused") {
             refused_bar = (refused as usize).checked_sub(ranges.len());
             ranges.truncate(refused as usize);
         }
@@ -233,24 +247,9 @@ impl PassthroughDevices {
             let plugged = self.plugged.iter().find(|plugged| plugged.id == id)?;
             plugged.device.lock().bar_vaddr(region, offset, size)
         };
+        self.tell_kvm(vm)?;
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
-        let remapped = unsafe { self.registry.remap(&ranges, bar_vaddr) };
-        // What is mapped goes on doing DMA without its address (kernel.md), though no later update will go through.
-        way.bear(remapped).map_err(failed)?;
-        way.bear(self.tell_kvm(vm))?;
-        if !crate::test_hooks::skip_irqfds() {
-            for plugged in &self.plugged {
-                // A vector that cannot fire would be lost silently: as long as there is a way back, that is better.
-                let device = plugged.device.lock();
-                way.bear(device.attach_irqfds().map_err(|error| failed(format!("{}: {error}", device.id()))))?;
-            }
-        }
-        if way != Way::Forward && !crate::test_hooks::skip_reinjection() {
-            for plugged in &self.plugged {
-                plugged.device.lock().signal_all();
-            }
-        }
-        Ok(())
+        unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed)
     }
 
     /// The orderly end: devices quiet and given back.

@@ -1,39 +1,80 @@
-//! The machine in a new image. Until the update commits, nothing of the outside world is consumed and no guest code runs, so that the
-//! state it came from stays true.
+//! The machine in a new VMM. Until the update commits, nothing of the outside world is consumed and no guest code runs, so that the
+//! state it came from stays true, and the old VMM can go on with it.
+//!
+//! ```text
+//!   prewarm   the guest runs in the old VMM: RAM, VM, memslots, interrupt controllers, vCPUs and their threads, devices as they were just now
+//!   restore   it stands still: what only now is known
+//! ```
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use theseus_hypervisor::BareVm;
-use theseus_resources::{Claims, GuestRam};
+use theseus_hypervisor::{BareVm, ReadyVm};
+use theseus_resources::{Claims, GuestRam, Pages};
 
 use super::build::map_ram;
 use super::devices::{Buses, Devices, RestoreParts};
 use super::passthrough::PassthroughDevices;
 use super::state::MachineState;
 use super::{Host, Machine, MachineError};
-use crate::memory_errors;
-use crate::update::arbiter::Way;
-use crate::update::timeline::{Phase, Timeline};
+use crate::memory_errors::{self, Watched};
+use crate::timeline::{Phase, Timeline};
 use crate::vcpus::{Shared, Start, Vcpus};
 
-impl Machine {
-    /// Order matters: memslots, those of BARs too, before the interrupt controllers (cost), these before vCPUs, TSC offsets before the clock,
-    /// the clock before the kvmclock MSRs, all LAPICs and then the IRQ chip before routes, routes before irqfds.
-    pub fn restore(
-        state: MachineState,
-        host: &Host,
-        claims: &mut Claims,
-        timeline: &Timeline,
-        way: Way,
-    ) -> Result<Self, MachineError> {
-        let MachineState { config, running: _, ram, vm_fd, irqchip, clock, mut vcpus, devices, passthrough } = state;
+/// How long page tables are filled before the guest stands still. What is missing then is filled in the background, as the guest runs.
+const FILL: Duration = Duration::from_secs(20);
+
+/// So that the guest does not fault its memory in page by page. `pinned`: all of it is there. Whether something is left to do.
+fn fill_page_tables(ram: &GuestRam, pinned: bool) -> bool {
+    let until = Instant::now() + FILL;
+    let in_time = || Instant::now() < until;
+    if !may_fill(ram, pinned) {
+        return false;
+    }
+    match ram.populate_page_tables(in_time) {
+        Ok(()) => !in_time(),
+        Err(error) => {
+            log::debug!("page tables: {error}");
+            false
+        }
+    }
+}
+
+/// hugetlbfs does not tell which pages there are (its SEEK_DATA finds no holes): all of them only where they are pinned.
+fn may_fill(ram: &GuestRam, pinned: bool) -> bool {
+    pinned || !matches!(ram.pages(), Pages::Huge(_))
+}
+
+/// A machine that waits for its guest. Fields are dropped in this order, as those of [`Machine`] are.
+pub struct Prewarmed {
+    vcpus: Vcpus,
+    passthrough: PassthroughDevices,
+    pci: Arc<theseus_devices::pci::bus::PciBus>,
+    vm: ReadyVm,
+    ram: Arc<GuestRam>,
+    buses: Buses,
+    watched: Watched,
+    unfilled: bool,
+}
+
+impl Prewarmed {
+    /// From the state of a dry run. Order matters: memslots, those of BARs too, before the interrupt controllers (cost), these before vCPUs.
+    pub fn new(state: MachineState, host: &Host, claims: &mut Claims) -> Result<Self, MachineError> {
+        let MachineState {
+            config: _,
+            running: _,
+            ram,
+            irqchip: _,
+            clock: _,
+            shapes,
+            vcpus: _,
+            devices: _,
+            passthrough,
+        } = state;
         let ram = Arc::new(GuestRam::restore(ram, claims)?);
         let watched = memory_errors::watch(&ram);
-        timeline.pass(Phase::Claim).map_err(MachineError::Config)?;
-
-        let vm = BareVm::new(&host.hypervisor, Some(vm_fd))?;
+        let vm = BareVm::new(&host.hypervisor)?;
         map_ram(&vm, &ram)?;
-        timeline.pass(Phase::Vm).map_err(MachineError::Config)?;
 
         let buses = Buses::new();
         let shared = Shared {
@@ -42,30 +83,53 @@ impl Machine {
             mmio: buses.mmio.clone(),
             requests: host.requests.clone(),
         };
-        if way != Way::Forward {
-            vcpus
-                .iter_mut()
-                .filter_map(|(state, _)| state.mend())
-                .for_each(|what| log::error!("on the way back: {what}"));
-        }
-        let kicked: Vec<u32> =
-            vcpus.iter().filter(|(state, _)| state.may_have_been_kicked()).map(|(state, _)| state.index).collect();
-        let starts =
-            vcpus.into_iter().map(|(state, placement)| Start::Restore(Box::new(state), placement, way)).collect();
+        let starts = shapes.into_iter().map(|(shape, placement)| Start::Prewarm(Box::new(shape), placement)).collect();
         let threads = Vcpus::start(&shared, starts)?;
-
-        // While the threads start:
         let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
         let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
-        timeline.pass(Phase::Passthrough).map_err(MachineError::Config)?;
 
         let vm = vm.create_irqchip()?;
+        crate::ending::remember(Arc::downgrade(&vm));
         let vcpus = threads.create(&vm)?;
+        // Likely ones: most guests leave their vectors where they are.
+        vm.commit_routes()?;
+        let unfilled = fill_page_tables(&ram, !passthrough.ids().is_empty());
+        Ok(Self { unfilled, vcpus, passthrough, pci, vm, ram, buses, watched })
+    }
+
+    /// From the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock MSRs, all LAPICs and then the IRQ chip
+    /// before routes, routes before irqfds.
+    pub fn restore(
+        self,
+        state: MachineState,
+        host: &Host,
+        claims: &mut Claims,
+        timeline: &Timeline,
+    ) -> Result<Machine, MachineError> {
+        let Self { vcpus, passthrough, pci, vm, ram, buses, watched, unfilled } = self;
+        let MachineState {
+            config,
+            running: _,
+            ram: _,
+            irqchip,
+            clock,
+            shapes: _,
+            vcpus: states,
+            devices,
+            passthrough: mend,
+        } = state;
+        let passed = |phase| timeline.pass(phase).map_err(MachineError::Config);
+        let kicked: Vec<u32> =
+            states.iter().filter(|state| state.may_have_been_kicked()).map(|state| state.index).collect();
+        vcpus.restore_early(states)?;
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }
         vcpus.restore_late()?;
-        timeline.pass(Phase::Vcpus).map_err(MachineError::Config)?;
+        passed(Phase::Vcpus)?;
+
+        passthrough.mend(mend, claims)?;
+        passed(Phase::Passthrough)?;
 
         // A kick too many is legal, one too few a guest that waits for a spin lock for ever.
         for index in kicked {
@@ -76,16 +140,18 @@ impl Machine {
         let parts = RestoreParts { vm: &vm, vault: &host.vault, claims, requests: &host.requests };
         let devices = Devices::restore(devices, pci, parts)?;
         devices.plug(&buses)?;
-        timeline.pass(Phase::Devices).map_err(MachineError::Config)?;
+        passed(Phase::Devices)?;
 
-        Ok(Self {
+        let clock = Some(clock);
+        Ok(Machine {
             config,
             vcpus,
             passthrough,
             devices,
             vm,
             ram,
-            clock: Some(clock),
+            clock,
+            unfilled,
             populating: None,
             _watched: watched,
         })

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::VmConfig;
-use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuState, vcpu};
+use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuShape, VcpuState, vcpu};
 use theseus_resources::ram::RamState;
 use theseus_resources::{StateReader, StateWriter};
 
@@ -30,24 +30,25 @@ struct MachineSection {
     has_serial: bool,
     /// None in a dry run, which is made while the guest runs.
     vcpus: Option<u32>,
+    /// In a dry run: what each vCPU is, and where and how its thread is scheduled.
+    shapes: Vec<VcpuShape>,
     placements: Vec<Placement>,
-    /// Number of the VM's fd, which the next image's VM must not get.
-    vm_fd: i32,
     /// See [`build_info::IS_B`].
     #[cfg(later_build)]
     #[serde(default)]
     of_a_later_version: Option<u16>,
 }
 
-/// Everything decoded, nothing claimed or created yet: what `--check-update` tries, and what a restore starts from.
+/// Everything decoded, nothing claimed or created yet: what `--check-update` tries, and what a new VMM starts from.
 pub struct MachineState {
     pub config: VmConfig,
     pub running: bool,
     pub ram: RamState,
-    pub vm_fd: i32,
     pub irqchip: IrqchipState,
     pub clock: ClockAnchor,
-    pub vcpus: Vec<(VcpuState, Placement)>,
+    /// Of a dry run.
+    pub shapes: Vec<(VcpuShape, Placement)>,
+    pub vcpus: Vec<VcpuState>,
     pub devices: DevicesState,
     pub passthrough: PassthroughState,
 }
@@ -60,7 +61,7 @@ pub enum Depth {
 }
 
 impl Machine {
-    /// Pure. `was_running`: whether the guest is to run again; `placements` are read while it still runs.
+    /// Pure. `was_running`: whether the guest is to run again; `placements`: in a dry run, of each vCPU.
     pub fn save(
         &self,
         writer: &mut StateWriter,
@@ -68,8 +69,11 @@ impl Machine {
         was_running: bool,
         placements: Vec<Placement>,
     ) -> Result<(), MachineError> {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock, populating: _, _watched } = self;
-        let states = if depth == Depth::Full { vcpus.save()? } else { Vec::new() };
+        let Self { config, vcpus, passthrough, devices, vm, ram, clock, unfilled: _, populating: _, _watched } = self;
+        let (states, shapes) = match depth {
+            Depth::Full => (vcpus.save()?, Vec::new()),
+            Depth::DryRun => (Vec::new(), vcpus.shapes()),
+        };
         let memory = vm.memory();
         let refused: Vec<_> = states.iter().flat_map(|state| vcpu::reasons(state, &memory)).collect();
         if !refused.is_empty() && !crate::test_hooks::skip_state_check() {
@@ -81,8 +85,8 @@ impl Machine {
             running: was_running,
             has_serial: devices.serial.is_some(),
             vcpus: (depth == Depth::Full).then_some(states.len() as u32),
+            shapes,
             placements,
-            vm_fd: vm.raw_fd(),
             #[cfg(later_build)]
             of_a_later_version: Some(1),
         };
@@ -101,7 +105,8 @@ impl Machine {
 impl MachineState {
     pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
         let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
-        let MachineSection { config, running, has_serial, vcpus, placements, vm_fd, .. } = section;
+        let MachineSection { config, running, has_serial, vcpus, shapes, placements, .. } = section;
+        let mut placements = placements.into_iter();
         let mut states = Vec::new();
         for index in 0..vcpus.unwrap_or(0) {
             let state: VcpuState = reader.take(&format!("vcpu{index}"), VCPU.0, VCPU.1)?;
@@ -113,15 +118,15 @@ impl MachineState {
                     "section 'vcpu{index}' holds a write of no size that there is"
                 )));
             }
-            states.push((state, placements.get(index as usize).cloned().unwrap_or_default()));
+            states.push(state);
         }
         Ok(Self {
             config,
             running,
             ram: reader.take("ram", RAM.0, RAM.1)?,
-            vm_fd,
             irqchip: reader.take("irqchip", IRQCHIP.0, IRQCHIP.1)?,
             clock: reader.take("clock", CLOCK.0, CLOCK.1)?,
+            shapes: shapes.into_iter().map(|shape| (shape, placements.next().unwrap_or_default())).collect(),
             vcpus: states,
             devices: DevicesState::decode(reader, has_serial)?,
             passthrough: PassthroughState::decode(reader)?,

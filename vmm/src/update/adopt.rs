@@ -1,8 +1,9 @@
-//! The new image: claim -> restore -> remap -> commit.
+//! The new VMM: made ready while the guest runs in the old one (prewarm), then restore -> remap -> commit.
 //!
-//! Until commit it consumes nothing: no console byte, no API request, no guest instruction. So the saved state stays true, and any image
-//! can be started from it again: the way back ([`super::back`]) is this same story in the old binary.
+//! Until commit it consumes nothing: no console byte, no API request, no guest instruction. So the saved state stays true, and the old VMM may
+//! go on at any moment.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,19 +14,22 @@ use theseus_api::types::{UpdateOutcome, UpdateReport, VmConfig};
 use theseus_api::{Body, Reply};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
-use theseus_resources::{Claims, KeptFd, Purpose, StateReader, Vault};
+use theseus_resources::{Channel, Claims, KeptFd, Purpose, StateReader, Vault};
 
-use super::arbiter::Way;
-use super::back::{WayBack, superseded};
-use super::pause::Release;
+use super::dispensable::Dispensable;
 use super::saved::{ApiSlots, Handover, Saved, Sealed};
-use super::timeline::{Phase, Timeline};
+use super::words::{ToNew, ToOld, hear, say};
 use crate::build_info;
 use crate::events::EventStream;
+use crate::machine::restore::Prewarmed;
 use crate::machine::{Host, Machine};
 use crate::supervisor::Supervisor;
+use crate::timeline::{Phase, Timeline};
 
-/// The running guest in its new image, and what is left to do outside of its pause.
+/// The old VMM has deadlines, and ends this one when they are over.
+const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// The running guest in its new VMM, and what is left to do outside of its pause.
 pub struct Adopted {
     pub host: Host,
     pub machine: Option<Machine>,
@@ -33,7 +37,6 @@ pub struct Adopted {
     pub was_shut_down: bool,
     pub api: Option<AdoptedApi>,
     pub peers: Peers,
-    pub helper: Option<Helper>,
     pub supervisor: Supervisor,
     pub events: EventStream,
 }
@@ -43,88 +46,93 @@ pub struct AdoptedApi {
     pub connections: Vec<KeptConnection>,
 }
 
-/// The parked helper of the last update, while it has not been reaped.
-pub struct Helper {
-    pid: libc::pid_t,
-    release: Release,
+/// What comes from the old VMM.
+struct Inbox<'a> {
+    channel: &'a Channel,
+    vault: Vault,
+    claims: Claims,
 }
 
-impl Helper {
-    /// From now on the old address space is torn down, at idle priority.
-    pub fn let_go(&self) {
-        self.release.let_go();
+impl Inbox<'_> {
+    fn hear(&self, wanted: ToNew) -> Result<Vec<OwnedFd>, String> {
+        match hear::<ToNew>(self.channel, FOR_EVER) {
+            Ok((word, fds)) if word == wanted => Ok(fds),
+            Ok((word, _)) => Err(format!("the old VMM says {word:?} instead of {wanted:?}")),
+            Err(error) => Err(format!("the old VMM: {error}")),
+        }
     }
 
-    /// It has had its time at idle priority.
-    pub fn hurry(&self) {
-        super::park::hurry(self.pid);
-    }
-
-    /// Whether it is gone; waits for that as long as `patience`.
-    pub fn reap(&self, patience: Duration) -> bool {
-        super::park::reap(self.pid, patience)
+    /// The state that comes with `word`, decoded, and all descriptors that it names.
+    fn state(&mut self, word: ToNew) -> Result<Saved, String> {
+        let state = self.hear(word)?.pop().ok_or("the old VMM has sent no state")?;
+        let bytes = Sealed::map(state.as_fd()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
+        let bytes = crate::test_hooks::truncated("claim", &bytes);
+        let reader = StateReader::new(bytes).map_err(|error| error.to_string())?;
+        let mut saved = Saved::decode(reader).map_err(|error| error.to_string())?;
+        let records = std::mem::take(&mut saved.handover.vault);
+        let missing = self.vault.missing(&records);
+        let mut fds = Vec::with_capacity(missing);
+        while fds.len() < missing {
+            say(self.channel, &ToOld::More, &[]).map_err(|error| format!("the old VMM: {error}"))?;
+            let more = self.hear(ToNew::Fds)?;
+            if more.is_empty() {
+                return Err(format!("the old VMM has sent {} of {missing} descriptors", fds.len()));
+            }
+            fds.extend(more);
+        }
+        self.vault.receive(&mut self.claims, records, fds).map_err(|error| error.to_string())?;
+        Ok(saved)
     }
 }
 
-/// Takes over what the image before left. On an error the guest has not been touched, and `back` leads to the old binary.
+/// Takes the guest over from the old VMM. On an error the guest has not been touched, and is the old one's.
 /// `started`: CLOCK_MONOTONIC at the start of main.
-pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64) -> Result<Adopted, String> {
+pub fn adopt(
+    channel: &Channel,
+    timeline: &Timeline,
+    requests: Arc<dyn GuestRequests>,
+    started: u64,
+) -> Result<Adopted, String> {
     let text = |error: &dyn std::error::Error| error.to_string();
-    let timeline = back.timeline.clone();
-    let way = timeline.arbiter().way().ok_or("this state has been used already")?;
-    // The helper may take the guest while this image starts: then it is not this one that was started for it.
-    if way == Way::BackByHelper && timeline.helper() != Some(std::process::id()) {
-        superseded();
-    }
-    let failed = (way != Way::Forward).then(|| Failed::of(&timeline));
     timeline.check(Phase::Exec)?;
     timeline.stamp_at(Phase::Exec, started);
+    let dispensable = Dispensable::new();
 
-    let bytes = Sealed::map(back.state()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
-    let bytes = if way == Way::Forward { crate::test_hooks::truncated("claim", &bytes) } else { &bytes };
-    let reader = StateReader::new(bytes).map_err(|error| text(&error))?;
-    let Saved { mut handover, machine } = Saved::decode(reader).map_err(|error| text(&error))?;
+    let mut inbox = Inbox { channel, vault: Vault::new(), claims: Claims::default() };
+    let Saved { mut handover, machine } = inbox.state(ToNew::Rehearsal)?;
     if let Err(error) = std::mem::take(&mut handover.log).start_held() {
         crate::say(std::io::stderr(), &format!("after an update: {error:#}"));
     }
-    if let Some(Failed { phase, cause }) = &failed {
-        log::error!("the update failed in phase {}, the guest comes back: {cause}", phase.name());
-    }
-    let records = std::mem::take(&mut handover.vault);
-    // SAFETY: the first thing this image does with fds: nobody else owns those of the manifest.
-    let (vault, mut claims) = unsafe { Vault::adopt(records) }.map_err(|error| text(&error))?;
-    back.hold(&vault);
-    // The page itself is mapped since the start of main; its fd and the old binary's are for the way back only, which holds them.
-    for (slot, purpose) in [(handover.timeline, Purpose::State), (handover.old_binary, Purpose::Binary)] {
-        drop(claims.claim(slot, purpose).map_err(|error| text(&error))?);
-    }
-    let kvm = claims.claim(handover.kvm, Purpose::Kvm).map_err(|error| text(&error))?;
-    let release = Release::claim(handover.release, &mut claims).map_err(|error| text(&error))?;
-    let events = EventStream::claim(handover.events, &mut claims).map_err(|error| text(&error))?;
-    let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
-    let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), vault, requests };
+    let kvm = inbox.claims.claim(handover.kvm, Purpose::Kvm).map_err(|error| text(&error))?;
+    let events = EventStream::claim(handover.events, &mut inbox.claims).map_err(|error| text(&error))?;
+    let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), vault: inbox.vault.clone(), requests };
+    let prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose();
+    let prewarmed = prewarmed.map_err(|error| text(&error))?;
+    timeline.pass(Phase::Prewarm)?;
+    say(channel, &ToOld::Ready, &[]).map_err(|error| text(&error))?;
 
+    // From here on the guest stands still.
+    let Saved { mut handover, machine } = inbox.state(ToNew::State)?;
+    timeline.pass(Phase::Claim)?;
+    let Inbox { mut claims, .. } = inbox;
+    let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
     let running = machine.as_ref().is_some_and(|machine| machine.running);
-    let restored = machine.map(|state| Machine::restore(state, &host, &mut claims, &timeline, way)).transpose();
-    let mut machine = restored.map_err(|error| text(&error))?;
-    way.bear(claims.finish()).map_err(|error| text(&error))?;
+    let restored = prewarmed.zip(machine).map(|(ready, state)| ready.restore(state, &host, &mut claims, timeline));
+    let mut machine = restored.transpose().map_err(|error| text(&error))?;
+    claims.finish().map_err(|error| text(&error))?;
     if let Some(machine) = &machine {
-        machine.passthrough.remap(&machine.ram, &machine.vm, way).map_err(|error| text(&error))?;
+        machine.passthrough.remap(&machine.ram, &machine.vm).map_err(|error| text(&error))?;
         timeline.pass(Phase::Remap)?;
     }
 
     timeline.check(Phase::Commit)?;
-    if way == Way::Forward {
-        crate::test_hooks::fault("word")?;
-    }
-    if !timeline.arbiter().commit(way) {
+    crate::test_hooks::fault("word")?;
+    if !timeline.word().commit() {
         superseded();
     }
-    if way == Way::Forward {
-        crate::test_hooks::fault("committed")?;
-    }
+    crate::test_hooks::fault("committed")?;
     if let Some(machine) = &machine {
-        machine.passthrough.settle(&machine.vm);
+        machine.passthrough.resume(&machine.vm);
     }
     if let Some(machine) = machine.as_mut().filter(|_| running) {
         machine.vcpus.resume().map_err(|error| text(&error))?;
@@ -132,39 +140,33 @@ pub fn adopt(back: &mut WayBack, requests: Arc<dyn GuestRequests>, started: u64)
     timeline.stamp(Phase::Commit);
 
     // From here on the guest runs, and no error is worth losing it.
-    back.committed();
+    drop(dispensable);
+    if let Err(error) = say(channel, &ToOld::Committed, &[]) {
+        log::debug!("the old VMM: {error}");
+    }
     let mut supervisor = std::mem::take(&mut handover.supervisor);
-    if way == Way::Forward {
-        supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));
-    }
-    let helper = timeline.helper().filter(|_| way != Way::BackByHelper);
-    let helper = helper.map(|pid| Helper { pid: pid as libc::pid_t, release });
-    if let Some(helper) = &helper {
-        helper.let_go();
-    }
-    if way == Way::BackByHelper {
-        supervisor.pid_changed();
-    }
-    let report = report(&handover, failed, &timeline, machine.as_ref());
+    supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));
+    let report = report(&handover, timeline, machine.as_ref());
     log::info!("{:?} from build {}: pause {} us", report.outcome, report.from.build_id, report.pause_us.unwrap_or(0));
     events.say("update", report.outcome.name(), serde_json::to_value(&report).unwrap_or_default());
     let api = api.map(|api| api.open(&report)).transpose();
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
     let Handover { config, was_shut_down, peers, .. } = handover;
-    Ok(Adopted { host, machine, config, was_shut_down, api, peers, helper, supervisor, events })
+    Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, events })
 }
 
-/// What became of the new image.
-struct Failed {
-    phase: Phase,
-    cause: String,
+/// Tells the old VMM why this one ends, before it has touched anything.
+pub fn give_up(channel: &Channel, timeline: &Timeline, cause: String) {
+    timeline.set_cause(&cause);
+    // One that is gone hears of nothing.
+    let _ = say(channel, &ToOld::Failed(cause), &[]);
 }
 
-impl Failed {
-    fn of(timeline: &Timeline) -> Self {
-        let failed = Self { phase: timeline.current(), cause: timeline.cause() };
-        timeline.forget_new_image();
-        failed
+/// The old VMM has the guest, and is about to end this process.
+fn superseded() -> ! {
+    log::error!("the old VMM has taken the guest back");
+    loop {
+        std::thread::park();
     }
 }
 
@@ -205,20 +207,18 @@ impl ClaimedApi {
     }
 }
 
-fn report(handover: &Handover, failed: Option<Failed>, timeline: &Timeline, machine: Option<&Machine>) -> UpdateReport {
-    let (outcome, to) = match &failed {
-        Some(_) => (UpdateOutcome::RolledBack, handover.to.clone()),
-        None => (UpdateOutcome::Updated, build_info::this().clone()),
-    };
+fn report(handover: &Handover, timeline: &Timeline, machine: Option<&Machine>) -> UpdateReport {
     UpdateReport {
-        outcome,
+        outcome: UpdateOutcome::Updated,
         from: handover.from.clone(),
-        to: Some(to),
-        pid: std::process::id(),
+        to: Some(build_info::this().clone()),
+        pid: crate::keeper::pid(),
+        vmm_pid: std::process::id(),
+        vcpu_threads: machine.map(|machine| machine.vcpus.threads()).unwrap_or_default(),
         pause_us: timeline.pause_us(),
         phases: timeline.phases(),
         devices: machine.map(|machine| machine.passthrough.ids()).unwrap_or_default(),
         containers: machine.map(|machine| machine.passthrough.container_names()).unwrap_or_default(),
-        reasons: failed.iter().map(|failed| format!("phase {}: {}", failed.phase.name(), failed.cause)).collect(),
+        reasons: Vec::new(),
     }
 }

@@ -1,5 +1,5 @@
-//! Whom the OOM killer takes while an update is under way: the new image, which the parked helper replaces, and not the helper, whose old
-//! address space has all of guest RAM mapped and would be the first choice (mm/oom_kill.c, oom_badness).
+//! Whom the OOM killer takes while an update is under way: the new VMM, which the old one replaces, and not the old one, which has all of guest RAM
+//! mapped too (mm/oom_kill.c, oom_badness).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,48 +1,58 @@
 //! The update of the VMM under a running guest.
 //!
 //! ```text
-//!   Running --prepare--> Prepared --pause--> Paused --save--> Saved --invalidate--> Invalidated --exec--> (new image, see `adopt`)
-//!      ^                    |                  |                |                       |
-//!      '------ refused -----'------------------'---- guards drop in reverse order ------'
+//!   old VMM   Running --order--> Order --carry out----------> Ready --hand over--> Paused --save--> Saved --invalidate--> Invalidated --hand over-->
+//!                ^                    |                          |                  |                |                       |        ends
+//!                '------ refused -----'--------------------------'------------------'--- guards drop in reverse order -------'
+//!   keeper                             becomes the new image, same PID, and starts
+//!   new VMM                              (the guest runs) ready         ...waits...                               restores, commits: see `adopt`
 //! ```
 //!
-//! Each phase consumes the one before. Dropping one puts back all that was done so far, and the guest runs on in this image.
+//! Each phase consumes the one before. Dropping one puts back all that was done so far, and the guest runs on in this VMM, which was never changed:
+//! a way back restores nothing.
 
 pub mod adopt;
-pub mod arbiter;
-pub mod back;
 mod dispensable;
-pub mod park;
 mod pause;
 mod preflight;
 mod prepare;
 mod rights;
 pub mod room;
 pub mod saved;
+mod standby;
 pub mod target;
-pub mod timeline;
+mod words;
 
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::Duration;
 
 use theseus_api::server::{ConnId, Server};
-use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport, UpdateRequest};
+use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport};
 
 use crate::build_info;
 use crate::events::EventStream;
+use crate::keeper::{self, Keeper};
 use crate::machine::{Host, Machine};
 use crate::main_thread::MainThread;
+use crate::panics::panic_text;
 use crate::supervisor::Supervisor;
+use crate::timeline::{Phase, Timeline};
 use pause::Paused;
-use prepare::Prepared;
-use timeline::{Phase, Timeline};
+use prepare::WayBack;
+pub use prepare::{Order, Ready};
 
-/// From the pause to the guest's next instruction, unless the request says otherwise. After that the guest goes back to the old image.
-const DEADLINE: Duration = Duration::from_secs(10);
+/// From the pause to the guest's next instruction, unless the request says otherwise. After that it goes on in this VMM.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why an update comes to nothing: its guest is about to end, or to be another one.
+const GUEST_ASKED: &str = "the guest has just asked for power-off or reset";
 
 /// What an update works on.
 pub struct Subject<'a> {
     pub host: &'a Host,
+    pub keeper: &'a Arc<Keeper>,
     pub main: &'a MainThread,
     pub supervisor: &'a Supervisor,
     pub events: &'a EventStream,
@@ -56,7 +66,7 @@ pub struct Subject<'a> {
     pub guest_asked: &'a dyn Fn() -> bool,
 }
 
-/// Why the guest is still in this image. A success never comes back here.
+/// Why the guest is still in this VMM. A success never comes back here.
 pub struct NotUpdated {
     pub outcome: UpdateOutcome,
     pub to: Option<BuildInfo>,
@@ -65,57 +75,57 @@ pub struct NotUpdated {
 }
 
 impl NotUpdated {
-    fn refused(to: Option<BuildInfo>, reasons: Vec<String>) -> Self {
+    pub fn refused(to: Option<BuildInfo>, reasons: Vec<String>) -> Self {
         Self { outcome: UpdateOutcome::Refused, to, reasons, timeline: None }
     }
 
-    pub fn report(self, devices: Vec<String>, containers: Vec<String>) -> UpdateReport {
+    pub fn report(self, machine: Option<&Machine>) -> UpdateReport {
         UpdateReport {
             outcome: self.outcome,
             from: build_info::this().clone(),
             to: self.to,
-            pid: std::process::id(),
+            pid: keeper::pid(),
+            vmm_pid: std::process::id(),
+            vcpu_threads: machine.map(|machine| machine.vcpus.threads()).unwrap_or_default(),
             pause_us: self.timeline.as_ref().and_then(|timeline| timeline.pause_us()),
             phases: self.timeline.map(|timeline| timeline.phases()).unwrap_or_default(),
-            devices,
-            containers,
+            devices: machine.map(|machine| machine.passthrough.ids()).unwrap_or_default(),
+            containers: machine.map(|machine| machine.passthrough.container_names()).unwrap_or_default(),
             reasons: self.reasons,
         }
     }
 }
 
-/// The story of an update, in the old image.
-pub fn run(mut subject: Subject<'_>, request: &UpdateRequest, caller: Option<ConnId>) -> NotUpdated {
-    let deadline = request.deadline_ms.map_or(DEADLINE, Duration::from_millis);
-    let prepared = match catch_unwind(AssertUnwindSafe(|| Prepared::new(&subject, request))) {
-        Ok(Ok(prepared)) => prepared,
-        Ok(Err(refused)) => return refused,
-        Err(panic) => return NotUpdated::refused(None, vec![back::panic_text(&*panic)]),
-    };
-    if request.dry_run {
-        return prepared.ready();
-    }
-    subject.events.say("update", "prepared", serde_json::json!({ "to": prepared.target.build }));
-    let (to, timeline) = (Some(prepared.target.build.clone()), prepared.timeline.clone());
-    let reason = in_pause(&mut subject, prepared, caller, deadline);
-    let reason = format!("phase {}: {reason}", timeline.current().name());
-    timeline.stamp(Phase::Commit);
-    log::error!("the update did not happen, the guest goes on in this image: {reason}");
-    NotUpdated { outcome: UpdateOutcome::RolledBack, to, reasons: vec![reason], timeline: Some(timeline) }
-}
-
-/// From the pause to the exec. Returns the reason why that failed; all guards have dropped by then.
-fn in_pause(subject: &mut Subject<'_>, prepared: Prepared, caller: Option<ConnId>, deadline: Duration) -> String {
+/// The end of an update's story in the old VMM: the guest goes over to the new one, which is ready. Returns only if that failed.
+pub fn hand_over(mut subject: Subject<'_>, ready: Ready, caller: Option<ConnId>, deadline: Duration) -> NotUpdated {
+    let Ready { to, target, timeline, new, back } = ready;
     let text = |error: crate::machine::MachineError| error.to_string();
-    let update = || {
-        Paused::new(subject, prepared, caller, deadline)
+    let pause = || {
+        Paused::new(&mut subject, target, timeline.clone(), new, caller, deadline)
             .and_then(|paused| paused.save().map_err(text))
             .and_then(|saved| saved.invalidate())
-            .map(|invalidated| invalidated.exec())
+            .map(|invalidated| invalidated.hand_over())
     };
-    // A panic drops the guards as an error does.
-    match catch_unwind(AssertUnwindSafe(update)) {
+    // A panic drops the guards as an error does. All of them have dropped by the end of this.
+    let reason = match catch_unwind(AssertUnwindSafe(pause)) {
         Ok(Ok(reason) | Err(reason)) => reason,
-        Err(panic) => back::panic_text(&*panic),
+        Err(panic) => panic_text(&*panic),
+    };
+    back_to(back, Some(to), timeline, &reason, false)
+}
+
+/// The update did not happen. `is_whole`: the keeper still is the program that it was; else it becomes that again, around this VMM, or, if it is
+/// gone, this VMM goes on alone.
+fn back_to(back: WayBack, to: Option<BuildInfo>, timeline: Arc<Timeline>, reason: &str, is_whole: bool) -> NotUpdated {
+    let reason = format!("phase {}: {reason}", timeline.current().name());
+    timeline.stamp(Phase::Commit);
+    log::error!("the update did not happen, the guest goes on as it was: {reason}");
+    let WayBack { keeper, supervisor, program, alone } = back;
+    if !is_whole && !keeper::is_there() {
+        alone.stay();
+        supervisor.keeper_is_gone();
+    } else if !is_whole && let Err(reason) = keeper.become_again(program.as_fd()) {
+        log::error!("the keeper of this VMM stays the image that failed: {reason}");
     }
+    NotUpdated { outcome: UpdateOutcome::RolledBack, to, reasons: vec![reason], timeline: Some(timeline) }
 }

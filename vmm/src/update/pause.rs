@@ -1,65 +1,39 @@
-//! From the stopped guest to the exec: Paused, Saved, Invalidated. Each is a guard over the one before.
+//! From the stopped guest to the end of this VMM: Paused, Saved, Invalidated. Each is a guard over the one before.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use theseus_api::server::{ConnId, Frozen};
-use theseus_resources::{Claims, KeptFd, Purpose, Slot, StateReader, StateWriter, Vault};
+use theseus_resources::{KeptFd, Purpose, Slot, StateReader, StateWriter, Vault};
 
-use super::Subject;
-use super::back::Inherited;
-use super::prepare::{Prepared, handover};
+use super::prepare::handover;
 use super::saved::{self, ApiSlots, Sealed};
-use super::timeline::Phase;
+use super::standby::{End, Standby};
+use super::{GUEST_ASKED, Subject};
 use crate::build_info;
 use crate::logging::Held;
 use crate::machine::state::Depth;
-use crate::machine::{Host, Machine, MachineError};
-use crate::main_thread::{ExecPlan, MainThread};
+use crate::machine::{Machine, MachineError};
+use crate::timeline::{Phase, Timeline};
 
 /// How long running requests may take to end, and vCPUs to stop: a hung device must not hold the guest for longer.
 const DRAIN: Duration = Duration::from_secs(5);
 
-const GUEST_ASKED: &str = "the guest has just asked for power-off or reset";
-
-/// The eventfd that lets a parked helper go.
-pub struct Release(KeptFd);
-
-impl Release {
-    pub fn new(vault: &Vault) -> std::io::Result<Self> {
-        let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
-        Ok(Self(vault.keep("helper release", Purpose::State, fd)))
-    }
-
-    pub fn claim(slot: Slot, claims: &mut Claims) -> Result<Self, theseus_resources::vault::VaultError> {
-        Ok(Self(claims.claim(slot, Purpose::State)?))
-    }
-
-    pub fn slot(&self) -> Slot {
-        self.0.slot()
-    }
-
-    /// Lets the helper go; harmless if there is none.
-    pub fn let_go(&self) {
-        if let Err(error) = rustix::io::write(&self.0, &1u64.to_ne_bytes()) {
-            log::error!("cannot let the parked helper go: {error}");
-        }
-    }
-}
-
 /// The guest's vCPUs are stopped with nothing pending, its interrupts wait in their eventfds, and the API stands still.
-/// Dropped in the order of the fields: the guest runs again first, then the log and the API.
+/// Dropped in the order of the fields: the new VMM ends first, then the guest runs again, then the log and the API.
 pub struct Paused<'a> {
+    new: Standby,
     guest: Option<StoppedGuest<'a>>,
     _held: Held,
     _frozen: Option<Frozen<'a>>,
-    host: &'a Host,
-    main: &'a MainThread,
     handover: saved::Handover,
+    /// What the new VMM does not have yet.
+    fds: Vec<KeptFd>,
     /// Held so that the vault keeps them: their slots are in the handover.
     _kept_connections: Vec<KeptFd>,
-    prepared: Prepared,
+    timeline: Arc<Timeline>,
 }
 
 struct StoppedGuest<'a> {
@@ -81,7 +55,9 @@ impl Drop for StoppedGuest<'_> {
 impl<'a> Paused<'a> {
     pub fn new(
         subject: &'a mut Subject<'_>,
-        prepared: Prepared,
+        target: PathBuf,
+        timeline: Arc<Timeline>,
+        new: Standby,
         caller: Option<ConnId>,
         deadline: Duration,
     ) -> Result<Self, String> {
@@ -96,9 +72,9 @@ impl<'a> Paused<'a> {
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.vault, &mut kept_connections)).transpose();
         let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
-        let mut handover = handover(subject, &prepared.kept, &prepared.target, Vec::new(), api);
-        prepared.timeline.start_deadline(deadline);
-        prepared.timeline.pass(Phase::Freeze)?;
+        let mut handover = handover(subject, Some(target), Vec::new(), api);
+        timeline.start_deadline(deadline);
+        timeline.pass(Phase::Freeze)?;
 
         let held = Held::new();
         let guest = match subject.machine.as_deref_mut() {
@@ -116,17 +92,18 @@ impl<'a> Paused<'a> {
             None => None,
         };
         // Only now: a guest that turns MSI-X on has eventfds made for it until its last vCPU stands.
-        handover.vault = subject.host.vault.manifest();
-        prepared.timeline.pass(Phase::Pause)?;
+        let (records, fds) = new.missing(&subject.host.vault);
+        handover.vault = records;
+        timeline.pass(Phase::Pause)?;
         Ok(Self {
+            new,
             guest,
             _held: held,
             _frozen: frozen,
-            host: subject.host,
-            main: subject.main,
             handover,
+            fds,
             _kept_connections: kept_connections,
-            prepared,
+            timeline,
         })
     }
 
@@ -135,14 +112,14 @@ impl<'a> Paused<'a> {
         let mut writer = StateWriter::new(&build_info::this().build_id);
         self.handover.encode(&mut writer)?;
         if let Some(StoppedGuest { machine, was_running }) = &self.guest {
-            machine.save(&mut writer, Depth::Full, *was_running, self.prepared.placements.clone())?;
+            machine.save(&mut writer, Depth::Full, *was_running, Vec::new())?;
         }
         let bytes = writer.finish()?;
         let kept = |error: std::io::Error| MachineError::Config(format!("cannot keep the state: {error}"));
-        let memfd = saved::seal(crate::test_hooks::truncated("save", &bytes)).map_err(kept)?;
-        // Both images live by what is in there now: what cannot be read back is found while there still is another way.
+        let memfd = saved::seal("saved-state", crate::test_hooks::truncated("save", &bytes)).map_err(kept)?;
+        // What cannot be read back is found before the guest's DMA is touched.
         StateReader::new(&Sealed::map(memfd.as_fd()).map_err(kept)?)?;
-        self.prepared.timeline.pass(Phase::Save).map_err(MachineError::Config)?;
+        self.timeline.pass(Phase::Save).map_err(MachineError::Config)?;
         Ok(Saved { paused: self, state: memfd })
     }
 }
@@ -181,39 +158,35 @@ impl<'a> Saved<'a> {
             None => None,
         };
         let invalidated = Invalidated { _containers: containers, saved: self };
-        invalidated.saved.paused.prepared.timeline.pass(Phase::Invalidate)?;
+        invalidated.saved.paused.timeline.pass(Phase::Invalidate)?;
         Ok(invalidated)
     }
 }
 
-/// No DMA address of this process is valid any more; DMA that was mapped goes on. Dropping it maps them back first.
+/// No DMA address of this process is valid any more; DMA that was mapped goes on. Dropping it ends the new VMM, and maps them back.
 pub struct Invalidated<'a> {
     _containers: Option<theseus_devices::vfio::Invalidated>,
     saved: Saved<'a>,
 }
 
+impl Drop for Invalidated<'_> {
+    fn drop(&mut self) {
+        // Before the fields are dropped: it may be mapping its own.
+        self.saved.paused.new.end();
+    }
+}
+
 impl Invalidated<'_> {
-    /// Becomes the new image. Returns only if that failed: then everything is put back, and this is the reason.
-    pub fn exec(self) -> String {
-        let Saved { paused, state } = &self.saved;
-        let kept = &paused.prepared.kept;
-        // The state travels like every other kept fd, but is not in the manifest that it contains.
-        let state = match state.try_clone() {
-            Ok(state) => paused.host.vault.keep("saved state", Purpose::State, state),
-            Err(error) => return format!("cannot hold on to the state: {error}"),
-        };
-        let plan = ExecPlan {
-            target: Arc::clone(&paused.prepared.target),
-            inherited: Inherited {
-                state: state.as_raw_fd(),
-                old: kept.old_binary.as_raw_fd(),
-                timeline: kept.timeline.as_raw_fd(),
-            },
-            release: kept.release.0.as_raw_fd(),
-            devices: paused.guest.as_ref().map(|guest| guest.machine.passthrough.mappings()).unwrap_or_default(),
-            vault: paused.host.vault.clone(),
-            timeline: Arc::clone(&paused.prepared.timeline),
-        };
-        paused.main.exec(plan)
+    /// The guest goes over to the new VMM, and this one ends. Returns only if that failed, with the reason.
+    pub fn hand_over(mut self) -> String {
+        let fds = std::mem::take(&mut self.saved.paused.fds);
+        match self.saved.paused.new.hand_over(self.saved.state.as_fd(), fds) {
+            End::Committed => crate::ending::retire(),
+            End::Failed(reason) => {
+                self.saved.paused.new.end();
+                self.saved.paused.timeline.stamp(Phase::Failed);
+                reason
+            }
+        }
     }
 }

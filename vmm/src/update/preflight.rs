@@ -7,8 +7,8 @@ use rustix::process::{Resource, getrlimit};
 use super::room::Room;
 use crate::vcpus::placement::Placement;
 
-/// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, the old
-/// binary, the target, timeline and helper, and duplicates of the API's connections, of which there are 64 at most.
+/// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, both
+/// programs, timeline, channel and pidfd, and duplicates of the API's connections, of which there are 64 at most.
 const MORE_FDS: u64 = 96;
 /// For the new image itself beside the guest's page tables.
 const IMAGE: u64 = 32 << 20;
@@ -66,7 +66,7 @@ fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
             STATE >> 10
         ));
     }
-    // 8 bytes a page: the new image's page tables and its second stage, while the parked old ones are still there.
+    // 8 bytes a page: the new VMM's page tables and its second stage, while the old ones are still there.
     let tables = if needs.small_pages { needs.ram / 512 * 2 } else { 0 };
     let wanted = IMAGE.saturating_add(tables);
     if room.free < wanted {

@@ -1,64 +1,94 @@
-//! Prepare: the guest runs. Everything that is slow or can be refused happens here.
+//! Before the pause, while the guest runs: everything that is slow or can be refused. On a thread of its own, as it opens what a caller names and
+//! waits for what that does; the machine itself is looked at before, by the thread that owns it.
 
-use std::os::fd::AsRawFd;
+use std::any::Any;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use theseus_api::types::{UpdateOutcome, UpdateRequest};
+use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateRequest};
 use theseus_resources::vault::Record;
-use theseus_resources::{KeptFd, Pages, Purpose, StateWriter, Vault};
+use theseus_resources::{KeptFd, Pages, StateWriter};
 
-use super::pause::Release;
 use super::preflight::{self, Needs};
 use super::rights::{Image, Wants};
-use super::saved::Handover;
+use super::saved::{self, Handover};
+use super::standby::{NotStarted, Standby};
 use super::target::{self, Rehearsal, Target};
-use super::timeline::{Phase, Timeline};
-use super::{NotUpdated, Subject};
+use super::{NotUpdated, Subject, back_to};
 use crate::build_info;
+use crate::events::EventStream;
+use crate::keeper::watch::MayBeAlone;
+use crate::keeper::{self, Keeper, settings};
 use crate::logging::LogConfig;
+use crate::machine::MachineError;
 use crate::machine::state::Depth;
-use crate::vcpus::placement::Placement;
+use crate::main_thread::MainThread;
+use crate::panics::panic_text;
+use crate::supervisor::Supervisor;
+use crate::timeline::{Phase, Timeline};
 
-pub struct Prepared {
-    pub target: Arc<Target>,
+/// An update that was asked for, with all that is to be known of the machine.
+pub struct Order {
+    request: UpdateRequest,
+    keeper: Arc<Keeper>,
+    main: MainThread,
+    supervisor: Supervisor,
+    events: EventStream,
+    timeline: Arc<Timeline>,
+    /// The timeline's.
+    page: OwnedFd,
+    /// Reasons against it so far.
+    reasons: Vec<String>,
+    needs: Needs,
+    rehearsed: Result<Rehearsed, String>,
+    /// The guest wants its end instead.
+    given_up: Arc<AtomicBool>,
+}
+
+/// What the target is rehearsed with, and the new VMM makes itself ready with.
+pub struct Rehearsed {
+    pub state: OwnedFd,
+    bytes: Vec<u8>,
+    /// The kept fds that the state names, in the same order.
+    pub fds: Vec<KeptFd>,
+}
+
+/// What there is to go back to.
+pub struct WayBack {
+    pub keeper: Arc<Keeper>,
+    pub supervisor: Supervisor,
+    /// The running program: the keeper can become it again even if its file is replaced or deleted.
+    pub program: File,
+    /// The keeper may die of becoming the new image.
+    pub alone: MayBeAlone,
+}
+
+/// The new VMM waits for the guest.
+pub struct Ready {
+    pub to: BuildInfo,
+    pub target: PathBuf,
     pub timeline: Arc<Timeline>,
-    pub kept: Kept,
-    /// Read here, as that means opening files.
-    pub placements: Vec<Placement>,
+    pub new: Standby,
+    pub back: WayBack,
 }
 
-/// What travels beside the state itself.
-pub struct Kept {
-    pub timeline: KeptFd,
-    pub release: Release,
-    /// The running binary: it can be started again even if its file is replaced or deleted.
-    pub old_binary: KeptFd,
-}
-
-impl Kept {
-    fn new(vault: &Vault, timeline: KeptFd) -> std::io::Result<Self> {
-        let old_binary = std::fs::File::open("/proc/self/exe")?;
-        Ok(Self {
-            timeline,
-            release: Release::new(vault)?,
-            old_binary: vault.keep("old binary", Purpose::Binary, old_binary.into()),
-        })
-    }
-}
-
-impl Prepared {
-    /// Refuses with every reason there is.
-    pub fn new(subject: &Subject<'_>, request: &UpdateRequest) -> Result<Self, NotUpdated> {
-        let vault = &subject.host.vault;
-        let io = |error: std::io::Error| {
-            NotUpdated::refused(None, vec![format!("cannot prepare: {error}: {}", preflight::remedy(&error))])
-        };
-        let (timeline, fd) = Timeline::new(vault).map_err(io)?;
-        let timeline = Arc::new(timeline);
+impl Order {
+    /// `given_up`: see there.
+    pub fn new(subject: &Subject<'_>, request: &UpdateRequest, given_up: Arc<AtomicBool>) -> Result<Self, NotUpdated> {
+        settings::take_over_limits();
+        let (timeline, page) = Timeline::new().map_err(cannot_prepare)?;
         timeline.stamp(Phase::Start);
-        let kept = Kept::new(vault, fd).map_err(io)?;
-
         let mut reasons = Vec::new();
+        if !keeper::is_there() {
+            reasons.push(
+                "the keeper of this VMM was killed in an earlier update: there is nobody to start a new one".into(),
+            );
+        }
         let mut needs = Needs::default();
         if let Some(machine) = &subject.machine {
             reasons.extend(machine.passthrough.probe());
@@ -68,104 +98,126 @@ impl Prepared {
                 small_pages: machine.ram.pages() == Pages::Small,
             };
         }
+        let rehearsed = rehearse(subject, &needs);
+        Ok(Self {
+            request: request.clone(),
+            keeper: subject.keeper.clone(),
+            main: subject.main.clone(),
+            supervisor: subject.supervisor.clone(),
+            events: subject.events.clone(),
+            timeline: Arc::new(timeline),
+            page,
+            reasons,
+            needs,
+            rehearsed,
+            given_up,
+        })
+    }
+
+    /// Refuses with every reason there is, or has the keeper become the new image and the new VMM make itself ready.
+    pub fn carry_out(self) -> Result<Ready, NotUpdated> {
+        let program = File::open("/proc/self/exe").map_err(cannot_prepare)?;
+        let Self { request, keeper, main, supervisor, events, timeline, page, mut reasons, needs, rehearsed, given_up } =
+            self;
         reasons.extend(preflight::reasons(&needs));
         reasons.extend(crate::logging::stands_still());
-        let target = match Target::open(request, build_info::this(), subject.supervisor) {
-            Ok(target) => Some(target),
-            Err(more) => {
-                reasons.extend(more);
-                None
-            }
-        };
+        let target = Target::open(&request, build_info::this(), &supervisor);
+        let target = target.map_err(|more| reasons.extend(more)).ok();
+        let rehearsed = rehearsed.map_err(|reason| reasons.push(reason)).ok();
         let mut images = Vec::new();
-        if let Some(target) = &target {
-            match dry_run(subject, &kept, target) {
-                Ok(state) => {
-                    let Rehearsal { reasons: more, capabilities } = target::ask(target, &state, subject.main);
-                    reasons.extend(more);
-                    let image = |has| Image::new("the new image", &target.path, &target.file, has);
-                    images.extend(capabilities.map(image));
-                }
-                Err(reason) => reasons.push(reason),
-            }
-        }
-        match old_image(subject, &kept) {
-            Ok(image) => images.push(image),
-            Err(reason) => reasons.push(reason),
+        if let (Some(target), Some(rehearsed)) = (&target, &rehearsed) {
+            let Rehearsal { reasons: more, capabilities } = target::ask(target, &rehearsed.bytes, &main);
+            reasons.extend(more);
+            let image = |has| Image::new("the new image", &target.path, &target.file, has);
+            images.extend(capabilities.map(image));
         }
         match Wants::of_this_process(&needs.placements) {
             Ok(wants) => reasons.extend(wants.reasons(&images)),
             Err(error) => {
-                reasons
-                    .push(format!("the rights of this process cannot be read: {error}: {}", preflight::remedy(&error)));
+                let remedy = preflight::remedy(&error);
+                reasons.push(format!("the rights of this process cannot be read: {error}: {remedy}"));
             }
         }
-        match target {
-            Some(target) if reasons.is_empty() => {
-                log::info!("update to {}: prepared", target::describe(&target.path, &target.build));
-                let placements = needs.placements;
-                crate::heap::warm(placements.len());
-                match timeline.pass(Phase::Prepare).and_then(|()| target.unchanged()) {
-                    Ok(()) => Ok(Self { target: Arc::new(target), timeline, kept, placements }),
-                    Err(reason) => Err(NotUpdated::refused(Some(target.build), vec![reason])),
-                }
-            }
-            target => Err(NotUpdated::refused(target.map(|target| target.build), reasons)),
+        let (target, rehearsed) = match (target, rehearsed) {
+            (Some(target), Some(rehearsed)) if reasons.is_empty() => (target, rehearsed),
+            (target, _) => return Err(NotUpdated::refused(target.map(|target| target.build), reasons)),
+        };
+        log::info!("update to {}: prepared", target::describe(&target.path, &target.build));
+        crate::heap::warm(needs.placements.len());
+        let to = target.build.clone();
+        if let Err(reason) = timeline.pass(Phase::Prepare).and_then(|()| target.unchanged()) {
+            return Err(NotUpdated::refused(Some(to), vec![reason]));
         }
-    }
-
-    /// The end of a dry run that found nothing against the update.
-    pub fn ready(self) -> NotUpdated {
-        NotUpdated {
-            outcome: UpdateOutcome::Ready,
-            to: Some(self.target.build.clone()),
-            reasons: Vec::new(),
-            timeline: Some(self.timeline),
+        if request.dry_run {
+            let (outcome, reasons) = (UpdateOutcome::Ready, Vec::new());
+            return Err(NotUpdated { outcome, to: Some(to), reasons, timeline: Some(timeline) });
+        }
+        events.say("update", "prepared", serde_json::json!({ "to": to }));
+        let back = WayBack { keeper, supervisor, program, alone: MayBeAlone::new() };
+        let new = || stand_by(&target, &back, &page, &timeline, &rehearsed, given_up);
+        let half = |panic: Box<dyn Any + Send>| NotStarted { reason: panic_text(&*panic), is_whole: false };
+        match catch_unwind(AssertUnwindSafe(new)).map_err(half).flatten() {
+            Ok(new) => Ok(Ready { to, target: target.path, timeline, new, back }),
+            Err(NotStarted { reason, is_whole }) => Err(back_to(back, Some(to), timeline, &reason, is_whole)),
         }
     }
 }
 
-/// What a way back leads to.
-fn old_image(subject: &Subject<'_>, kept: &Kept) -> Result<Image, String> {
-    let path = std::fs::read_link("/proc/self/exe").unwrap_or_default();
-    let capabilities = target::capabilities_of(kept.old_binary.as_raw_fd(), subject.main)
-        .map_err(|reason| format!("there would be no way back: the running binary {}: {reason}", path.display()))?;
-    Ok(Image::new("the old binary on a way back", &path, &kept.old_binary, capabilities))
+/// The keeper becomes the new image, and the VMM that it starts makes itself ready.
+fn stand_by(
+    target: &Target,
+    back: &WayBack,
+    page: &OwnedFd,
+    timeline: &Arc<Timeline>,
+    rehearsed: &Rehearsed,
+    given_up: Arc<AtomicBool>,
+) -> Result<Standby, NotStarted> {
+    let whole = |reason| NotStarted { reason, is_whole: true };
+    crate::test_hooks::fault("become").map_err(whole)?;
+    // Whoever comes from here on waits, or meets the exec itself.
+    target.unchanged().map_err(whole)?;
+    let program = if crate::test_hooks::fail_exec() { page.as_fd() } else { target.file.as_fd() };
+    let new = Standby::start(&back.keeper, program, page.as_fd(), timeline.clone(), given_up)?;
+    new.prewarm(rehearsed).map_err(|reason| NotStarted { reason, is_whole: false })?;
+    Ok(new)
+}
+
+fn cannot_prepare(error: std::io::Error) -> NotUpdated {
+    NotUpdated::refused(None, vec![format!("cannot prepare: {error}: {}", preflight::remedy(&error))])
 }
 
 /// The state as it is now, with the guest running: all of it but the vCPUs.
-fn dry_run(subject: &Subject<'_>, kept: &Kept, target: &Target) -> Result<Vec<u8>, String> {
+fn rehearse(subject: &Subject<'_>, needs: &Needs) -> Result<Rehearsed, String> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
-    let mut encode = || -> Result<Vec<u8>, crate::machine::MachineError> {
-        handover(subject, kept, target, subject.host.vault.manifest(), None).encode(&mut writer)?;
+    let mut encode = || -> Result<Rehearsed, MachineError> {
         if let Some(machine) = &subject.machine {
-            machine.save(&mut writer, Depth::DryRun, machine.vcpus.is_running(), Vec::new())?;
+            machine.save(&mut writer, Depth::DryRun, machine.vcpus.is_running(), needs.placements.clone())?;
         }
-        Ok(writer.finish()?)
+        // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
+        let (records, fds) = subject.host.vault.offer(&BTreeSet::new());
+        handover(subject, None, records, None).encode(&mut writer)?;
+        let bytes = writer.finish()?;
+        let kept = |error| MachineError::Config(format!("cannot keep it: {error}"));
+        Ok(Rehearsed { state: saved::seal("rehearsal", &bytes).map_err(kept)?, bytes, fds })
     };
     encode().map_err(|error| format!("the present state cannot be saved: {error}"))
 }
 
-/// The section that says what else the new image gets.
+/// The section that says what else the new VMM gets.
 pub fn handover(
     subject: &Subject<'_>,
-    kept: &Kept,
-    target: &Target,
+    target: Option<PathBuf>,
     vault: Vec<Record>,
     api: Option<super::saved::ApiSlots>,
 ) -> Handover {
     Handover {
         vault,
         from: build_info::this().clone(),
-        to: target.build.clone(),
-        target: Some(target.path.clone()),
-        old_binary: kept.old_binary.slot(),
+        target,
         supervisor: subject.supervisor.clone(),
         events: subject.events.slot(),
         log: LogConfig::in_use(),
-        timeline: kept.timeline.slot(),
         kvm: subject.host.hypervisor.kept().slot(),
-        release: kept.release.slot(),
         api,
         peers: subject.peers.clone(),
         config: subject.config.cloned(),

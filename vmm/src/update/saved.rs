@@ -20,32 +20,24 @@ use crate::machine::MachineError;
 use crate::machine::state::{self, MachineState};
 use crate::supervisor::Supervisor;
 
-const HANDOVER: (&str, u16) = ("handover", 1);
+const HANDOVER: (&str, u16) = ("handover", 3);
 
-/// What the new image needs beside the machine.
+/// What the new VMM needs beside the machine.
 #[derive(Serialize, Deserialize)]
 pub struct Handover {
     /// Every kept fd.
     pub vault: Vec<Record>,
     pub from: BuildInfo,
-    /// The target, for a report of the way back.
-    #[serde(default)]
-    pub to: BuildInfo,
     /// How the target was named, which is where it looks for the next one.
     #[serde(default)]
     pub target: Option<PathBuf>,
-    /// The binary that is running now, kept for the way back.
-    pub old_binary: Slot,
     #[serde(default)]
     pub supervisor: Supervisor,
     #[serde(default)]
     pub events: Option<Slot>,
     /// How this process logs: parsing the command line again would cost a part of the pause.
     pub log: LogConfig,
-    pub timeline: Slot,
     pub kvm: Slot,
-    /// Lets the parked helper go.
-    pub release: Slot,
     pub api: Option<ApiSlots>,
     #[serde(default)]
     pub peers: Peers,
@@ -95,9 +87,9 @@ impl Saved {
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
 
-/// A memfd with these bytes, that nobody can change any more.
-pub fn seal(bytes: &[u8]) -> std::io::Result<OwnedFd> {
-    let memfd = rustix::fs::memfd_create("saved-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+/// A memfd with these bytes, that nobody can change any more. `name`: in /proc.
+pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let memfd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     let mut file = File::from(memfd);
     file.write_all(bytes)?;
     rustix::fs::fcntl_add_seals(&file, SEALS | SealFlags::SEAL)?;
@@ -148,11 +140,11 @@ mod tests {
 
     #[test]
     fn what_is_sealed_is_read_back() {
-        let fd = seal(&[7; 5000]).unwrap();
+        let fd = seal("state", &[7; 5000]).unwrap();
         assert_eq!(&Sealed::map(fd.as_fd()).unwrap()[..], [7; 5000]);
         assert!(rustix::io::write(&fd, &[1]).is_err());
         let open = rustix::fs::memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         assert!(Sealed::map(open.as_fd()).is_err(), "nobody promises that it stays as it is");
-        assert!(Sealed::map(seal(&[]).unwrap().as_fd()).is_err(), "an empty one");
+        assert!(Sealed::map(seal("state", &[]).unwrap().as_fd()).is_err(), "an empty one");
     }
 }

@@ -22,10 +22,9 @@ use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
-use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuState};
+use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuShape, VcpuState};
 
 use crate::boot::Entry;
-use crate::update::arbiter::Way;
 use checks::Checks;
 use placement::Placement;
 pub use signal::install_kick_handler;
@@ -58,9 +57,11 @@ pub enum Start {
         cpuid: Vec<kvm_cpuid_entry2>,
         msrs: Vec<kvm_msr_entry>,
         entry: Option<(Entry, Arc<theseus_resources::GuestRam>)>,
+        /// The host's CPUs that it is to run on, if not all that the VMM may.
+        host_cpus: Option<Vec<u32>>,
     },
-    /// From the state of an earlier image, up to [`theseus_hypervisor::Vcpu::restore_early`].
-    Restore(Box<VcpuState>, Placement, Way),
+    /// In an update, while the guest still runs in the old VMM: [`Vcpus::restore_early`] and [`Vcpus::restore_late`] follow.
+    Prewarm(Box<VcpuShape>, Placement),
 }
 
 /// What all vCPU threads share.
@@ -73,6 +74,7 @@ pub struct Shared {
 }
 
 enum Command {
+    RestoreEarly(Box<VcpuState>),
     RestoreLate,
     Run,
     Pause,
@@ -82,7 +84,7 @@ enum Command {
 }
 
 enum Event {
-    /// Created, or restored late; the error may be the last word of a thread that has panicked.
+    /// Created, restored early, or restored late; the error may be the last word of a thread that has panicked.
     Ready(Result<(), VcpuError>),
     Paused,
     Saved(u64, Result<Box<VcpuState>, VcpuError>),
@@ -129,6 +131,7 @@ fn await_saved(events: &Receiver<Event>, turn: u64, all: usize, within: Duration
 /// One thread as its owner sees it.
 struct Handle {
     tid: libc::pid_t,
+    shape: VcpuShape,
     /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a flag that is taken back
     /// before a slow thread has looked would leave its command in the queue.
     pauses: Arc<AtomicU32>,
@@ -156,13 +159,20 @@ impl Handle {
     }
 }
 
+/// What a thread says of itself once it has its vCPU.
+struct Introduction {
+    tid: libc::pid_t,
+    exit_flag: ExitFlag,
+    shape: VcpuShape,
+}
+
 /// A thread that waits for the VM in which to create its vCPU.
 struct Newcomer {
     vm: Sender<ReadyVm>,
     pauses: Arc<AtomicU32>,
     commands: Sender<Command>,
     thread: JoinHandle<()>,
-    introduced: Receiver<(libc::pid_t, ExitFlag)>,
+    introduced: Receiver<Introduction>,
 }
 
 /// vCPU threads on their way.
@@ -183,8 +193,8 @@ impl Starting {
         let mut vcpus = Vcpus { handles: Vec::new(), checks, events, running: false, late: 0, saves: Cell::new(0) };
         for Newcomer { vm: _, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
-            if let Ok((tid, exit_flag)) = introduced.recv() {
-                vcpus.handles.push(Handle { tid, pauses, exit_flag, commands, thread: Some(thread) });
+            if let Ok(Introduction { tid, exit_flag, shape }) = introduced.recv() {
+                vcpus.handles.push(Handle { tid, shape, pauses, exit_flag, commands, thread: Some(thread) });
             } else {
                 drop(commands);
                 let _ = thread.join();
@@ -242,6 +252,14 @@ impl Vcpus {
                 Err(VcpuError::Silent { missing: 1, all: self.handles.len(), within: ANSWER })
             }
         }
+    }
+
+    /// The first half of a restore, in parallel: `states` in order of their index, one for each vCPU.
+    pub fn restore_early(&self, states: Vec<VcpuState>) -> Result<(), VcpuError> {
+        for (handle, state) in self.handles.iter().zip(states) {
+            handle.send(Command::RestoreEarly(Box::new(state)))?;
+        }
+        self.handles.iter().try_for_each(|_| self.ready())
     }
 
     /// The second half of a restore, once the VM's clock is set.
@@ -303,6 +321,16 @@ impl Vcpus {
 
     pub fn is_running(&self) -> bool {
         self.running
+    }
+
+    /// In order of their index.
+    pub fn threads(&self) -> Vec<libc::pid_t> {
+        self.handles.iter().map(|handle| handle.tid).collect()
+    }
+
+    /// What each vCPU is, in order of their index.
+    pub fn shapes(&self) -> Vec<VcpuShape> {
+        self.handles.iter().map(|handle| handle.shape.clone()).collect()
     }
 
     /// Where and how each thread is scheduled now, as an operator may have changed it.

@@ -47,35 +47,60 @@ impl Placement {
 
     /// Puts the calling thread there, if it is known. What cannot be done is logged: a guest that runs on other CPUs is better than none.
     pub fn apply(&self, index: u32) {
-        let report = |what: &str| {
-            log::warn!("vCPU {index}: cannot restore its {what}: {}", std::io::Error::last_os_error());
-        };
         if let Some(cgroup) = &self.cgroup {
             let file = PathBuf::from("/sys/fs/cgroup").join(cgroup.trim_start_matches('/')).join("cgroup.threads");
             if let Err(error) = std::fs::write(&file, "0") {
                 log::warn!("vCPU {index}: cannot go back to its cgroup: {}: {error}", file.display());
             }
         }
-        if self.affinity.is_empty() {
-            return;
-        }
-        // SAFETY: the kernel reads as many bytes as we say, for the calling thread.
-        let done =
-            unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, self.affinity.len(), self.affinity.as_ptr()) };
-        if done < 0 {
-            report("CPU affinity");
-        }
         // The defaults too: main, of which this thread has inherited, may have been given something else.
-        let param = libc::sched_param { sched_priority: self.priority };
-        // SAFETY: the kernel reads one sched_param, for the calling thread.
-        if unsafe { libc::sched_setscheduler(0, self.policy, &param) } < 0 {
-            report("scheduling policy");
-        }
-        // SAFETY: a plain call for the calling thread (PRIO_PROCESS with 0 is the thread on Linux).
-        if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.nice) } < 0 {
-            report("nice value");
+        if let Err(error) = self.schedule(0) {
+            log::warn!("vCPU {index}: cannot be scheduled as it was: {error}");
         }
     }
+
+    /// Whether both say the same of affinity, policy, priority and nice value.
+    pub fn is_scheduled_as(&self, other: &Self) -> bool {
+        let of = |it: &Self| (it.affinity.clone(), it.policy, it.priority, it.nice);
+        of(self) == of(other)
+    }
+
+    /// Gives affinity, policy, priority and nice value to a thread of this process (0: the calling one), if they are known. The error is the last
+    /// that there was, and names what could not be had.
+    pub fn schedule(&self, tid: libc::pid_t) -> Result<(), String> {
+        if self.affinity.is_empty() {
+            return Ok(());
+        }
+        let mut done = Ok(());
+        let mut note = |ok: bool, what: &str| {
+            if !ok {
+                done = Err(format!("{what}: {}", std::io::Error::last_os_error()));
+            }
+        };
+        // SAFETY: the kernel reads as many bytes as we say.
+        let affinity =
+            unsafe { libc::syscall(libc::SYS_sched_setaffinity, tid, self.affinity.len(), self.affinity.as_ptr()) };
+        note(affinity >= 0, "CPU affinity");
+        let param = libc::sched_param { sched_priority: self.priority };
+        // SAFETY: the kernel reads one sched_param.
+        note(unsafe { libc::sched_setscheduler(tid, self.policy, &param) } >= 0, "scheduling policy");
+        // SAFETY: a plain call (PRIO_PROCESS is the thread on Linux).
+        note(unsafe { libc::setpriority(libc::PRIO_PROCESS, tid as libc::id_t, self.nice) } >= 0, "nice value");
+        done
+    }
+}
+
+/// The calling thread runs on these CPUs of the host from now on.
+pub fn pin(cpus: &[u32]) -> Result<(), String> {
+    let mut mask = vec![0u8; MASK_BYTES];
+    for cpu in cpus {
+        if let Some(byte) = mask.get_mut(*cpu as usize / 8) {
+            *byte |= 1 << (cpu % 8);
+        }
+    }
+    Placement { affinity: mask, ..Placement::of(0) }.schedule(0).map_err(|error| {
+        format!("cpus.affinity {cpus:?}: {error}: are these CPUs online, and in the cpuset of the VMM?")
+    })
 }
 
 /// What a process may do with the scheduling of its own threads (sched(7), setpriority(2)).

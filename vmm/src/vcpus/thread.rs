@@ -7,16 +7,15 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequest;
+use theseus_hypervisor::vcpu::OwedWrite;
 use theseus_hypervisor::vcpu::mce::Check;
-use theseus_hypervisor::vcpu::{ExitFlag, OwedWrite};
-use theseus_hypervisor::{Exit, ReadyVm, Vcpu, VcpuState};
+use theseus_hypervisor::{Exit, ReadyVm, Vcpu};
 
 use super::checks::Checks;
-use super::{Command, Event, Shared, Start, VcpuError, signal};
+use super::{Command, Event, Introduction, Shared, Start, VcpuError, placement, signal};
 use crate::boot;
 use crate::memory_errors;
-use crate::update::arbiter::Way;
-use crate::update::back::panic_text;
+use crate::panics::panic_text;
 
 /// Writes that this vCPU was taken away from while it waited for its turn at a device. A read waits: KVM cannot complete its instruction without it.
 struct Owed(Vec<OwedWrite>);
@@ -42,9 +41,6 @@ impl Owed {
     }
 }
 
-/// The state that a vCPU was made from, of which a part is still to be restored.
-type Restored = (Box<VcpuState>, Way);
-
 pub(super) struct Body {
     pub index: u32,
     pub shared: Shared,
@@ -64,28 +60,35 @@ impl Body {
         }
     }
 
-    pub(super) fn main(&self, start: Start, vm: &Receiver<ReadyVm>, introduce: &Sender<(libc::pid_t, ExitFlag)>) {
+    pub(super) fn main(&self, start: Start, vm: &Receiver<ReadyVm>, introduce: &Sender<Introduction>) {
         signal::unblock_kick();
-        if let Start::Restore(_, placement, _) = &start {
+        if let Start::Prewarm(_, placement) = &start {
             placement.apply(self.index);
         }
         // None if the machine has come to nothing meanwhile.
         let Ok(vm) = vm.recv() else { return };
-        let (mut vcpu, mut restored) = match self.create(start, &vm) {
-            Ok(created) => created,
+        let mut vcpu = match self.create(start, &vm) {
+            Ok(vcpu) => vcpu,
             Err(error) => return self.tell(Event::Ready(Err(error))),
         };
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         self.checks.introduce(self.index, tid, vcpu.exit_flag());
-        let _ = introduce.send((tid, vcpu.exit_flag()));
+        let _ = introduce.send(Introduction { tid, exit_flag: vcpu.exit_flag(), shape: vcpu.shape() });
         self.tell(Event::Ready(Ok(())));
-        let mut owed = Owed(restored.as_mut().map_or_else(Vec::new, |(state, _)| std::mem::take(&mut state.owed)));
+        let mut owed = Owed(Vec::new());
+        // Of which the late part is still to come.
+        let mut restored = None;
         while let Ok(command) = self.commands.recv() {
             match command {
+                Command::RestoreEarly(mut state) => {
+                    crate::test_hooks::vcpu_panic();
+                    owed.0 = std::mem::take(&mut state.owed);
+                    let result = vcpu.restore_early(&state).map_err(|source| self.error(source));
+                    restored = Some(state);
+                    self.tell(Event::Ready(result));
+                }
                 Command::RestoreLate => {
-                    let result = restored
-                        .as_ref()
-                        .map_or(Ok(()), |(state, way)| vcpu.restore_late(state, &|refused| way.bear(Err(refused))));
+                    let result = restored.take().map_or(Ok(()), |state| vcpu.restore_late(&state));
                     self.tell(Event::Ready(result.map_err(|source| self.error(source))));
                 }
                 Command::Run => self.run(&mut vcpu, &mut owed),
@@ -157,17 +160,14 @@ impl Body {
         let _ = self.events.send(event);
     }
 
-    fn create(&self, start: Start, vm: &ReadyVm) -> Result<(Vcpu, Option<Restored>), VcpuError> {
-        let new = || Vcpu::new(vm, self.index).map_err(|source| self.error(source));
+    fn create(&self, start: Start, vm: &ReadyVm) -> Result<Vcpu, VcpuError> {
+        let mut vcpu = Vcpu::new(vm, self.index).map_err(|source| self.error(source))?;
         match start {
-            Start::Restore(state, _, way) => {
-                crate::test_hooks::vcpu_panic();
-                let mut vcpu = new()?;
-                vcpu.restore_early(&state).map_err(|source| self.error(source))?;
-                Ok((vcpu, Some((state, way))))
-            }
-            Start::Boot { mut cpuid, msrs, entry } => {
-                let mut vcpu = new()?;
+            Start::Prewarm(shape, _) => vcpu.prewarm(&shape).map_err(|source| self.error(source))?,
+            Start::Boot { mut cpuid, msrs, entry, host_cpus } => {
+                if let Some(cpus) = host_cpus {
+                    placement::pin(&cpus).map_err(|reason| VcpuError::Boot { index: self.index, reason })?;
+                }
                 boot::cpuid::timing::describe(&mut cpuid, vcpu.tsc_khz());
                 vcpu.set_cpuid(&cpuid).map_err(|source| self.error(source))?;
                 vcpu.offer_machine_checks(&self.shared.hypervisor).map_err(|source| self.error(source))?;
@@ -180,9 +180,9 @@ impl Body {
                 vcpu.keep_to_offers().map_err(|source| self.error(source))?;
                 vcpu.set_msrs(&msrs).map_err(|source| self.error(source))?;
                 vcpu.discover_msrs(&self.shared.hypervisor).map_err(|source| self.error(source))?;
-                Ok((vcpu, None))
             }
         }
+        Ok(vcpu)
     }
 
     /// In the guest until a pause is asked for, until it cannot go on, or until its machine is about to end: a vCPU that has asked for that

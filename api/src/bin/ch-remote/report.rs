@@ -6,7 +6,7 @@ use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport};
 
 /// The report for people, with a newline at the end.
 pub fn table(report: &UpdateReport) -> String {
-    let UpdateReport { outcome, from, to, pid, pause_us, phases, devices, containers, reasons: _ } = report;
+    let UpdateReport { outcome, from, to, pid, pause_us, phases, devices, containers, .. } = report;
     let headline = match outcome {
         UpdateOutcome::Updated => "updated",
         UpdateOutcome::RolledBack => "ROLLED BACK: the guest runs in the old build",
@@ -80,6 +80,8 @@ mod tests {
             from: BuildInfo { version: "0.1.0".into(), build_id: "aa".into() },
             to: Some(BuildInfo { version: "0.2.0".into(), build_id: "bb".into() }),
             pid: 42,
+            vmm_pid: 43,
+            vcpu_threads: vec![44],
             pause_us: Some(18_200),
             phases: vec![PhaseTime { name: "prepare".into(), us: 120_000 }, PhaseTime { name: "save".into(), us: 900 }],
             devices: vec!["nic".into()],

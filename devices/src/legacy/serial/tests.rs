@@ -1,12 +1,12 @@
 use std::io::{Read, Write};
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use theseus_resources::vault::{Claims, Vault};
+use theseus_resources::Vault;
 
 use super::*;
 use crate::carried::Carried;
@@ -65,25 +65,14 @@ fn run_loop(device: &mut SerialDevice) {
 /// As exec would: everything in `vault` reaches a second image, through real serialisation.
 fn update(old: SerialDevice, vault: &Vault) -> (SerialDevice, Arc<Pulses>, Vault) {
     let bytes = rmp_serde::to_vec_named(&old.save().unwrap()).unwrap();
-    let (vault, mut claims) = hand_over(vault);
+    let (vault, mut claims) = vault.handed_over().unwrap();
     let irq = Arc::new(Pulses::default());
     let parts = SerialParts { irq: irq.clone(), claims: &mut claims, vault: &vault };
     let new = SerialDevice::restore(rmp_serde::from_slice(&bytes).unwrap(), parts).unwrap();
     claims.finish().unwrap();
-    // An exec runs no destructors.
+    // The old VMM ends without destructors.
     std::mem::forget(old);
     (new, irq, vault)
-}
-
-fn hand_over(vault: &Vault) -> (Vault, Claims) {
-    let mut records = vault.manifest();
-    for record in &mut records {
-        // SAFETY: open: its owner is in `vault`.
-        let fd = unsafe { BorrowedFd::borrow_raw(record.fd) };
-        record.fd = fd.try_clone_to_owned().unwrap().into_raw_fd();
-    }
-    // SAFETY: the duplicates were made for this.
-    unsafe { Vault::adopt(records) }.unwrap()
 }
 
 fn connect(path: &Path) -> UnixStream {
@@ -379,7 +368,7 @@ fn a_state_that_lies_is_refused() {
     let (device, _) = device(&ConsoleConfig::Pty, &vault);
     let state = device.save().unwrap();
     let other = Vault::new();
-    let (_, mut claims) = hand_over(&other);
+    let (_, mut claims) = other.handed_over().unwrap();
     let parts = SerialParts { irq: Arc::new(Pulses::default()), claims: &mut claims, vault: &other };
     assert!(SerialDevice::restore(state, parts).is_err());
 }

@@ -8,7 +8,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::Pid;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
@@ -17,7 +18,6 @@ use theseus_resources::state::{Section, StateError, readable};
 use super::Target;
 use crate::build_info;
 use crate::main_thread::MainThread;
-use crate::update::park::ends_within;
 use crate::update::saved::{self, Saved};
 
 /// How long the target may take for its verdict.
@@ -113,18 +113,6 @@ fn alone(fd: RawFd, argument: &str) -> Command {
     command
 }
 
-/// Those that a build of Theseus would have after an exec of `fd`.
-pub fn capabilities_of(fd: RawFd, main: &MainThread) -> Result<CapabilitySet, String> {
-    let mut command = alone(fd, "--version");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    match main.spawn(command, PATIENCE) {
-        Ok(Some(Ended { status, capabilities })) if status.success() => Ok(capabilities),
-        Ok(Some(Ended { status, .. })) => Err(format!("it ended with {status} when asked for its version")),
-        Ok(None) => Err(format!("it did not tell its version within {PATIENCE:?}")),
-        Err(error) => Err(format!("it cannot be run: {error}")),
-    }
-}
-
 /// What a program said last, of what is in the first 64 KiB.
 fn last_line(output: &mut File) -> String {
     let mut text = Vec::new();
@@ -140,6 +128,20 @@ pub struct Ended {
     /// The effective ones that it had: what the kernel has given to its program at exec, as no program that we run
     /// gives up any.
     pub capabilities: CapabilitySet,
+}
+
+/// Whether a child of ours ends within `patience`. Does not reap it.
+fn ends_within(pid: libc::pid_t, patience: Duration) -> std::io::Result<bool> {
+    let pid = Pid::from_raw(pid).ok_or(std::io::ErrorKind::InvalidInput)?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+    loop {
+        match rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(count) => return Ok(count > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Runs `command` to its end, or kills it when `patience` is over (`None`). On the main thread, which has no filters.

@@ -17,7 +17,7 @@ use theseus_api::types::{BuildInfo, UpdateRequest};
 use crate::supervisor::Supervisor;
 
 use guard::Facts;
-pub use handshake::{Ended, Rehearsal, answer, ask, capabilities_of, run_child};
+pub use handshake::{Ended, Rehearsal, answer, ask, run_child};
 pub use named::started_from;
 
 pub struct Target {

@@ -1,0 +1,188 @@
+//! The new VMM as the old one sees it: started by the keeper once that is the new image, it makes itself ready while the guest runs here.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeSet, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use theseus_resources::channel::{ChannelError, FDS};
+use theseus_resources::vault::Record;
+use theseus_resources::{Channel, KeptFd, Slot, Vault};
+
+use super::GUEST_ASKED;
+use super::prepare::Rehearsed;
+use super::words::{ToNew, ToOld, hear, say};
+use crate::keeper::{Keeper, NotBecome};
+use crate::timeline::Timeline;
+
+/// How long the new VMM may take before the guest stands still. That costs nobody anything, but an update that hangs is one that nobody can end.
+const PREWARM: Duration = Duration::from_secs(60);
+
+/// How soon a wait ends that nobody wants any more.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Ended, if it has not committed, when this is dropped: nothing of it is left then.
+pub struct Standby {
+    channel: Channel,
+    pidfd: OwnedFd,
+    timeline: Arc<Timeline>,
+    /// What it has of the vault.
+    known: RefCell<BTreeSet<Slot>>,
+    /// Descriptors that it has not asked for yet.
+    waiting: RefCell<VecDeque<KeptFd>>,
+    given_up: Arc<AtomicBool>,
+    ended: Cell<bool>,
+}
+
+/// Why there is no new VMM.
+pub struct NotStarted {
+    pub reason: String,
+    /// Whether the keeper is still the program that it was.
+    pub is_whole: bool,
+}
+
+/// What it said last.
+#[derive(Debug)]
+pub enum End {
+    Committed,
+    /// It has the guest not, unless the word says so.
+    Failed(String),
+}
+
+impl Standby {
+    /// The keeper becomes the new image, which starts the new VMM.
+    pub fn start(
+        keeper: &Keeper,
+        program: BorrowedFd<'_>,
+        page: BorrowedFd<'_>,
+        timeline: Arc<Timeline>,
+        given_up: Arc<AtomicBool>,
+    ) -> Result<Self, NotStarted> {
+        let whole = |reason| NotStarted { reason, is_whole: true };
+        let (ours, theirs) = Channel::pair().map_err(|error| whole(error.to_string()))?;
+        let pidfd = keeper.update(program, theirs, page).map_err(|not| match not {
+            NotBecome::Refused(reason) => whole(reason),
+            NotBecome::Half(reason) => NotStarted { reason, is_whole: false },
+        })?;
+        Ok(Self {
+            channel: ours,
+            pidfd,
+            timeline,
+            known: RefCell::default(),
+            waiting: RefCell::default(),
+            given_up,
+            ended: Cell::new(false),
+        })
+    }
+
+    /// Gives it the state of the running guest, and waits until it is ready for the true one.
+    pub fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), String> {
+        self.offer(rehearsed.fds.clone());
+        let text = |error: ChannelError| format!("the new VMM: {error}");
+        say(&self.channel, &ToNew::Rehearsal, &[rehearsed.state.as_fd()]).map_err(text)?;
+        self.converse(Instant::now() + PREWARM, &ToOld::Ready)
+    }
+
+    /// The vault as it is now, for the state, and those of its descriptors that the new VMM does not have, for [`Standby::hand_over`].
+    pub fn missing(&self, vault: &Vault) -> (Vec<Record>, Vec<KeptFd>) {
+        vault.offer(&self.known.borrow())
+    }
+
+    fn offer(&self, fds: Vec<KeptFd>) {
+        self.known.borrow_mut().extend(fds.iter().map(KeptFd::slot));
+        self.waiting.borrow_mut().extend(fds);
+    }
+
+    /// Gives it the state of the guest that stands still, and waits for what becomes of it, until the update's deadline.
+    pub fn hand_over(&self, state: BorrowedFd<'_>, fds: Vec<KeptFd>) -> End {
+        self.offer(fds);
+        if let Err(error) = say(&self.channel, &ToNew::State, &[state]) {
+            return End::Failed(format!("the new VMM: {error}"));
+        }
+        match self.converse(Instant::now() + self.timeline.left(), &ToOld::Committed) {
+            Ok(()) => End::Committed,
+            Err(reason) => End::Failed(reason),
+        }
+    }
+
+    /// Serves it until it says `wanted`.
+    fn converse(&self, until: Instant, wanted: &ToOld) -> Result<(), String> {
+        loop {
+            self.await_word(until)?;
+            match hear::<ToOld>(&self.channel, Duration::ZERO) {
+                Ok((ToOld::More, _)) => self.send_more()?,
+                Ok((ToOld::Failed(reason), _)) => return Err(reason),
+                Ok((word, _)) if word == *wanted => return Ok(()),
+                Ok((word, _)) => return Err(format!("the new VMM says {word:?} where nobody has asked")),
+                Err(ChannelError::Gone) => return Err(self.how_it_died()),
+                Err(error) => return Err(format!("the new VMM: {error}")),
+            }
+        }
+    }
+
+    fn send_more(&self) -> Result<(), String> {
+        let mut waiting = self.waiting.borrow_mut();
+        let count = waiting.len().min(FDS);
+        let next: Vec<KeptFd> = waiting.drain(..count).collect();
+        let fds: Vec<_> = next.iter().map(AsFd::as_fd).collect();
+        say(&self.channel, &ToNew::Fds, &fds).map_err(|error| format!("the new VMM: {error}"))
+    }
+
+    fn await_word(&self, until: Instant) -> Result<(), String> {
+        loop {
+            if self.given_up.load(Ordering::SeqCst) {
+                return Err(GUEST_ASKED.into());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            let rest = left.min(LOOK);
+            let timeout = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
+            let mut fds = [PollFd::new(&self.channel, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
+            match rustix::event::poll(&mut fds, Some(&timeout)) {
+                // What it said before it died comes first.
+                Ok(_) if !fds[0].revents().is_empty() => return Ok(()),
+                Ok(0) if left > rest => {}
+                Ok(0) => return Err(self.how_late()),
+                Ok(_) => return Err(self.how_it_died()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(format!("cannot wait for the new VMM: {error}")),
+            }
+        }
+    }
+
+    fn how_it_died(&self) -> String {
+        let said = self.timeline.cause();
+        let died = "its process died or was killed (why is in the kernel's log, and in this VMM's)";
+        if said.is_empty() { died.to_owned() } else { said }
+    }
+
+    fn how_late(&self) -> String {
+        let patience = self.timeline.patience();
+        match patience.is_zero() {
+            true => format!("it was not ready within {PREWARM:?} and was killed"),
+            false => format!("it did not get on within {patience:?} (deadline_ms) and was killed"),
+        }
+    }
+
+    /// Kills it and waits until nothing of it is left, unless the guest is its own: then this process has nothing to do here any more.
+    pub fn end(&self) {
+        if self.ended.replace(true) {
+            return;
+        }
+        if !self.timeline.word().take() {
+            crate::ending::retire();
+        }
+        // SAFETY: a process's own fd, and no memory is handed over. ESRCH if it is dead already.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
+        // Its last thread has given up its memory and its files before this is readable (do_exit).
+        while rustix::event::poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], None).is_err() {}
+    }
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
