@@ -5,7 +5,8 @@ use theseus_resources::socket::{PRIVATE, Peer};
 
 use crate::args::{ApiSocket, ArgError};
 
-/// Where the API is served, and for whom: `PATH`, `path=PATH` or `fd=N`, with `,mode=MODE` and `,group=GROUP` behind it.
+/// Where the API is served, and for whom: `PATH`, `path=PATH` or `fd=N`, with `,mode=MODE` and `,group=GROUP` behind
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiListen {
     pub socket: ApiSocket,
@@ -40,7 +41,8 @@ fn octal(text: &str) -> Result<u32, ArgError> {
     }
 }
 
-/// By its number or, as in group(5), its name. Not by getgrnam(3): a static binary cannot load the libraries that it asks.
+/// By its number or, as in group(5), its name. Not by getgrnam(3): a static binary cannot load the libraries that it
+/// asks.
 fn group_id(text: &str) -> Result<u32, ArgError> {
     if let Ok(id) = text.parse() {
         return Ok(id);
@@ -80,7 +82,8 @@ impl ApiListen {
         }
     }
 
-    /// The mode of the socket's file. Where users are named the server tells who they are, and the file lets them come so far.
+    /// The mode of the socket's file. Where users are named the server tells who they are, and the file lets them come
+    /// so far.
     pub fn file_mode(&self, uids: &[u32]) -> u32 {
         match (self.mode, self.group) {
             (Some(mode), _) => mode,

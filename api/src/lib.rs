@@ -1,6 +1,7 @@
 //! The control surface of Theseus: REST types, command line option strings, the server and the client.
 //!
-//! The crate knows nothing of the VMM: the server hands every [`Request`] to a [`server::Backend`] and sends back its [`Reply`].
+//! The crate knows nothing of the VMM: the server hands every [`Request`] to a [`server::Backend`] and sends back its
+//! [`Reply`].
 
 pub mod access;
 pub mod args;

@@ -14,8 +14,9 @@ use theseus_api::{ApiError, Body, Request};
 
 const SOON: Duration = Duration::from_secs(5);
 
-/// What a client with the habits of Cloud Hypervisor's makes of an answer: pieces of 256 bytes, each of which must be UTF-8; a number,
-/// blanks around it allowed, from `HTTP/1.1 ` to the end of the line; a body only where `Content-Length: ` stands just so.
+/// What a client with the habits of Cloud Hypervisor's makes of an answer: pieces of 256 bytes, each of which must be
+/// UTF-8; a number, blanks around it allowed, from `HTTP/1.1 ` to the end of the line; a body only where
+/// `Content-Length: ` stands just so.
 fn read_as_they_do(stream: &mut UnixStream) -> Result<(u16, Option<String>), String> {
     let mut text = String::new();
     let (head_end, length) = loop {

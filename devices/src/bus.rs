@@ -1,10 +1,11 @@
-//! A port or MMIO bus: address ranges and the device behind each. Devices may be moved while vCPUs run (a guest that writes a BAR).
+//! A port or MMIO bus: address ranges and the device behind each. Devices may be moved while vCPUs run (a guest that
+//! writes a BAR).
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-/// A device's registers. `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian. No access may take
-/// long: other vCPUs wait for it, see [`Target`].
+/// A device's registers. `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian.
+/// No access may take long: other vCPUs wait for it, see [`Target`].
 pub trait BusDevice: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     fn write(&mut self, offset: u64, data: &[u8]);
@@ -13,8 +14,8 @@ pub trait BusDevice: Send {
 /// What answers on a bus, to several vCPUs at once.
 pub trait Target: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// False: other accesses were under way, and before their end this vCPU `is_wanted` elsewhere. Then nothing was written, and whoever has
-    /// taken the data from the guest owes it this write.
+    /// False: other accesses were under way, and before their end this vCPU `is_wanted` elsewhere. Then nothing was
+    /// written, and whoever has taken the data from the guest owes it this write.
     #[must_use]
     fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool;
 }

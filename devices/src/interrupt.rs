@@ -46,23 +46,25 @@ pub struct MsiError {
 pub trait Msi: Send + Sync {
     /// `count` GSIs that nobody else has, not routed yet.
     fn allocate(&self, count: u32) -> Result<Vec<u32>, MsiError>;
-    /// In a new image: takes GSIs that were allocated in the old one. Their messages are only noted: they take effect in the
-    /// one KVM_SET_GSI_ROUTING call of the restore.
+    /// In a new image: takes GSIs that were allocated in the old one. Their messages are only noted: they take effect
+    /// in the one KVM_SET_GSI_ROUTING call of the restore.
     fn adopt(&self, gsis: &[(u32, Option<MsiMessage>)]) -> Result<(), MsiError>;
     /// Gives GSIs back, and forgets their routes.
     fn free(&self, gsis: &[u32]);
     /// Routes `gsi` to `message`, at once.
     fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), MsiError>;
-    /// KVM_IRQFD: from now on a signal of `eventfd` injects `gsi`. A count that is already in the eventfd is injected once, at
-    /// this moment, provided that the GSI is routed.
+    /// KVM_IRQFD: from now on a signal of `eventfd` injects `gsi`. A count that is already in the eventfd is injected
+    /// once, at this moment, provided that the GSI is routed.
     fn attach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError>;
-    /// KVM_IRQFD with DEASSIGN: what was signalled before is injected and drained from the eventfd, what comes later stays in it.
+    /// KVM_IRQFD with DEASSIGN: what was signalled before is injected and drained from the eventfd, what comes later
+    /// stays in it.
     fn detach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError>;
 }
 
 /// Memory that the guest reaches without an exit, beside its RAM: the BARs of passed-through devices.
 pub trait Memslots: Send + Sync {
-    /// Maps `size` bytes at `hva` into the guest at `gpa` (all multiples of the page size), and returns the slot's number.
+    /// Maps `size` bytes at `hva` into the guest at `gpa` (all multiples of the page size), and returns the slot's
+    /// number.
     ///
     /// # Safety
     /// `hva..hva + size` must be mapped, and the guest may touch it, until the slot is removed.

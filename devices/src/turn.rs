@@ -1,9 +1,10 @@
 //! The lock of a device, which a guest cannot hold against the VMM.
 //!
-//! An access may take long: a reset of the function keeps its vCPU in pwrite for 100 ms (pcie_flr), one that does not come back for a minute
-//! (pci_dev_wait), and a guest can ask for another the moment it is over. So the VMM itself (a save, say) comes before all vCPUs that wait, and a
-//! vCPU that waits with a write gives up when it is wanted elsewhere: the write is then owed, see [`crate::bus::Target::write`]. Between a pause
-//! that is asked for and a guest that stands there is at most the access that was under way.
+//! An access may take long: a reset of the function keeps its vCPU in pwrite for 100 ms (pcie_flr), one that does not
+//! come back for a minute (pci_dev_wait), and a guest can ask for another the moment it is over. So the VMM itself (a
+//! save, say) comes before all vCPUs that wait, and a vCPU that waits with a write gives up when it is wanted
+//! elsewhere: the write is then owed, see [`crate::bus::Target::write`]. Between a pause that is asked for and a guest
+//! that stands there is at most the access that was under way.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -78,8 +79,8 @@ impl<T: ?Sized> Turn<T> {
         TurnGuard { value, _given_on: GivenOn { queue: &self.queue, changed: &self.changed } }
     }
 
-    /// For a vCPU. None: it had to wait, and `is_wanted` elsewhere. Whoever is, and has waited, does not begin any more, even if it could now: of
-    /// many who wait each would take its turn.
+    /// For a vCPU. None: it had to wait, and `is_wanted` elsewhere. Whoever is, and has waited, does not begin any
+    /// more, even if it could now: of many who wait each would take its turn.
     pub fn lock_unless(&self, is_wanted: &dyn Fn() -> bool) -> Option<TurnGuard<'_, T>> {
         let mut queue = self.queue();
         while queue.holder.is_some() || queue.first > 0 {
@@ -101,7 +102,8 @@ impl<T: ?Sized> Turn<T> {
         self.take(self.changed.wait_while(queue, waits).unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// For the VMM itself: before all vCPUs. The error says who has the device, and does not give it back `within` that time.
+    /// For the VMM itself: before all vCPUs. The error says who has the device, and does not give it back `within` that
+    /// time.
     pub fn lock_first(&self, within: Duration) -> Result<TurnGuard<'_, T>, Held> {
         let mut queue = self.queue();
         queue.first += 1;

@@ -1,8 +1,9 @@
 //! kvmclock over an update: it runs on through the pause and agrees with the host's TSC after any number of updates.
 //!
-//! KVM_SET_CLOCK takes effect some hundred nanoseconds after the value was computed. Saved and set each time, that error
-//! would add up. So the first image to save takes an anchor (guest clock, host TSC) which goes over verbatim, and each
-//! image sets its clock to what the anchor says: set, read back with the TSC at which it was read, correct by the difference.
+//! KVM_SET_CLOCK takes effect some hundred nanoseconds after the value was computed. Saved and set each time, that
+//! error would add up. So the first image to save takes an anchor (guest clock, host TSC) which goes over verbatim, and
+//! each image sets its clock to what the anchor says: set, read back with the TSC at which it was read, correct by the
+//! difference.
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, kvm_clock_data};
 use serde::{Deserialize, Serialize};
@@ -68,8 +69,8 @@ impl Vm {
         }
     }
 
-    /// Call when all vCPUs have their TSC offsets (only then is there a master clock) and before the kvmclock MSRs are set.
-    /// Returns the error left, in ns, where it can be known.
+    /// Call when all vCPUs have their TSC offsets (only then is there a master clock) and before the kvmclock MSRs are
+    /// set. Returns the error left, in ns, where it can be known.
     pub fn restore_clock(&self, anchor: &ClockAnchor) -> Result<Option<i64>> {
         let set = |clock: u64| {
             let data = kvm_clock_data { clock, ..Default::default() };
@@ -81,8 +82,9 @@ impl Vm {
         }
         let mut lead = 0i64;
         let mut left = None;
-        // Each round measures how long a set takes to take effect, and the next one uses it. An interruption between reading the TSC and
-        // the kernel's own reading spoils a round: go on until one is good, with less and less ambition.
+        // Each round measures how long a set takes to take effect, and the next one uses it. An interruption between
+        // reading the TSC and the kernel's own reading spoils a round: go on until one is good, with less and less
+        // ambition.
         for round in 0..ROUNDS {
             set(anchor.at_tsc(read_tsc()).wrapping_add_signed(lead))?;
             let now = self.clock()?;

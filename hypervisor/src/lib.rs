@@ -1,6 +1,7 @@
 //! KVM: the VM, its vCPUs, interrupt routing and clock, and what of them is saved (x86-64).
 //!
-//! VM and vCPU fds are bound to the address space that created the VM and never survive exec: every image makes its own.
+//! VM and vCPU fds are bound to the address space that created the VM and never survive exec: every image makes its
+//! own.
 
 mod clock;
 mod error;

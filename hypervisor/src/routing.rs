@@ -36,8 +36,9 @@ impl Routing {
         Self { msi: BTreeMap::new(), staged: true }
     }
 
-    /// Routes `gsi` by `write`, which gives the kernel the whole table. If that fails the table is the kernel's again, which keeps its old one
-    /// (kvm_set_irq_routing): so that the same route is tried the next time, and no later table contains what was refused.
+    /// Routes `gsi` by `write`, which gives the kernel the whole table. If that fails the table is the kernel's again,
+    /// which keeps its old one (kvm_set_irq_routing): so that the same route is tried the next time, and no later table
+    /// contains what was refused.
     fn change(&mut self, gsi: u32, route: MsiRoute, write: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
         let before = self.msi.insert(gsi, Some(route));
         if before == Some(Some(route)) {

@@ -23,7 +23,8 @@ struct State {
 }
 
 impl Vm {
-    /// Adds a group. On first boot: only after a device of it was opened (kernel.md: a VM reference would leak otherwise).
+    /// Adds a group. On first boot: only after a device of it was opened (kernel.md: a VM reference would leak
+    /// otherwise).
     pub fn vfio_add(&self, group: BorrowedFd<'_>) -> Result<()> {
         let mut state = self.vfio.0.lock().unwrap_or_else(PoisonError::into_inner);
         if state.device.is_none() {
@@ -38,7 +39,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Takes all groups off, at the end of the process: this VM holds their files as long as a vCPU's run page is mapped.
+    /// Takes all groups off, at the end of the process: this VM holds their files as long as a vCPU's run page is
+    /// mapped.
     pub fn vfio_forget(&self) {
         if let Ok(mut state) = self.vfio.0.try_lock() {
             for file in std::mem::take(&mut state.files) {
@@ -47,7 +49,8 @@ impl Vm {
         }
     }
 
-    /// Takes a group off this VM: a late release of an old VM would otherwise clear the group's VM pointer under the new one.
+    /// Takes a group off this VM: a late release of an old VM would otherwise clear the group's VM pointer under the
+    /// new one.
     pub fn vfio_del(&self, group: BorrowedFd<'_>) -> Result<()> {
         let mut state = self.vfio.0.lock().unwrap_or_else(PoisonError::into_inner);
         if state.files.contains(&group.as_raw_fd()) {

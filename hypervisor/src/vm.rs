@@ -22,13 +22,14 @@ pub struct Vm {
     pub(crate) vfio: VfioFiles,
 }
 
-/// A VM that has no interrupt controllers yet, and so takes no vCPUs: first all memslots that it is known to need. KVM_CREATE_IRQCHIP
-/// registers on the I/O bus, and a memslot that is set after it waits for that SRCU grace period: 5 to 7 ms natively (Linux 6.18), 0.3 before
-/// it. One that comes later is not wrong, only slow: a guest that moves a BAR makes one.
+/// A VM that has no interrupt controllers yet, and so takes no vCPUs: first all memslots that it is known to need.
+/// KVM_CREATE_IRQCHIP registers on the I/O bus, and a memslot that is set after it waits for that SRCU grace period: 5
+/// to 7 ms natively (Linux 6.18), 0.3 before it. One that comes later is not wrong, only slow: a guest that moves a BAR
+/// makes one.
 pub struct BareVm(Arc<Vm>);
 
-/// A VM with an in-kernel PIC, IOAPIC and LAPICs, as vCPUs need it. There is no PIT: the guest is told of a TSC deadline timer and, by
-/// hardware-reduced ACPI, of no legacy timers.
+/// A VM with an in-kernel PIC, IOAPIC and LAPICs, as vCPUs need it. There is no PIT: the guest is told of a TSC
+/// deadline timer and, by hardware-reduced ACPI, of no legacy timers.
 #[derive(Clone)]
 pub struct ReadyVm(Arc<Vm>);
 
@@ -50,7 +51,8 @@ impl BareVm {
         })))
     }
 
-    /// What the devices are wired to: their memslots, and routes that are only noted, come before the interrupt controllers.
+    /// What the devices are wired to: their memslots, and routes that are only noted, come before the interrupt
+    /// controllers.
     pub fn handle(&self) -> &Arc<Vm> {
         &self.0
     }
@@ -129,8 +131,8 @@ impl Vm {
         self.fd.set_irq_line(gsi, false).map_err(Error::call(format!("lower GSI {gsi}")))
     }
 
-    /// A paravirtual kick (KVM_HC_KICK_CPU) to the vCPU of this index: an MSI with KVM's own delivery mode APIC_DM_REMRD. Its next HLT does not
-    /// wait.
+    /// A paravirtual kick (KVM_HC_KICK_CPU) to the vCPU of this index: an MSI with KVM's own delivery mode
+    /// APIC_DM_REMRD. Its next HLT does not wait.
     pub fn kick_halted(&self, index: u32) -> Result<()> {
         let msi = kvm_msi { address_lo: 0xFEE0_0000 | index << 12, data: 0x300, ..Default::default() };
         self.fd.signal_msi(msi).map(drop).map_err(Error::call(format!("KVM_SIGNAL_MSI to vCPU {index}")))

@@ -1,4 +1,5 @@
-//! Address windows for PCI BARs: first fit, naturally aligned. Has no saved form: a restore reserves again what its devices hold.
+//! Address windows for PCI BARs: first fit, naturally aligned. Has no saved form: a restore reserves again what its
+//! devices hold.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -7,7 +7,8 @@ const POOLS: &str = "/sys/kernel/mm/hugepages";
 /// It is for a message: a guest that goes on and on has it a few pages off.
 const TRIES: u32 = 100;
 
-/// What the kernel says of the pool of one size (Documentation/admin-guide/mm/hugetlbpage.rst), when it could not give `wanted` pages.
+/// What the kernel says of the pool of one size (Documentation/admin-guide/mm/hugetlbpage.rst), when it could not give
+/// `wanted` pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pool {
     folder: PathBuf,
@@ -29,7 +30,8 @@ impl Pool {
             let text = std::fs::read_to_string(folder.join(file));
             text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
         };
-        // A guest that touches its pages takes from both while they are read: only those between two equal readings belong together.
+        // A guest that touches its pages takes from both while they are read: only those between two equal readings
+        // belong together.
         let (mut free, mut reserved) = (0, number("resv_hugepages"));
         for _ in 0..TRIES {
             free = number("free_hugepages");

@@ -1,4 +1,5 @@
-//! The guest's physical address space (x86-64). Frozen: a running guest's layout is saved state, these are the values for its boot.
+//! The guest's physical address space (x86-64). Frozen: a running guest's layout is saved state, these are the values
+//! for its boot.
 //!
 //! ```text
 //! 0            RAM, up to 3 GiB
@@ -32,7 +33,8 @@ pub const SERIAL_PORT: u16 = 0x3F8;
 pub const SERIAL_GSI: u32 = 4;
 pub const CMOS_PORT: u16 = 0x70;
 pub const I8042_PORT: u16 = 0x60;
-/// ACPI power management of the hardware-reduced model: sleep control and status, reset, GED status, PM timer (8 ports).
+/// ACPI power management of the hardware-reduced model: sleep control and status, reset, GED status, PM timer (8
+/// ports).
 pub const PM_BASE: u16 = 0x600;
 pub const PM_SIZE: u16 = 8;
 /// ACPI generic event device (power button).

@@ -1,5 +1,6 @@
-//! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved state's
-//! envelope ([`state`]), how both travel ([`channel`]), and the layout of the guest's physical address space ([`layout`], [`alloc`]). Beside it [`rate`] and [`socket`], which several crates use.
+//! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved
+//! state's envelope ([`state`]), how both travel ([`channel`]), and the layout of the guest's physical address space
+//! ([`layout`], [`alloc`]). Beside it [`rate`] and [`socket`], which several crates use.
 
 pub mod alloc;
 pub mod channel;

@@ -1,6 +1,7 @@
 //! Guest RAM: one shared memfd, mapped once per image.
 //!
-//! Always a memfd: it is what the next image maps again. Sealed against resizing only; write seals would forbid that mapping.
+//! Always a memfd: it is what the next image maps again. Sealed against resizing only; write seals would forbid that
+//! mapping.
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -160,9 +161,9 @@ impl GuestRam {
         self.ranges.iter().try_for_each(|range| self.advise(range, 0..range.size, Advice::LinuxPopulateWrite, || true))
     }
 
-    /// Fills this image's page tables from pages that exist already, so that the guest does not fault them in one by one.
-    /// Meant for a background thread, which ends when `go_on` says so. What was never touched stays without memory: a fault would
-    /// allocate it, for reading too (shmem_fault).
+    /// Fills this image's page tables from pages that exist already, so that the guest does not fault them in one by
+    /// one. Meant for a background thread, which ends when `go_on` says so. What was never touched stays without
+    /// memory: a fault would allocate it, for reading too (shmem_fault).
     pub fn populate_page_tables(&self, go_on: impl Fn() -> bool) -> Result<(), RamError> {
         for range in &self.ranges {
             let mut at = 0;
@@ -223,8 +224,9 @@ fn huge_flag(bytes: u64) -> Result<MemfdFlags, RamError> {
     }
 }
 
-/// Whether huge pages are to be set aside for the memfd. That is a property of the memfd, not of the mapping (mm/hugetlb.c,
-/// hugetlb_reserve_pages): it lasts until the last one who has it open or mapped is gone, so a later image has nothing to reserve.
+/// Whether huge pages are to be set aside for the memfd. That is a property of the memfd, not of the mapping
+/// (mm/hugetlb.c, hugetlb_reserve_pages): it lasts until the last one who has it open or mapped is gone, so a later
+/// image has nothing to reserve.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reserve {
     /// Or fail: without, a pool that is too small is found out when the guest touches its memory.
@@ -235,8 +237,9 @@ enum Reserve {
 /// How often another thread may take the free space that was found.
 const TRIES: u32 = 100;
 
-/// An aligned address where so many bytes are free, or just were. Nothing is kept there: a mapping with MAP_FIXED over a reservation would
-/// leave a hole where it fails (mmap_region unmaps first), and unmapping that again would take the stack of a thread that has started in it.
+/// An aligned address where so many bytes are free, or just were. Nothing is kept there: a mapping with MAP_FIXED over
+/// a reservation would leave a hole where it fails (mmap_region unmaps first), and unmapping that again would take the
+/// stack of a thread that has started in it.
 fn free_space(size: u64, align: u64) -> Result<u64, Errno> {
     let space = size.saturating_add(align) as usize;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;

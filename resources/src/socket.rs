@@ -1,4 +1,5 @@
-//! Unix sockets for those they are meant for, and nobody else: made private from the first moment on, and peers known by who they are.
+//! Unix sockets for those they are meant for, and nobody else: made private from the first moment on, and peers known
+//! by who they are.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,8 +12,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 /// Only the owner may connect, whatever the umask.
 pub const PRIVATE: u32 = 0o600;
 
-/// Makes a stream socket that listens at `path`, in place of one that nobody listens on any more (nobody unlinks it at exit, as after an update
-/// it belongs to the next image). Only who `mode` and, if it is given, the group let may connect, and before it listens nobody can.
+/// Makes a stream socket that listens at `path`, in place of one that nobody listens on any more (nobody unlinks it at
+/// exit, as after an update it belongs to the next image). Only who `mode` and, if it is given, the group let may
+/// connect, and before it listens nobody can.
 ///
 /// # Errors
 /// Name the path: when something else is there, or somebody answers.
@@ -94,7 +96,8 @@ impl Peer {
     }
 }
 
-/// SO_PEERCRED (unix(7)). By libc: rustix has no place for the PID 0 of a peer outside of this process's PID namespace, as that of a container.
+/// SO_PEERCRED (unix(7)). By libc: rustix has no place for the PID 0 of a peer outside of this process's PID namespace,
+/// as that of a container.
 fn credentials(fd: &impl AsFd) -> io::Result<libc::ucred> {
     let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
@@ -202,7 +205,8 @@ mod tests {
                 // Not root.
                 return Ok(());
             }
-            // SAFETY: the child makes a few system calls, allocates, for which the C library cares at a fork, and exits.
+            // SAFETY: the child makes a few system calls, allocates, for which the C library cares at a fork, and
+            // exits.
             match unsafe { libc::fork() } {
                 0 => {
                     let peer = Peer::of(&here);

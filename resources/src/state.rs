@@ -1,9 +1,11 @@
-//! The envelope of the saved state: named sections, each of a kind and a version, under magic, format, build id and checksum.
+//! The envelope of the saved state: named sections, each of a kind and a version, under magic, format, build id and
+//! checksum.
 //!
 //! ```text
 //! "THESEUS\0" | format u32 | crc32 u32 | length u64 | MessagePack map { build_id, sections: [{ name, kind, version, data }] }
 //! ```
-//! All integers little endian; the checksum covers the MessagePack. A section is consumed exactly once, and what is left over is an error.
+//! All integers little endian; the checksum covers the MessagePack. A section is consumed exactly once, and what is
+//! left over is an error.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -1,8 +1,9 @@
 //! The one owner of file descriptors that go over from one VMM to the next.
 //!
-//! A device gives the vault an fd under a name and a purpose and works with the [`KeptFd`] it gets back. At save it writes the
-//! [`Slot`] into its state; in the new VMM it claims that slot, once. What nobody claims is an error. How the fds travel
-//! (over a socket, [`crate::channel`]) is not known here: [`Vault::offer`] names them, and [`Vault::receive`] takes what came.
+//! A device gives the vault an fd under a name and a purpose and works with the [`KeptFd`] it gets back. At save it
+//! writes the [`Slot`] into its state; in the new VMM it claims that slot, once. What nobody claims is an error. How
+//! the fds travel (over a socket, [`crate::channel`]) is not known here: [`Vault::offer`] names them, and
+//! [`Vault::receive`] takes what came.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -37,7 +38,8 @@ pub struct Record {
     pub slot: Slot,
     pub name: String,
     pub purpose: Purpose,
-    /// `st_dev`, `st_ino` and `st_rdev` when it was kept: an fd that came in another one's place is caught. Zeros if unknown.
+    /// `st_dev`, `st_ino` and `st_rdev` when it was kept: an fd that came in another one's place is caught. Zeros if
+    /// unknown.
     pub identity: (u64, u64, u64),
 }
 
@@ -171,8 +173,9 @@ impl Vault {
         records.iter().filter(|record| !inner.has(record.slot)).count()
     }
 
-    /// In the new VMM: takes over what `records` names. What is here already stays; each of the others is the next one of `fds`. What waits in
-    /// `claims` and is no longer named is closed. On an error nothing has changed, and `fds` are closed.
+    /// In the new VMM: takes over what `records` names. What is here already stays; each of the others is the next one
+    /// of `fds`. What waits in `claims` and is no longer named is closed. On an error nothing has changed, and `fds`
+    /// are closed.
     pub fn receive(&self, claims: &mut Claims, records: Vec<Record>, fds: Vec<OwnedFd>) -> Result<(), VaultError> {
         let slots: BTreeSet<_> = records.iter().map(|record| record.slot).collect();
         if slots.len() != records.len() {

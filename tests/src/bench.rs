@@ -58,7 +58,8 @@ fn pause(cpus: u32) -> Result<()> {
     Ok(())
 }
 
-/// Pause with as many live interrupt vectors as the lab's NVMe controller has (`./dev bench vectors` runs a lab for each number).
+/// Pause with as many live interrupt vectors as the lab's NVMe controller has (`./dev bench vectors` runs a lab for
+/// each number).
 pub fn vectors() -> Result<()> {
     logs::begin("bench-vectors");
     let mut vm = Vm::builder().memory("size=512M").without_hooks().device_at(lab::nvme()?, None).boot()?;
@@ -99,7 +100,8 @@ pub fn phase_table(reports: &[Report]) -> Table {
     table
 }
 
-/// From exec of the VMM to the first time the guest's CPU comes back out of KVM, and what the VMM itself keeps in memory.
+/// From exec of the VMM to the first time the guest's CPU comes back out of KVM, and what the VMM itself keeps in
+/// memory.
 fn start() -> Result<()> {
     let (mut first_exit, mut resident) = (Vec::new(), Vec::new());
     for _ in 0..STARTS {

@@ -1,14 +1,15 @@
 //! The guest's clock against L1's.
 //!
-//! Method. Both sides read (tsc, clock) pairs: a clock reading between two TSC readings, the closest of many tries. The guest's TSC
-//! is L1's plus the vCPU's TSC offset, which KVM shows in debugfs (`tsc-offset`), so a guest sample has a place on L1's TSC
-//! axis without any message between the two, whose travel time would drown what is measured. L1's clock at that
-//! place is interpolated between an L1 sample taken before and one taken after the guest's. The difference of the two
-//! clocks holds an unknown constant (the guest booted later), so only its change from the sample before the updates is an error.
+//! Method. Both sides read (tsc, clock) pairs: a clock reading between two TSC readings, the closest of many tries. The
+//! guest's TSC is L1's plus the vCPU's TSC offset, which KVM shows in debugfs (`tsc-offset`), so a guest sample has a
+//! place on L1's TSC axis without any message between the two, whose travel time would drown what is measured. L1's
+//! clock at that place is interpolated between an L1 sample taken before and one taken after the guest's. The
+//! difference of the two clocks holds an unknown constant (the guest booted later), so only its change from the sample
+//! before the updates is an error.
 //!
-//! CLOCK_MONOTONIC_RAW on both sides: that is what kvmclock follows, and no NTP daemon bends it. The offset is read again after
-//! each update and must be the very same number: with the TSC as clocksource in the guest, a moved offset would shift both sides of the
-//! difference alike and stay unseen.
+//! CLOCK_MONOTONIC_RAW on both sides: that is what kvmclock follows, and no NTP daemon bends it. The offset is read
+//! again after each update and must be the very same number: with the TSC as clocksource in the guest, a moved offset
+//! would shift both sides of the difference alike and stay unseen.
 
 use std::time::Duration;
 
@@ -89,9 +90,11 @@ impl Which {
     }
 }
 
-/// The guest's clock minus L1's at the place of the guest's sample, ns, with an unknown constant in it for [`Which::Raw`].
+/// The guest's clock minus L1's at the place of the guest's sample, ns, with an unknown constant in it for
+/// [`Which::Raw`].
 ///
-/// `before` and `after` are L1's samples around the guest's. `None`: they are not around it, so `offset` (guest TSC minus L1's) is wrong.
+/// `before` and `after` are L1's samples around the guest's. `None`: they are not around it, so `offset` (guest TSC
+/// minus L1's) is wrong.
 pub fn difference(which: Which, before: &Sample, guest: &Sample, after: &Sample, offset: i64) -> Option<i64> {
     let at = (guest.tsc as i64).wrapping_sub(offset) as u64;
     if !(before.tsc..=after.tsc).contains(&at) || before.tsc == after.tsc {

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fs, io, path::Path};
 
 use crate::net::ethtool;
 
-/// Counters of the interface `name` since its start that are not zero: packets as its driver and as the device itself counted them, and
-/// whatever tells of loss there or in the machine.
+/// Counters of the interface `name` since its start that are not zero: packets as its driver and as the device itself
+/// counted them, and whatever tells of loss there or in the machine.
 pub fn of(name: &str) -> io::Result<Vec<(String, u64)>> {
     let mut counters = statistics(name)?;
     counters.extend(device(name)?);
@@ -95,7 +95,8 @@ pub fn mount_tracefs() {
     }
 }
 
-/// From now on the kernel notes every packet that it drops, why and where (skb:kfree_skb). Without tracefs there are no such notes.
+/// From now on the kernel notes every packet that it drops, why and where (skb:kfree_skb). Without tracefs there are no
+/// such notes.
 pub fn note_drops() {
     mount_tracefs();
     let tracefs = Path::new(TRACEFS);

@@ -1,5 +1,5 @@
-//! What no update in place can do without: an exec, a new VM, its memslot, interrupt controllers and vCPUs. Measured right beside the pauses, which can so be
-//! compared between machines of different speed.
+//! What no update in place can do without: an exec, a new VM, its memslot, interrupt controllers and vCPUs. Measured
+//! right beside the pauses, which can so be compared between machines of different speed.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -26,7 +26,8 @@ pub fn median(cpus: u32) -> Result<u64> {
     Ok(percentile(&runs, 50))
 }
 
-/// `l1-tests floor CPUS`: notes the time and becomes `l1-tests floor CPUS SINCE`, which makes the VM and prints how long both took, us.
+/// `l1-tests floor CPUS`: notes the time and becomes `l1-tests floor CPUS SINCE`, which makes the VM and prints how
+/// long both took, us.
 pub fn run(args: &[String]) -> Result<()> {
     let cpus = args.first().context("how many vCPUs?")?;
     let Some(since) = args.get(1) else {

@@ -73,8 +73,8 @@ pub fn set_address(name: &str, ip: Ipv4Addr, prefix: u8) -> io::Result<()> {
     ioctl(&format!("netmask {mask} for {name}"), libc::SIOCSIFNETMASK as libc::c_ulong, &mut request)
 }
 
-/// Interfaces that come up from now on queue first in, first out. fq_codel, Debian's default, drops packets that waited for more than
-/// 100 ms (RFC 8289): a stall of the machine would look like a loss on the way.
+/// Interfaces that come up from now on queue first in, first out. fq_codel, Debian's default, drops packets that waited
+/// for more than 100 ms (RFC 8289): a stall of the machine would look like a loss on the way.
 pub fn drop_nothing_by_age() {
     let _ = fs::write("/proc/sys/net/core/default_qdisc", "pfifo_fast");
 }
@@ -153,8 +153,8 @@ struct RingParam {
     others: [u32; 3],
 }
 
-/// Gives the receive rings of `name` `descriptors` each, or as many as it can have, and says how many these are. An interface that is up is
-/// reset by that.
+/// Gives the receive rings of `name` `descriptors` each, or as many as it can have, and says how many these are. An
+/// interface that is up is reset by that.
 pub fn set_receive_ring(name: &str, descriptors: u32) -> io::Result<u32> {
     const ETHTOOL_GRINGPARAM: u32 = 0x10;
     const ETHTOOL_SRINGPARAM: u32 = 0x11;
@@ -176,7 +176,8 @@ fn ring_ioctl(name: &str, ring: &mut RingParam) -> io::Result<()> {
 /// SIOCETHTOOL.
 ///
 /// # Safety
-/// `command` points to the structure that its first word, the command, reads or writes, as long as the kernel takes it to be.
+/// `command` points to the structure that its first word, the command, reads or writes, as long as the kernel takes it
+/// to be.
 pub unsafe fn ethtool(what: &str, name: &str, command: *mut libc::c_char) -> io::Result<()> {
     const SIOCETHTOOL: libc::c_ulong = 0x8946;
     let mut request = ifreq(name)?;

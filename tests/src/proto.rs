@@ -1,8 +1,9 @@
 //! The line protocol between a test in L1 and the agent in the guest, over the guest's first serial port.
 //!
-//! A line is `@@ ID CRC JSON`, with ID chosen by the test (0: said unasked) and CRC-32 over `ID JSON`. The kernel writes
-//! its messages to the same port, so anything may stand before, between and in the middle of lines: a reader looks for the last
-//! `@@ ` of a line and drops what fails the checksum; the asker asks again under the same ID, and the agent does nothing twice.
+//! A line is `@@ ID CRC JSON`, with ID chosen by the test (0: said unasked) and CRC-32 over `ID JSON`. The kernel
+//! writes its messages to the same port, so anything may stand before, between and in the middle of lines: a reader
+//! looks for the last `@@ ` of a line and drops what fails the checksum; the asker asks again under the same ID, and
+//! the agent does nothing twice.
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -121,7 +122,8 @@ pub enum Request {
     Neighbour { name: String, ip: String, mac: String },
     /// `Vec<(String, u64)>`: what was counted on interface `name`, see [`crate::counters::of`].
     Counters { name: String },
-    /// `()`: starts to send numbered packets, at most `rate` a second, and not more than `credit` without a [`Request::Credit`].
+    /// `()`: starts to send numbered packets, at most `rate` a second, and not more than `credit` without a
+    /// [`Request::Credit`].
     SendStart { flow: u32, from: String, to: String, rate: u32, credit: u64 },
     /// `Vec<Heard>`, one for each receiver: where the senders of these flows may go to.
     Credit { limits: Vec<(u32, u64)> },
@@ -171,13 +173,15 @@ pub enum Request {
     CpuidChanges,
     /// `Vec<PciFunction>`
     Pci,
-    /// `u32`: enables MSI-X on the device at `bdf`, whose driver is taken off it, with all vectors unmasked; how many they are.
+    /// `u32`: enables MSI-X on the device at `bdf`, whose driver is taken off it, with all vectors unmasked; how many
+    /// they are.
     VectorsOn { bdf: String },
     /// `u16` of the configuration space of the device at `bdf`.
     ConfigRead { bdf: String, offset: u64 },
     /// `()`
     ConfigWrite { bdf: String, offset: u64, value: u16 },
-    /// `()`: one thread for each of `cpus`, pinned to it, resets the function at `bdf`, whose driver is taken off it, over and over.
+    /// `()`: one thread for each of `cpus`, pinned to it, resets the function at `bdf`, whose driver is taken off it,
+    /// over and over.
     ResetsStart { bdf: String, cpus: Vec<usize> },
     /// `Vec<u64>`: resets done so far by each thread.
     ResetsStats,
@@ -187,7 +191,8 @@ pub enum Request {
     Interrupts { name: String },
     /// `Vec<Vector>`: answers when the sum of the counts of those lines grew.
     InterruptsWait { name: String, timeout_ms: u64 },
-    /// `()`: from now on the kernel notes when it handles interrupts of this vector, and when the watchdog of a driver runs.
+    /// `()`: from now on the kernel notes when it handles interrupts of this vector, and when the watchdog of a driver
+    /// runs.
     TraceStart { vector: String },
     /// `Vec<Traced>`: what it has noted, in order.
     TraceRead,
@@ -232,7 +237,8 @@ pub struct Sent {
     pub longest_wait_us: u64,
 }
 
-/// What a receiver has heard so far: flow, different numbers, and the highest number plus one. Short, as it is said often.
+/// What a receiver has heard so far: flow, different numbers, and the highest number plus one. Short, as it is said
+/// often.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Heard(pub u32, pub u64, pub u64);
 

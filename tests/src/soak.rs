@@ -29,8 +29,8 @@ use crate::{
 const UPDATES: u32 = 100;
 const MANY: u32 = 1000;
 const RANDOM_FAULTS: usize = 200;
-/// The median pause of the last quarter of the updates against that of the first, each as a multiple of the floor of its time (see
-/// [`floor`]), as a machine may be slower by then: what counts as flat.
+/// The median pause of the last quarter of the updates against that of the first, each as a multiple of the floor of
+/// its time (see [`floor`]), as a machine may be slower by then: what counts as flat.
 const FLAT_PAUSE: f64 = 1.25;
 /// How often the floor is taken.
 const FLOORS: u32 = 40;
@@ -55,7 +55,8 @@ impl At {
     }
 }
 
-/// What the clocks drift apart without any update, us a second: both count TSC ticks, each with a factor of its own rounding.
+/// What the clocks drift apart without any update, us a second: both count TSC ticks, each with a factor of its own
+/// rounding.
 fn drift(vm: &Vm) -> Result<f64> {
     let before = At::now(vm)?;
     std::thread::sleep(CONTROL);
@@ -73,8 +74,8 @@ const PARTS: [(&str, Part); 6] = [
     ("cases", |_| cases::long()),
 ];
 
-/// `words`: which parts, all if there are none: updates, thousand, matrix, faults, cpus, cases. The names of phases are those of a matrix, a number is the
-/// seed of the faults.
+/// `words`: which parts, all if there are none: updates, thousand, matrix, faults, cpus, cases. The names of phases are
+/// those of a matrix, a number is the seed of the faults.
 pub fn run(words: &[String]) -> Result<()> {
     let (parts, rest): (Vec<_>, Vec<_>) =
         words.iter().cloned().partition(|word| PARTS.iter().any(|(name, _)| name == word));

@@ -1,7 +1,7 @@
 //! Senders and receivers of numbered UDP packets, the same code on both ends of the wire.
 //!
-//! A sender sends by credit: it is told up to which number it may go, and waits there. How fast a machine carries packets is then its own
-//! affair; what is on its way at once always has room in the receiver's ring and on the wire.
+//! A sender sends by credit: it is told up to which number it may go, and waits there. How fast a machine carries
+//! packets is then its own affair; what is on its way at once always has room in the receiver's ring and on the wire.
 
 use std::{
     io,
@@ -28,7 +28,8 @@ const RECEIVE_BUFFER: i32 = 8 << 20;
 const MISSING: usize = 8;
 /// After the last packet that was sent has come: how long one that comes twice may take.
 const QUIET: Duration = Duration::from_millis(300);
-/// Before that: how long nothing may come until what is missing counts as lost. A machine that is merely slow is never silent for so long.
+/// Before that: how long nothing may come until what is missing counts as lost. A machine that is merely slow is never
+/// silent for so long.
 const LOST: Duration = Duration::from_secs(60);
 
 /// A thread with a flag that tells it to end; dropped, it has ended.
@@ -276,7 +277,8 @@ mod tests {
         (at, worker.unwrap())
     }
 
-    /// Sends 500 packets over the slow wire, much faster than it carries them. How many are there when the last one that was not lost has come.
+    /// Sends 500 packets over the slow wire, much faster than it carries them. How many are there when the last one
+    /// that was not lost has come.
     fn over_a_slow_wire(flow: u32, at: SocketAddr, window: u64) -> Option<(u64, u64)> {
         let Ok(receiver) = Receiver::start(flow, at) else {
             eprintln!("skipped: SO_RCVBUFFORCE needs root");

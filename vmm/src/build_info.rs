@@ -1,4 +1,5 @@
-//! Which build this is, for people, for reports, and for the build that looks at this file before it hands a guest to it.
+//! Which build this is, for people, for reports, and for the build that looks at this file before it hands a guest to
+//! it.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -10,15 +11,15 @@ use crate::update::target::elf;
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// A second build of the same source must have another build id, and offer a freshly booted guest another machine: that is how the
-/// tests see that an update keeps the machine of the guest's boot.
+/// A second build of the same source must have another build id, and offer a freshly booted guest another machine: that
+/// is how the tests see that an update keeps the machine of the guest's boot.
 const TAG: &str = match option_env!("THESEUS_BUILD_TAG") {
     Some(tag) => tag,
     None => "",
 };
 
-/// Build B writes the section `machine` as a later release would, one version on and with a field that A has never heard of: every update
-/// between the two goes over a step of the saved state, there and back.
+/// Build B writes the section `machine` as a later release would, one version on and with a field that A has never
+/// heard of: every update between the two goes over a step of the saved state, there and back.
 pub const IS_B: bool = cfg!(later_build);
 
 /// Revision register of the host bridge at a guest's boot.
@@ -28,7 +29,8 @@ pub const HOST_BRIDGE_REVISION: u8 = IS_B as u8;
 pub const HIDDEN_CPUID: &[Hidden] =
     if IS_B { &[Hidden { function: 1, index: 0, register: Register::Ecx, bits: 1 << 22 }] } else { &[] };
 
-/// An ELF note by which a build is told to be Theseus without running it (owner "Theseus", type 1, the version as text).
+/// An ELF note by which a build is told to be Theseus without running it (owner "Theseus", type 1, the version as
+/// text).
 #[repr(C, align(4))]
 struct Note {
     name_size: u32,

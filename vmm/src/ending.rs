@@ -1,7 +1,8 @@
-//! The end of this process where it is not the orderly end of its guest: the guest has a new VMM, or the keeper was killed.
+//! The end of this process where it is not the orderly end of its guest: the guest has a new VMM, or the keeper was
+//! killed.
 //!
-//! A process gives up its memory before its files (do_exit), and a guest's memory takes long: so files go first, and before them what would keep a
-//! device in use beyond its file.
+//! A process gives up its memory before its files (do_exit), and a guest's memory takes long: so files go first, and
+//! before them what would keep a device in use beyond its file.
 
 use std::sync::{Mutex, PoisonError, Weak};
 

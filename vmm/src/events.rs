@@ -1,7 +1,7 @@
 //! The event stream (`--event-monitor`): one JSON object a line, for whoever supervises many guests.
 //!
-//! `{"timestamp":{"secs":S,"nanos":N},"source":"vm|vmm|update","event":"NAME","properties":{...}}`. A reader that does not read loses
-//! events, and never holds the VMM up.
+//! `{"timestamp":{"secs":S,"nanos":N},"source":"vm|vmm|update","event":"NAME","properties":{...}}`. A reader that does
+//! not read loses events, and never holds the VMM up.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;

@@ -7,8 +7,9 @@ const KEPT: c_int = 4 << 20;
 /// What the heap grows by at least, in bytes.
 const STEP: c_int = 512 << 10;
 
-/// One heap for all threads, which gives nothing back at once: what the dry run of an update (update/prepare.rs) has touched is there
-/// for the update itself, and a vCPU's thread makes no arena of its own in the middle of the pause. To be called first of all.
+/// One heap for all threads, which gives nothing back at once: what the dry run of an update (update/prepare.rs) has
+/// touched is there for the update itself, and a vCPU's thread makes no arena of its own in the middle of the pause. To
+/// be called first of all.
 pub fn keep() {
     for (what, value) in [
         (libc::M_ARENA_MAX, 1),

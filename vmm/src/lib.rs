@@ -96,8 +96,8 @@ fn text(error: &anyhow::Error) -> String {
     theseus_api::ApiError::chain(500, error.as_ref()).to_string()
 }
 
-/// To standard output or error, if it takes it now: neither `println!`, which panics where nobody listens any more, nor a write that waits for a
-/// terminal which stands still.
+/// To standard output or error, if it takes it now: neither `println!`, which panics where nobody listens any more, nor
+/// a write that waits for a terminal which stands still.
 fn say(mut to: impl Write + AsFd, what: &str) {
     if ready(&to) {
         let _ = writeln!(to, "theseus: {what}");
@@ -172,7 +172,8 @@ fn run(keeper: Keeper, if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::R
 enum IfNone {
     /// Nothing runs yet.
     Fail,
-    /// A guest runs, and no lack of threads is worth losing it: the old VMM of an update, for one, gives its own back soon.
+    /// A guest runs, and no lack of threads is worth losing it: the old VMM of an update, for one, gives its own back
+    /// soon.
     TryAgain,
 }
 
@@ -195,7 +196,8 @@ fn start(control: Control, if_none: IfNone) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Decodes a saved state as the dry run of an update does; the error says why it cannot be taken over. For tests and fuzzing.
+/// Decodes a saved state as the dry run of an update does; the error says why it cannot be taken over. For tests and
+/// fuzzing.
 pub fn check_state(bytes: &[u8]) -> Result<(), String> {
     let reader = theseus_resources::StateReader::new(bytes).map_err(|error| error.to_string())?;
     update::saved::Saved::decode(reader).map(|_| ()).map_err(|error| error.to_string())

@@ -1,7 +1,8 @@
 //! Where the log goes, and how much of it.
 //!
-//! A write to a log can wait without end: a terminal that was stopped, a pipe that nobody empties, a file whose server is gone; so can the
-//! opening of its file. No guest may stand still for that: while one does, what is logged waits in memory.
+//! A write to a log can wait without end: a terminal that was stopped, a pipe that nobody empties, a file whose server
+//! is gone; so can the opening of its file. No guest may stand still for that: while one does, what is logged waits in
+//! memory.
 
 use std::fs::File;
 use std::io::Write;
@@ -85,8 +86,8 @@ fn builder(level: log::LevelFilter, target: Box<dyn Write + Send>) -> env_logger
     builder
 }
 
-/// Why an update has to wait for the log: what has waited for the one before is still not written. The thread that tries to could hold an
-/// exec up for as long.
+/// Why an update has to wait for the log: what has waited for the one before is still not written. The thread that
+/// tries to could hold an exec up for as long.
 pub fn stands_still() -> Option<String> {
     let (sink, _) =
         FLUSHED.wait_timeout_while(sink(), PATIENCE, |sink| sink.flushing).unwrap_or_else(PoisonError::into_inner);
@@ -119,7 +120,8 @@ enum Wait {
     No,
 }
 
-/// Ends a hold. What has waited is written by a thread of its own: the caller has a guest to serve, however long the log takes.
+/// Ends a hold. What has waited is written by a thread of its own: the caller has a guest to serve, however long the
+/// log takes.
 pub fn release() {
     let mut sink = sink();
     sink.holds = sink.holds.saturating_sub(1);

@@ -1,5 +1,5 @@
-//! Uncorrectable errors of the host's memory (BUS_MCEERR in sigaction(2)): the guest is told by a machine check, the world by an event, and
-//! the VMM lives.
+//! Uncorrectable errors of the host's memory (BUS_MCEERR in sigaction(2)): the guest is told by a machine check, the
+//! world by an event, and the VMM lives.
 //!
 //! ```text
 //!   a vCPU needs the page      KVM_RUN returns -> handler -> `required` on that thread -> machine check, action required
@@ -7,7 +7,8 @@
 //!   nobody needs it yet        handler on main (PR_MCE_KILL_EARLY) -> control thread -> machine check to vCPU 0, action optional
 //! ```
 //!
-//! The handler makes system calls and touches atomics, no more. A SIGBUS of another kind is the crash that it was, with its address said.
+//! The handler makes system calls and touches atomics, no more. A SIGBUS of another kind is the crash that it was, with
+//! its address said.
 
 use std::cell::Cell;
 use std::os::fd::AsRawFd;
@@ -41,7 +42,8 @@ thread_local! {
     static REQUIRED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Once per image, on the main thread, before any guest memory is mapped. What is returned is readable when there is something to [`take`].
+/// Once per image, on the main thread, before any guest memory is mapped. What is returned is readable when there is
+/// something to [`take`].
 pub fn install() -> std::io::Result<EventFd> {
     let wake = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
     WAKE.store(wake.as_raw_fd(), Ordering::SeqCst);
@@ -189,7 +191,8 @@ fn die(signal: libc::c_int, code: libc::c_int, address: u64, gpa: Option<u64>) {
     let unused = rest.len();
     let len = if written.is_ok() { text.len() - unused } else { text.len() };
     crate::logging::last_words(&text[..len]);
-    // SAFETY: system calls only. Blocked while this handler runs, it comes when this returns; or the access comes again.
+    // SAFETY: system calls only. Blocked while this handler runs, it comes when this returns; or the access comes
+    // again.
     unsafe {
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);

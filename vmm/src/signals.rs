@@ -1,17 +1,19 @@
 //! Signals: those that end the VMM in order, as a file descriptor, and those that must do nothing.
 //!
-//! Of all whose default is to end or to stop a process (signal(7)), these can come from a limit, a peer or a terminal. ALRM, VTALRM, PROF
-//! and IO come only to who has asked for them, STOP and TSTP stand for somebody's wish, and USR1 and USR2 are nobody's here but an operator's.
+//! Of all whose default is to end or to stop a process (signal(7)), these can come from a limit, a peer or a terminal.
+//! ALRM, VTALRM, PROF and IO come only to who has asked for them, STOP and TSTP stand for somebody's wish, and USR1 and
+//! USR2 are nobody's here but an operator's.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// End the VMM in order, unless whoever started it has them ignored: nohup(1) does that with HUP, a shell without job control with INT and
-/// QUIT for what it starts in the background. exec keeps that, and we never ignore one of these ourselves: so what an image finds ignored
-/// was so when the first one was started.
+/// End the VMM in order, unless whoever started it has them ignored: nohup(1) does that with HUP, a shell without job
+/// control with INT and QUIT for what it starts in the background. exec keeps that, and we never ignore one of these
+/// ourselves: so what an image finds ignored was so when the first one was started.
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
-/// Ignored in every image, by whatever these were before. The call that met the limit or the terminal then says so: EFBIG at RLIMIT_FSIZE,
-/// EPIPE where a reader is gone, EIO for reading from a terminal in the background. RLIMIT_CPU and RLIMIT_RTTIME have a hard limit to end by.
+/// Ignored in every image, by whatever these were before. The call that met the limit or the terminal then says so:
+/// EFBIG at RLIMIT_FSIZE, EPIPE where a reader is gone, EIO for reading from a terminal in the background. RLIMIT_CPU
+/// and RLIMIT_RTTIME have a hard limit to end by.
 const IGNORED: [libc::c_int; 5] = [libc::SIGXFSZ, libc::SIGXCPU, libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU];
 
 pub struct Signals(OwnedFd);
@@ -38,14 +40,16 @@ pub fn warn_of_limits() {
 }
 
 impl Signals {
-    /// Blocks the signals that the VMM acts on, on the calling thread, whose mask the threads it starts inherit, and unblocks all others. To be called on the main thread, before there are others.
+    /// Blocks the signals that the VMM acts on, on the calling thread, whose mask the threads it starts inherit, and
+    /// unblocks all others. To be called on the main thread, before there are others.
     pub fn new() -> std::io::Result<Self> {
         let set = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)));
         // SIGCONT: see keeper::watch.
         let blocked = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)).chain([libc::SIGCONT]));
         // SAFETY: both are valid sets, and the signal numbers are constants.
         let fd = unsafe {
-            // Whoever started us may ignore it, which exec hands on: the kernel would then reap the rehearsals of updates itself.
+            // Whoever started us may ignore it, which exec hands on: the kernel would then reap the rehearsals of
+            // updates itself.
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             libc::pthread_sigmask(libc::SIG_SETMASK, &blocked, std::ptr::null_mut());
             libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
@@ -86,7 +90,8 @@ pub fn set_of(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
     }
 }
 
-/// One that is ignored and blocked would be queued all the same, and read from a signalfd (kernel/signal.c, sig_ignored).
+/// One that is ignored and blocked would be queued all the same, and read from a signalfd (kernel/signal.c,
+/// sig_ignored).
 pub fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: nothing is changed, and the kernel fills the struct where it returns 0; all zeroes are one too.

@@ -1,5 +1,5 @@
-//! Whoever watches over this process: it is told the PID, by a file and by systemd's notify socket (sd_notify(3)), and may confine where
-//! builds to update to come from.
+//! Whoever watches over this process: it is told the PID, by a file and by systemd's notify socket (sd_notify(3)), and
+//! may confine where builds to update to come from.
 //!
 //! An update keeps the PID. Only the death of the keeper in an update changes it.
 

@@ -13,9 +13,11 @@
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
-//! kill, stop, hang (N seconds), sleep (N ms), oom (takes memory until it is killed). The phase `become` is the moment right before the keeper is asked
-//! to become the new image, `word` the one between the last look at the deadline and the word, `committed` the one right after that word. Some are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read), `invalidate:ebusy:N` (container N
-//! refuses), `remap:refused:N` (MAP of range N is refused).
+//! kill, stop, hang (N seconds), sleep (N ms), oom (takes memory until it is killed). The phase `become` is the moment
+//! right before the keeper is asked to become the new image, `word` the one between the last look at the deadline and
+//! the word, `committed` the one right after that word. Some are of one phase: `save:truncated` and `claim:truncated`
+//! (the state as written, as read), `invalidate:ebusy:N` (container N refuses), `remap:refused:N` (MAP of range N is
+//! refused).
 
 #[cfg(feature = "test-hooks")]
 mod hooks {
@@ -134,13 +136,16 @@ mod hooks {
             // One of those that are looked for where they strike.
             _ => return Ok(()),
         };
-        // SAFETY: no handler of ours is run by these. Default dispositions, so that the sanitising handlers of std do not swallow them.
+        // SAFETY: no handler of ours is run by these. Default dispositions, so that the sanitising handlers of std do
+        // not swallow them.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
-            // To this thread, not to the process: that lets another thread take it, while this one goes on into the next phase.
+            // To this thread, not to the process: that lets another thread take it, while this one goes on into the
+            // next phase.
             libc::raise(signal);
         }
-        // It arrives before raise returns, unless it is blocked on this thread (as it is right after exec): then it would wait.
+        // It arrives before raise returns, unless it is blocked on this thread (as it is right after exec): then it
+        // would wait.
         let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: a set of our own, initialised by the first call.
         unsafe {

@@ -35,8 +35,8 @@ fn truncated_and_flipped_states_are_refused() {
     }
 }
 
-/// Behind the checksum: the bytes of the body are changed and the checksum is made right, so that the decoders see them. What they say is
-/// open, as a changed register value is as good as another; that they come back is not.
+/// Behind the checksum: the bytes of the body are changed and the checksum is made right, so that the decoders see
+/// them. What they say is open, as a changed register value is as good as another; that they come back is not.
 #[test]
 fn no_body_makes_a_decoder_panic() {
     let (mut refused, mut tried) = (0, 0);
@@ -71,7 +71,8 @@ fn no_body_makes_a_decoder_panic() {
     assert!(refused > tried / 20, "only {refused} of {tried} were refused: do the changes reach the decoders?");
 }
 
-/// A state as a build one version on would write it: `change` gets each section's name and its fields, which it may change.
+/// A state as a build one version on would write it: `change` gets each section's name and its fields, which it may
+/// change.
 fn of_a_later_build(bytes: &[u8], mut change: impl FnMut(&str, &mut Vec<(Value, Value)>)) -> StateWriter {
     let reader = StateReader::new(bytes).unwrap();
     let mut writer = StateWriter::new("a later build");
@@ -123,7 +124,8 @@ fn a_new_field_in_every_section_and_struct_is_skipped() {
     }
 }
 
-/// A field that a later build has dropped is its default where it has one, or else a refusal that names section and field.
+/// A field that a later build has dropped is its default where it has one, or else a refusal that names section and
+/// field.
 #[test]
 fn a_removed_field_is_its_default_or_is_named() {
     for (_, bytes) in golden() {

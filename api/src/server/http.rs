@@ -1,8 +1,8 @@
 //! HTTP on one connection: bodies in, answers out.
 //!
-//! Answers look as the narrowest readers want them, those of Cloud Hypervisor's own clients: all that follows `HTTP/1.1 ` on the status
-//! line is taken for a number, so the reason phrase is empty (RFC 9112, 4, allows that); headers are looked up in title case; and the
-//! text is decoded in pieces of 256 bytes, which only ASCII survives.
+//! Answers look as the narrowest readers want them, those of Cloud Hypervisor's own clients: all that follows
+//! `HTTP/1.1 ` on the status line is taken for a number, so the reason phrase is empty (RFC 9112, 4, allows that);
+//! headers are looked up in title case; and the text is decoded in pieces of 256 bytes, which only ASCII survives.
 
 use std::convert::Infallible;
 use std::error::Error;

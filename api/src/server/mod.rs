@@ -28,7 +28,8 @@ use crate::request::{ApiError, Reply, Request};
 use conn::{Conn, Gate};
 pub use freeze::{FreezeError, Frozen};
 
-/// Connections served at a time. One more takes the place of the one that has been idle for longest; where none is idle, it is answered 429.
+/// Connections served at a time. One more takes the place of the one that has been idle for longest; where none is
+/// idle, it is answered 429.
 pub const MAX_CONNECTIONS: usize = 64;
 
 /// Connections that are turned away at a time, with an answer to their request; more are only closed.
@@ -155,8 +156,8 @@ impl Shared {
         true
     }
 
-    /// Reads a request and answers it with `refusal`: many clients do not look for an answer before they have sent all they have, and take a
-    /// socket that is closed before for a server that is gone.
+    /// Reads a request and answers it with `refusal`: many clients do not look for an answer before they have sent all
+    /// they have, and take a socket that is closed before for a server that is gone.
     fn refuse(self: &Arc<Self>, stream: tokio::net::UnixStream, refusal: ApiError) {
         if self.refused.fetch_add(1, Ordering::Relaxed) >= MAX_REFUSED {
             self.refused.fetch_sub(1, Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! The configuration of a VM, with the keys of Cloud Hypervisor.
 //!
-//! It is part of the saved state too, where a key that only a later build knows is no reason to refuse: that unknown keys are an error in a
-//! request is the business of [`super::from_body`].
+//! It is part of the saved state too, where a key that only a later build knows is no reason to refuse: that unknown
+//! keys are an error in a request is the business of [`super::from_body`].
 
 use std::path::PathBuf;
 

@@ -59,7 +59,8 @@ pub struct VmInfo {
     /// By id.
     #[serde(default)]
     pub device_tree: BTreeMap<String, DeviceNode>,
-    /// The threads of the vCPUs, in order, for whoever places them from outside. Others after each update, in the same places.
+    /// The threads of the vCPUs, in order, for whoever places them from outside. Others after each update, in the same
+    /// places.
     #[serde(default)]
     pub vcpu_threads: Vec<i32>,
 }

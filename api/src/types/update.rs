@@ -25,7 +25,8 @@ pub struct UpdateRequest {
     pub sha256: Option<String>,
     /// Stop after prepare and report whether the update would go ahead.
     pub dry_run: bool,
-    /// Milliseconds from the pause to the guest's next instruction; after that the guest goes back to the running build. Default: 10000.
+    /// Milliseconds from the pause to the guest's next instruction; after that the guest goes back to the running
+    /// build. Default: 10000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
     pub mode: UpdateMode,
@@ -107,8 +108,8 @@ pub struct UpdateReport {
     pub vmm_pid: u32,
     #[serde(default)]
     pub vcpu_threads: Vec<i32>,
-    /// Microseconds from the moment the vCPUs are asked to stop to the one in which they have been told to run; None where they were not
-    /// asked.
+    /// Microseconds from the moment the vCPUs are asked to stop to the one in which they have been told to run; None
+    /// where they were not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause_us: Option<u64>,
     /// In the order they passed.

@@ -1,7 +1,7 @@
 //! The CMOS chip: battery-backed RAM and an MC146818 real-time clock (ports 0x70 and 0x71).
 //!
-//! The clock is the host's, in UTC. It cannot be set: what a guest writes to the time registers is dropped, so the guest's
-//! next boot starts from the right time whatever it wrote. Alarms and periodic interrupts do not exist.
+//! The clock is the host's, in UTC. It cannot be set: what a guest writes to the time registers is dropped, so the
+//! guest's next boot starts from the right time whatever it wrote. Alarms and periodic interrupts do not exist.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -119,8 +119,8 @@ fn time_register(index: u8, register_b: u8, now: u64) -> Option<u8> {
     u8::try_from(encoded).ok()
 }
 
-/// (year, month, day) of the proleptic Gregorian calendar, `days` after 1970-01-01. Counts years from March, so that the
-/// leap day is the last of its year, in eras of 400 years (146,097 days).
+/// (year, month, day) of the proleptic Gregorian calendar, `days` after 1970-01-01. Counts years from March, so that
+/// the leap day is the last of its year, in eras of 400 years (146,097 days).
 fn civil(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);

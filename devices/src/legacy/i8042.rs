@@ -1,4 +1,5 @@
-//! As much of the keyboard controller as a reset needs (ports 0x60 and 0x64), and system control port B, which lies between the two (0x61).
+//! As much of the keyboard controller as a reset needs (ports 0x60 and 0x64), and system control port B, which lies
+//! between the two (0x61).
 
 use std::sync::Arc;
 
@@ -22,8 +23,8 @@ const COMMAND_RESET: u8 = 0xFE;
 const WRITABLE: u8 = 0x0F;
 /// Changes with every refresh of a memory that needs that: here with every read.
 const REFRESH: u8 = 1 << 4;
-/// The output of timer 2, which is not there: as of one that has run out, or whoever measures time by it would wait for ever
-/// (pit_calibrate_tsc).
+/// The output of timer 2, which is not there: as of one that has run out, or whoever measures time by it would wait for
+/// ever (pit_calibrate_tsc).
 const TIMER_2_OUT: u8 = 1 << 5;
 // Bits 6 and 7, which say that IOCHK# or SERR# was the cause of an NMI, are never set: there is neither.
 

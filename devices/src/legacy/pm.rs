@@ -1,5 +1,5 @@
-//! ACPI power management of a hardware-reduced machine (ACPI 6.5, 4.8.3.7 and 5.6.9): power-off, reset, power button; and the power management
-//! timer (4.8.3.3), which such a machine need not have.
+//! ACPI power management of a hardware-reduced machine (ACPI 6.5, 4.8.3.7 and 5.6.9): power-off, reset, power button;
+//! and the power management timer (4.8.3.3), which such a machine need not have.
 
 use std::sync::Arc;
 
@@ -49,7 +49,8 @@ impl Pm {
         self.ged_status = 0;
     }
 
-    /// The host's monotonic clock in ticks of the timer: so it goes on over an update, with no state, as the guest's other clocks do.
+    /// The host's monotonic clock in ticks of the timer: so it goes on over an update, with no state, as the guest's
+    /// other clocks do.
     fn timer() -> [u8; 4] {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         ticks(now.tv_sec as u64, now.tv_nsec as u64).to_le_bytes()

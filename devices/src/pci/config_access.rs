@@ -19,7 +19,8 @@ const ADDRESS_BITS: u32 = 0x80FF_FFFC;
 pub struct PciConfigAccess {
     /// As in [`super::ecam::Ecam`].
     bus: Weak<PciBus>,
-    /// What was last written to 0xCF8. Not behind a lock: a write to a function may take long, and is none of who reads the address.
+    /// What was last written to 0xCF8. Not behind a lock: a write to a function may take long, and is none of who reads
+    /// the address.
     address: AtomicU32,
 }
 

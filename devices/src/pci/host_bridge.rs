@@ -16,7 +16,8 @@ pub struct HostBridge {
 }
 
 impl HostBridge {
-    /// `revision` is what this build gives to a guest that boots; a guest that came over from another keeps what it had.
+    /// `revision` is what this build gives to a guest that boots; a guest that came over from another keeps what it
+    /// had.
     pub fn new(revision: u8) -> Self {
         let mut config = ConfigSpace::new(CONFIG_SIZE);
         config.set(VENDOR_ID, &INTEL.to_le_bytes());

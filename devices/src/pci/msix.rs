@@ -1,12 +1,13 @@
-//! MSI-X emulation (PCI Local Bus 3.0, 6.8.2): the table and the pending bits the guest sees, over an eventfd for each vector.
+//! MSI-X emulation (PCI Local Bus 3.0, 6.8.2): the table and the pending bits the guest sees, over an eventfd for each
+//! vector.
 //!
 //! ```text
 //! device -> eventfd -> irqfd -> GSI route (the table entry's message) -> guest
 //! ```
 //!
-//! A masked vector is one whose irqfd is detached: its events stay counted in the eventfd, which is the pending bit, and
-//! attaching the irqfd again injects them. An update uses the same mechanism: quiesced, all vectors are detached, so what
-//! comes while vCPUs are stopped waits in the eventfds, which go over.
+//! A masked vector is one whose irqfd is detached: its events stay counted in the eventfd, which is the pending bit,
+//! and attaching the irqfd again injects them. An update uses the same mechanism: quiesced, all vectors are detached,
+//! so what comes while vCPUs are stopped waits in the eventfds, which go over.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -156,7 +157,8 @@ impl Msix {
         Ok(Wire { eventfd, gsi, routed: None, attached: false })
     }
 
-    /// Takes a write of message control. When the guest turns MSI-X on, the device must signal [`Msix::eventfds`] by then.
+    /// Takes a write of message control. When the guest turns MSI-X on, the device must signal [`Msix::eventfds`] by
+    /// then.
     pub fn set_control(&mut self, control: u16) {
         let was_enabled = self.enabled();
         self.control = control & (ENABLE | FUNCTION_MASK);
@@ -216,9 +218,10 @@ impl Msix {
         MsiMessage { address: u64::from_le_bytes([a, b, c, d, e, f, g, h]), data: u32::from_le_bytes([i, j, k, l]) }
     }
 
-    /// Brings irqfds and routes of some vectors in line with the table: detach, then route, then attach, each for all of them.
-    /// State changes after success only: what the host refuses is logged, as the guest has no way to be told, tried again by [`Msix::settle`], and
-    /// the first of it returned. A message that is no route to KVM (EINVAL) is the guest's own fault: that waits for another one.
+    /// Brings irqfds and routes of some vectors in line with the table: detach, then route, then attach, each for all
+    /// of them. State changes after success only: what the host refuses is logged, as the guest has no way to be told,
+    /// tried again by [`Msix::settle`], and the first of it returned. A message that is no route to KVM (EINVAL) is the
+    /// guest's own fault: that waits for another one.
     fn reconcile(&mut self, range: Range<usize>) -> Result<(), MsixError> {
         let on = self.enabled() && !self.quiesced;
         let range = range.start.min(self.wires.len())..range.end.min(self.wires.len());
@@ -278,14 +281,15 @@ impl Msix {
         if self.dirty { self.reconcile_all() } else { Ok(()) }
     }
 
-    /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`], after an error too.
+    /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`], after an error
+    /// too.
     pub fn quiesce_irqfds(&mut self) -> Result<(), MsixError> {
         self.quiesced = true;
         self.reconcile_all()
     }
 
-    /// Attaches the irqfds of all unmasked vectors, which injects what has come meanwhile: in the old image after an update
-    /// that did not happen, in the new one once all LAPICs and the GSI routes are in place.
+    /// Attaches the irqfds of all unmasked vectors, which injects what has come meanwhile: in the old image after an
+    /// update that did not happen, in the new one once all LAPICs and the GSI routes are in place.
     pub fn resume_irqfds(&mut self) -> Result<(), MsixError> {
         self.quiesced = false;
         self.reconcile_all()

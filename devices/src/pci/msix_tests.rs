@@ -226,7 +226,8 @@ fn odd_accesses_do_no_harm() {
     assert_eq!(data, [0; 8]);
 }
 
-/// Each call to KVM fails once: nothing is taken for done, nothing injected to where it should no longer go, and nothing is lost.
+/// Each call to KVM fails once: nothing is taken for done, nothing injected to where it should no longer go, and
+/// nothing is lost.
 #[test]
 fn what_the_host_refuses_is_tried_again() {
     let (mut msix, msi, _vault) = enabled();

@@ -1,7 +1,9 @@
-//! A BAR of a passed-through device: which parts of it the guest reaches directly (a memslot) and which are trapped (the bus).
+//! A BAR of a passed-through device: which parts of it the guest reaches directly (a memslot) and which are trapped
+//! (the bus).
 //!
-//! Parts below a page, the pages of the MSI-X table and of the pending bits, I/O ports, and what VFIO does not let anybody map
-//! are trapped; all the rest is mapped from the device fd once, at build, and put before the guest while the BAR decodes.
+//! Parts below a page, the pages of the MSI-X table and of the pending bits, I/O ports, and what VFIO does not let
+//! anybody map are trapped; all the rest is mapped from the device fd once, at build, and put before the guest while
+//! the BAR decodes.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -57,7 +59,8 @@ fn mapped() -> MutexGuard<'static, BTreeMap<u64, u64>> {
     MAPPED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// At the end of the process: while a BAR is mapped its device stays in use, and the mapping ends only with all of the memory.
+/// At the end of the process: while a BAR is mapped its device stays in use, and the mapping ends only with all of the
+/// memory.
 ///
 /// # Safety
 /// Nobody may use a device any more, or mind to be ended for it.
@@ -71,7 +74,8 @@ pub unsafe fn unmap_bars() {
 impl Drop for Mapping {
     fn drop(&mut self) {
         mapped().remove(&self.hva);
-        // SAFETY: mapped in `new`; the memslots over it are removed before (see `Drop for VfioPci`). The device does not notice.
+        // SAFETY: mapped in `new`; the memslots over it are removed before (see `Drop for VfioPci`). The device does
+        // not notice.
         if let Err(e) = unsafe { rustix::mm::munmap(self.hva as *mut _, self.size as usize) } {
             log::error!("cannot unmap a BAR at {:#x}: {e}", self.hva);
         }
@@ -193,7 +197,8 @@ impl Bar {
         &self.active
     }
 
-    /// iovas of peer-to-peer mappings that could not be taken away yet, for the saved state. (Memslots end with their VM.)
+    /// iovas of peer-to-peer mappings that could not be taken away yet, for the saved state. (Memslots end with their
+    /// VM.)
     pub fn leftover_dma(&self) -> &[u64] {
         &self.leftover.dma
     }
@@ -227,8 +232,8 @@ impl Bar {
         self.map_again(Active { address, ..Default::default() }, wiring)
     }
 
-    /// As [`Bar::map`], in a new image, for a BAR that was before the guest in the old one. Its peer-to-peer mappings are
-    /// in the container still.
+    /// As [`Bar::map`], in a new image, for a BAR that was before the guest in the old one. Its peer-to-peer mappings
+    /// are in the container still.
     pub fn map_again(&mut self, mut active: Active, wiring: &Wiring) -> Result<(), String> {
         let done = self.place(&mut active, wiring);
         match done {
@@ -320,8 +325,8 @@ impl MsixLayout {
 
 type Pieces = Vec<(u64, u64)>;
 
-/// Splits a BAR of `size` bytes into what is mapped and what is trapped, both as (offset, size). `mappable` are whole pages in
-/// order; the pages of the `cuts` are trapped.
+/// Splits a BAR of `size` bytes into what is mapped and what is trapped, both as (offset, size). `mappable` are whole
+/// pages in order; the pages of the `cuts` are trapped.
 fn split(size: u64, mappable: &[(u64, u64)], cuts: &[Range<u64>]) -> (Pieces, Pieces) {
     let mut direct: Vec<Range<u64>> =
         mappable.iter().map(|(start, len)| *start..start.saturating_add(*len).min(size)).collect();
@@ -376,8 +381,8 @@ impl Trap {
         }
     }
 
-    /// The pieces of an access: all of it at once where the device answers alone (its registers may need the width), else
-    /// by dword, the smallest unit in which the table and the pending bits begin and end.
+    /// The pieces of an access: all of it at once where the device answers alone (its registers may need the width),
+    /// else by dword, the smallest unit in which the table and the pending bits begin and end.
     fn pieces(&self, offset: u64, len: usize) -> Vec<(u64, Range<usize>)> {
         let start = self.start.saturating_add(offset);
         let end = start.saturating_add(len as u64);

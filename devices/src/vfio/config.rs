@@ -1,8 +1,9 @@
 //! The configuration space as the guest sees it: the device's own, with some bits answered by us.
 //!
 //! Emulated: BARs (the guest's addresses are not the host's), the expansion ROM and the interrupt pin (hidden), the
-//! multi-function bit, the MSI-X control word, DisINTx (set in the device, as nobody handles its INTx). Capabilities that cannot work in a guest are taken out of the chains. All the rest
-//! goes to VFIO, which virtualises what must not reach the hardware (`vfio_pci_config.c`).
+//! multi-function bit, the MSI-X control word, DisINTx (set in the device, as nobody handles its INTx). Capabilities
+//! that cannot work in a guest are taken out of the chains. All the rest goes to VFIO, which virtualises what must not
+//! reach the hardware (`vfio_pci_config.c`).
 
 use std::collections::BTreeMap;
 
@@ -166,7 +167,8 @@ impl ConfigFilter {
         self.emulate(link, &[0], 0xFF, 0);
     }
 
-    /// Relinks the chain that starts at 0x100 (PCI Express 6.0, 7.6.3). Its head cannot move: if it is hidden, its id becomes 0.
+    /// Relinks the chain that starts at 0x100 (PCI Express 6.0, 7.6.3). Its head cannot move: if it is hidden, its id
+    /// becomes 0.
     fn filter_extended(&mut self, space: &dyn ConfigSpace) {
         let mut link = None;
         let mut at = EXTENDED_START;

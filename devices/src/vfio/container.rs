@@ -187,8 +187,8 @@ impl Container {
         Ok(())
     }
 
-    /// Why this container could not be carried through an update; empty if it could. Only answers truly once the IOMMU is
-    /// set, which is always so after construction (`vfio_iommu_type1_check_extension`).
+    /// Why this container could not be carried through an update; empty if it could. Only answers truly once the IOMMU
+    /// is set, which is always so after construction (`vfio_iommu_type1_check_extension`).
     pub fn probe(&self) -> Vec<String> {
         let wanted = [
             (VFIO_UNMAP_ALL, "invalidate all mappings at once (Linux 5.12 or later can)"),
@@ -219,8 +219,8 @@ impl Container {
         })
     }
 
-    /// Gives every mapping a new address, in a new image. Mappings whose address is valid, from a remap that got half way,
-    /// are invalidated first. Stops at the first failure; it may be called again.
+    /// Gives every mapping a new address, in a new image. Mappings whose address is valid, from a remap that got half
+    /// way, are invalidated first. Stops at the first failure; it may be called again.
     ///
     /// # Safety
     /// `vaddr_of` must answer with an address where this process has the very pages the mapping was made for.
@@ -241,8 +241,8 @@ impl Container {
         Ok(())
     }
 
-    /// Gives every mapping its address in this process back, after an update that did not happen. Goes on after a failure:
-    /// what cannot be mapped keeps its DMA, and is logged.
+    /// Gives every mapping its address in this process back, after an update that did not happen. Goes on after a
+    /// failure: what cannot be mapped keeps its DMA, and is logged.
     pub(super) fn restore_vaddrs(&self) {
         for map in self.lock().iter() {
             // SAFETY: the recorded address is the one it was mapped with in this process, and is still mapped.

@@ -192,11 +192,12 @@ impl VfioDevice {
         Ok(())
     }
 
-    /// Sets DisINTx in the device. Nobody here handles its INTx, and a line that nobody handles the host's kernel switches off in the end, for
-    /// all who share it.
+    /// Sets DisINTx in the device. Nobody here handles its INTx, and a line that nobody handles the host's kernel
+    /// switches off in the end, for all who share it.
     ///
-    /// To be called whenever MSI-X has ended: that clears the physical bit (pci_intx_for_msi, which vfio_msi_disable does not undo). VFIO lets it
-    /// follow its virtual one only when that changes (vfio_basic_config_write): so clear and set. A reset of the function keeps it (pci_dev_restore).
+    /// To be called whenever MSI-X has ended: that clears the physical bit (pci_intx_for_msi, which vfio_msi_disable
+    /// does not undo). VFIO lets it follow its virtual one only when that changes (vfio_basic_config_write): so clear
+    /// and set. A reset of the function keeps it (pci_dev_restore).
     pub fn silence_intx(&self) {
         let at = u64::from(COMMAND) + 1;
         let mut high = [0];

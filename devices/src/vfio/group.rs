@@ -51,7 +51,8 @@ pub enum GroupError {
     NoContainer { number: u32, container: String },
 }
 
-/// See the module. A group can be opened only once at a time, so its fd is what survives. Dropping it only closes the fd.
+/// See the module. A group can be opened only once at a time, so its fd is what survives. Dropping it only closes the
+/// fd.
 pub struct Group {
     number: u32,
     fd: KeptFd,
@@ -66,7 +67,8 @@ pub struct GroupState {
     container: String,
 }
 
-/// A VMM that was killed gives its devices back when they are reset, which takes some 100 ms: whoever is started in its place waits for that.
+/// A VMM that was killed gives its devices back when they are reset, which takes some 100 ms: whoever is started in its
+/// place waits for that.
 const FREE_WITHIN: Duration = Duration::from_secs(1);
 
 fn open_when_free(path: &str) -> io::Result<File> {

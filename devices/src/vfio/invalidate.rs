@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::container::{Container, ContainerError};
 
-/// All addresses of these containers are invalid; DMA goes on. Dropping it, which happens only when the update failed, maps the old
-/// addresses back.
+/// All addresses of these containers are invalid; DMA goes on. Dropping it, which happens only when the update failed,
+/// maps the old addresses back.
 #[must_use = "dropping it maps the old addresses back"]
 pub struct Invalidated(Vec<Arc<Container>>);
 

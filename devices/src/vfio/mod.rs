@@ -1,4 +1,5 @@
-//! VFIO passthrough: physical PCI devices in the guest, and what it takes to keep them running while the VMM is replaced.
+//! VFIO passthrough: physical PCI devices in the guest, and what it takes to keep them running while the VMM is
+//! replaced.
 //!
 //! | file | what |
 //! |---|---|
@@ -10,10 +11,11 @@
 //! | [`config`], [`bars`] | its configuration space and its BARs |
 //! | [`signals`] | its MSI-X and VFIO's in line |
 //!
-//! The fds are the device: a group can be opened only once, so they go over to the new VMM in the Vault, and it builds its
-//! objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
+//! The fds are the device: a group can be opened only once, so they go over to the new VMM in the Vault, and it builds
+//! its objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
 //!
-//! Written on raw ioctls: the objects of the `vfio-ioctls` crate cannot be built again from fds, and detach when dropped.
+//! Written on raw ioctls: the objects of the `vfio-ioctls` crate cannot be built again from fds, and detach when
+//! dropped.
 
 pub mod bars;
 pub mod config;

@@ -8,8 +8,8 @@
 //!
 //! The device must have MSI-X: INTx and MSI are not supported yet, and hidden.
 //!
-//! In an update the device is in use when its object is built again: [`Carried::restore`] makes no request to VFIO but mmap,
-//! and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
+//! In an update the device is in use when its object is built again: [`Carried::restore`] makes no request to VFIO but
+//! mmap, and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -215,8 +215,8 @@ impl VfioPci {
         self.msix().quiesce_irqfds()
     }
 
-    /// Attaches the irqfds of all unmasked vectors, which injects what came meanwhile. In a new image: after all LAPICs and the
-    /// GSI routes.
+    /// Attaches the irqfds of all unmasked vectors, which injects what came meanwhile. In a new image: after all LAPICs
+    /// and the GSI routes.
     pub fn attach_irqfds(&self) -> Result<(), MsixError> {
         self.msix().resume_irqfds()
     }
@@ -270,8 +270,8 @@ impl VfioPci {
         }
     }
 
-    /// Tries again what the host has refused: at each access to the device, before a save, and when the guest goes on. In a new image only once the
-    /// guest is its own, as it asks things of VFIO.
+    /// Tries again what the host has refused: at each access to the device, before a save, and when the guest goes on.
+    /// In a new image only once the guest is its own, as it asks things of VFIO.
     pub fn settle(&mut self) {
         let msix = self.msix.clone();
         let mut msix = msix.lock();
@@ -320,8 +320,8 @@ impl PciDevice for VfioPci {
         if let Some(at) = power {
             self.asleep = merged(0, at, offset, data) as u8 & PM_STATE == PM_D3HOT;
         }
-        // Off before the device stops decoding, on after it has started: a guest access in between would find the mapping
-        // there and nothing behind it, and KVM_RUN would fail.
+        // Off before the device stops decoding, on after it has started: a guest access in between would find the
+        // mapping there and nothing behind it, and KVM_RUN would fail.
         self.unmap_stale();
         if let Some(physical) = physical {
             ConfigSpace::write(&*self.device, offset, &physical);
@@ -428,8 +428,8 @@ impl Carried for VfioPci {
 }
 
 impl VfioPci {
-    /// Brings a device that was restored from an earlier state of its guest to `state`, before anything of it is in use. Returns which BARs
-    /// had to be put elsewhere: that takes time.
+    /// Brings a device that was restored from an earlier state of its guest to `state`, before anything of it is in
+    /// use. Returns which BARs had to be put elsewhere: that takes time.
     pub fn mend(&mut self, state: VfioPciState, claims: &mut Claims) -> Result<Vec<u8>, CarryError> {
         let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, asleep } = state;
         let wrong = |what: String| CarryError::State(what);

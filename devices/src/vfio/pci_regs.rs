@@ -38,6 +38,6 @@ pub const MSIX_ENABLE: u16 = 1 << 15;
 pub const MSIX_WRITABLE: u16 = MSIX_ENABLE | MSIX_FUNCTION_MASK;
 
 pub const EXTENDED_START: u16 = 0x100;
-/// Extended capabilities that manage what the host owns: functions (ARI, SR-IOV), BAR sizes (Resizable BAR, VF Resizable BAR),
-/// address translation (ATS, PRI, PASID).
+/// Extended capabilities that manage what the host owns: functions (ARI, SR-IOV), BAR sizes (Resizable BAR, VF
+/// Resizable BAR), address translation (ATS, PRI, PASID).
 pub const HIDDEN_EXTENDED: [u16; 7] = [0x0E, 0x0F, 0x10, 0x13, 0x15, 0x1B, 0x24];

@@ -114,7 +114,8 @@ pub fn wiring(vault: &Vault) -> (Wiring, Arc<FakeMemslots>, Arc<FakeMsi>) {
     (wiring, memslots, msi)
 }
 
-/// BAR 0: 64 KiB, BAR 1: 256 bytes, BAR 2: 32 ports, BAR 3: 64-bit, 16 KiB with table at 0 and PBA at 0x2000, 3 vectors.
+/// BAR 0: 64 KiB, BAR 1: 256 bytes, BAR 2: 32 ports, BAR 3: 64-bit, 16 KiB with table at 0 and PBA at 0x2000, 3
+/// vectors.
 fn rig() -> Rig {
     let vault = Vault::new();
     let file = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -302,8 +303,8 @@ fn read(bytes: &[u8]) -> (super::super::PassthroughState, VfioPciState) {
     (vfio, reader.take("nic0", VfioPci::KIND, VfioPci::VERSION).unwrap())
 }
 
-/// A new VMM gets ready while the guest goes on, and is then brought to the guest's last state: whatever has changed in between, it has what
-/// it would have from that state alone.
+/// A new VMM gets ready while the guest goes on, and is then brought to the guest's last state: whatever has changed in
+/// between, it has what it would have from that state alone.
 #[test]
 fn a_device_that_was_made_ready_is_mended() {
     type Change = fn(&mut Rig);

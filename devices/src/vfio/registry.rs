@@ -83,7 +83,8 @@ impl Passthrough {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets all devices reach the guest's RAM: those there are, and those that are attached later. Call it once, at boot.
+    /// Lets all devices reach the guest's RAM: those there are, and those that are attached later. Call it once, at
+    /// boot.
     ///
     /// # Safety
     /// The ranges must be guest RAM, shared with the guest, mapped for as long as a device is attached.
@@ -97,8 +98,8 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Opens the device, and its group and container if nobody has yet. It is reset. Add [`Passthrough::group_fds`] to KVM
-    /// afterwards (before, the first VM would be kept alive by the device).
+    /// Opens the device, and its group and container if nobody has yet. It is reset. Add [`Passthrough::group_fds`] to
+    /// KVM afterwards (before, the first VM would be kept alive by the device).
     pub fn attach(
         &self,
         config: &DeviceConfig,
@@ -202,8 +203,9 @@ impl Passthrough {
         invalidate_all(&self.containers())
     }
 
-    /// In a new image: gives every mapping of every container its address here. `bar_vaddr(device, region, offset, size)` is
-    /// [`VfioPci::bar_vaddr`] of the device with that id. May be called again after a failure.
+    /// In a new image: gives every mapping of every container its address here.
+    /// `bar_vaddr(device, region, offset, size)` is [`VfioPci::bar_vaddr`] of the device with that id. May be called
+    /// again after a failure.
     ///
     /// # Safety
     /// `ram` must be mapped from the same memory as in the image that mapped it first, at the same guest addresses.
@@ -314,7 +316,8 @@ fn identify(path: &Path) -> Result<(String, u32), AttachReason> {
     Ok((bdf.to_owned(), number))
 }
 
-/// Whether a device has an interrupt pin and has not taken DisINTx, which is of PCI 2.3. sysfs shows the physical registers.
+/// Whether a device has an interrupt pin and has not taken DisINTx, which is of PCI 2.3. sysfs shows the physical
+/// registers.
 fn can_storm(path: &Path) -> bool {
     let Ok(config) = std::fs::read(path.join("config")) else { return false };
     let byte = |at: u16| config.get(usize::from(at)).copied();

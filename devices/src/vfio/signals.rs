@@ -1,7 +1,8 @@
 //! MSI-X of a device and of VFIO in line: VFIO signals the eventfds exactly while the guest has MSI-X on.
 //!
-//! The guest cannot be told of a failure: it sees MSI-X on, and no interrupt. So what the host refuses is tried again at the next access to the device,
-//! before a save, and when the guest goes on; a saved state says what the guest wants and what VFIO has.
+//! The guest cannot be told of a failure: it sees MSI-X on, and no interrupt. So what the host refuses is tried again
+//! at the next access to the device, before a save, and when the guest goes on; a saved state says what the guest wants
+//! and what VFIO has.
 
 use super::device::VfioDevice;
 use crate::pci::msix::Msix;

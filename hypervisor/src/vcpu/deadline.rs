@@ -2,7 +2,8 @@
 
 use kvm_bindings::kvm_lapic_state;
 
-/// Offsets of registers in the LAPIC's page (SDM 3A, 12.4.1): the interrupt request register's first word, and the timer's vector.
+/// Offsets of registers in the LAPIC's page (SDM 3A, 12.4.1): the interrupt request register's first word, and the
+/// timer's vector.
 const IRR: usize = 0x200;
 const LVTT: usize = 0x320;
 const LVT_MASKED: u32 = 1 << 16;
@@ -14,11 +15,12 @@ const NOW: u64 = 1;
 
 /// What IA32_TSC_DEADLINE is to be set to.
 ///
-/// 0 says that the timer is not armed: the guest has disarmed it, or it has fired. One that fired is in the interrupt request register, if
-/// that was read after the MSR; states of earlier builds have them the other way round, and a timer that fired in between, as the VMX
-/// preemption timer does where a vCPU is loaded (start_hv_timer), is in neither. So where one could be missing it fires now. A guest that has
-/// disarmed its timer then gets an interrupt more, at most one an update: software must be ready for it in any case, as a timer may fire
-/// while it is being disarmed (SDM 3A, 12.5.4.1).
+/// 0 says that the timer is not armed: the guest has disarmed it, or it has fired. One that fired is in the interrupt
+/// request register, if that was read after the MSR; states of earlier builds have them the other way round, and a
+/// timer that fired in between, as the VMX preemption timer does where a vCPU is loaded (start_hv_timer), is in
+/// neither. So where one could be missing it fires now. A guest that has disarmed its timer then gets an interrupt
+/// more, at most one an update: software must be ready for it in any case, as a timer may fire while it is being
+/// disarmed (SDM 3A, 12.5.4.1).
 pub fn to_restore(lapic: &kvm_lapic_state, saved: u64) -> u64 {
     let timer = register(lapic, LVTT);
     let vector = timer as usize & 0xFF;

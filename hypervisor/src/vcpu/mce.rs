@@ -1,7 +1,7 @@
 //! Machine checks: an uncorrectable error of the host's memory, told to the guest whose page it was.
 //!
-//! References: Intel SDM 3B, 17.3 and 17.9 (machine-check MSRs, error codes); AMD64 APM 2, 9.3; Linux, arch/x86/kernel/cpu/mce/severity.c, for
-//! what a guest makes of it.
+//! References: Intel SDM 3B, 17.3 and 17.9 (machine-check MSRs, error codes); AMD64 APM 2, 9.3; Linux,
+//! arch/x86/kernel/cpu/mce/severity.c, for what a guest makes of it.
 
 use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_cpuid_entry2, kvm_x86_mce};
 
@@ -31,8 +31,8 @@ const MCIP: u64 = 1 << 2;
 
 /// IA32_MCi_MISC: a physical address, whose lowest valid bit is that of a page.
 const MISC_PAGE: u64 = 2 << 6 | 12;
-/// A memory controller's bank, as far as a guest can tell; one for what an AMD guest has yet to find there, or the other would overflow; and
-/// one for vCPUs that are only to come along.
+/// A memory controller's bank, as far as a guest can tell; one for what an AMD guest has yet to find there, or the
+/// other would overflow; and one for vCPUs that are only to come along.
 const BANK: u8 = 9;
 const BANK_DEFERRED: u8 = 10;
 const BANK_OF_OTHERS: u8 = 1;
@@ -118,8 +118,8 @@ impl Vcpu {
         self.vendor == Vendor::Intel
     }
 
-    /// Tells the guest, at its next instruction. One that has machine checks off (CR4.MCE), or is in the middle of one, shuts down, as a real
-    /// CPU would: but not because of another CPU's.
+    /// Tells the guest, at its next instruction. One that has machine checks off (CR4.MCE), or is in the middle of one,
+    /// shuts down, as a real CPU would: but not because of another CPU's.
     pub fn inject(&mut self, check: Check) -> Result<()> {
         if check == Check::OfOther {
             let waits = self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED);

@@ -36,8 +36,8 @@ pub enum Exit<'a> {
     Failed(String),
 }
 
-/// Makes KVM_RUN of one vCPU return at once, from any thread: `immediate_exit` in the shared run page. Raised before the kick
-/// signal is sent, it closes the gap in which the signal comes just before KVM_RUN.
+/// Makes KVM_RUN of one vCPU return at once, from any thread: `immediate_exit` in the shared run page. Raised before
+/// the kick signal is sent, it closes the gap in which the signal comes just before KVM_RUN.
 #[derive(Clone)]
 pub struct ExitFlag(Arc<Mutex<FlagAddr>>);
 

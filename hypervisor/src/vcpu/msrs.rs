@@ -12,7 +12,8 @@ const HYPERV: std::ops::Range<u32> = 0x4000_0000..0x4000_1000;
 /// KVM takes at most this many at once (KVM_MAX_MSR_ENTRIES in the bindings).
 const CHUNK: usize = 200;
 
-/// MSR_KVM_WALL_CLOCK and its successor: a write makes KVM fill in guest memory, once; the guest may use it for something else by now.
+/// MSR_KVM_WALL_CLOCK and its successor: a write makes KVM fill in guest memory, once; the guest may use it for
+/// something else by now.
 const WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
 const IA32_DEBUGCTL: u32 = 0x1d9;
 
@@ -23,15 +24,15 @@ fn unlisted() -> impl Iterator<Item = u32> {
     mtrrs.chain(mce).chain([IA32_DEBUGCTL])
 }
 
-/// A machine check bank or variable MTRR that was never written: as a new vCPU has it. They are most of all MSRs. Not so IA32_MCi_CTL, which
-/// KVM_X86_SETUP_MCE sets.
+/// A machine check bank or variable MTRR that was never written: as a new vCPU has it. They are most of all MSRs. Not
+/// so IA32_MCi_CTL, which KVM_X86_SETUP_MCE sets.
 fn is_untouched(entry: &kvm_msr_entry) -> bool {
     let is_bank = (0x400..0x480).contains(&entry.index) && !entry.index.is_multiple_of(4);
     entry.data == 0 && (is_bank || (0x200..0x210).contains(&entry.index))
 }
 
-/// The MSRs that answer, and take their own value back, on this vCPU. The TSC is left out: its offset is what goes over. The
-/// deadline timer is left out: it comes later than the others.
+/// The MSRs that answer, and take their own value back, on this vCPU. The TSC is left out: its offset is what goes
+/// over. The deadline timer is left out: it comes later than the others.
 pub fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
     let mut candidates: Vec<u32> = listed.iter().copied().chain(unlisted()).collect();
     candidates.sort_unstable();
@@ -86,8 +87,8 @@ pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<Vec<kvm_msr_entry
     })
 }
 
-/// Writes all of `values` but the wall clocks, which states of earlier builds have. KVM_SET_MSRS stops at the first that it refuses, which is
-/// the error.
+/// Writes all of `values` but the wall clocks, which states of earlier builds have. KVM_SET_MSRS stops at the first
+/// that it refuses, which is the error.
 pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
     let values: Vec<_> =
         values.iter().filter(|entry| !is_untouched(entry) && !WALL_CLOCKS.contains(&entry.index)).copied().collect();

@@ -1,6 +1,7 @@
 //! Which of KVM's own MSRs a guest may use: those whose feature its CPUID offers (KVM_CAP_ENFORCE_PV_FEATURE_CPUID).
 //!
-//! A guest of an earlier build could use all of them. It is kept to what it was offered if it has not; one that has keeps what it uses.
+//! A guest of an earlier build could use all of them. It is kept to what it was offered if it has not; one that has
+//! keeps what it uses.
 
 use kvm_bindings::kvm_msr_entry;
 

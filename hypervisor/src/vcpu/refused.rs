@@ -1,7 +1,9 @@
-//! State that KVM gives and does not take back: an update that meets it is undone, and this names the register that it was, which KVM does not.
+//! State that KVM gives and does not take back: an update that meets it is undone, and this names the register that it
+//! was, which KVM does not.
 //!
-//! KVM checks on KVM_SET_SREGS2 and KVM_SET_MSRS what a guest can change without being checked. Writing the state back into the old vCPU would
-//! find out, and do harm (it rewrites the wall clock in guest RAM, restarts LAPIC timers, drops MMU roots): so these are the rules.
+//! KVM checks on KVM_SET_SREGS2 and KVM_SET_MSRS what a guest can change without being checked. Writing the state back
+//! into the old vCPU would find out, and do harm (it rewrites the wall clock in guest RAM, restarts LAPIC timers, drops
+//! MMU roots): so these are the rules.
 
 use std::ops::Range;
 
@@ -25,9 +27,11 @@ pub(super) const MSR_KVM_PV_EOI_EN: u32 = 0x4b56_4d04;
 const ENABLED: u64 = 1 << 0;
 const ASYNC_PF_DELIVERY_AS_INT: u64 = 1 << 3;
 
-/// Why KVM would not take this vCPU's state, by register and value; empty if it would. `memory` is what the VM's memslots cover.
+/// Why KVM would not take this vCPU's state, by register and value; empty if it would. `memory` is what the VM's
+/// memslots cover.
 ///
-/// Not looked at is what a guest cannot change without KVM's own check of the same rule: reserved bits of CR4 and EFER, XCR0, DR6 and DR7.
+/// Not looked at is what a guest cannot change without KVM's own check of the same rule: reserved bits of CR4 and EFER,
+/// XCR0, DR6 and DR7.
 pub fn reasons(state: &VcpuState, memory: &[Range<u64>]) -> Vec<String> {
     let special = special_registers(&state.sregs, &state.cpuid);
     let msrs = state.msrs.iter().filter_map(|msr| unreachable(msr, memory));
@@ -65,8 +69,9 @@ fn legal_address(cpuid: &[kvm_cpuid_entry2]) -> u64 {
     if masking { address | CR3_LAM } else { address }
 }
 
-/// An MSR with an address that KVM looks up when it is written (kvm_gfn_to_hva_cache_init), in memory that is not there any more: a BAR that
-/// was switched off. Steal time and kvmclock are looked up at each use, and a write is not refused.
+/// An MSR with an address that KVM looks up when it is written (kvm_gfn_to_hva_cache_init), in memory that is not there
+/// any more: a BAR that was switched off. Steal time and kvmclock are looked up at each use, and a write is not
+/// refused.
 fn unreachable(msr: &kvm_msr_entry, memory: &[Range<u64>]) -> Option<String> {
     let on = |bits: u64| msr.data & bits == bits;
     let (name, address, len) = match msr.index {

@@ -61,10 +61,12 @@ pub struct VcpuState {
     pub events: kvm_vcpu_events,
     pub tsc_offset: u64,
     pub tsc_khz: u32,
-    /// IA32_MCG_CAP where it is not KVM's own. A build before it gives the guest that one, which no guest looks at again.
+    /// IA32_MCG_CAP where it is not KVM's own. A build before it gives the guest that one, which no guest looks at
+    /// again.
     #[serde(default)]
     pub mcg_cap: Option<u64>,
-    /// What its last instruction has written and nobody carried out yet: to be done, in this order, before its next instruction.
+    /// What its last instruction has written and nobody carried out yet: to be done, in this order, before its next
+    /// instruction.
     #[serde(default)]
     pub owed: Vec<OwedWrite>,
 }
@@ -109,8 +111,8 @@ impl VcpuState {
         }
     }
 
-    /// Whether it may be on its way to a HLT with interrupts off, of a paravirtual spin lock, and have been kicked already: KVM shows that in
-    /// the MP state of a halted vCPU only (kvm_arch_vcpu_ioctl_get_mpstate).
+    /// Whether it may be on its way to a HLT with interrupts off, of a paravirtual spin lock, and have been kicked
+    /// already: KVM shows that in the MP state of a halted vCPU only (kvm_arch_vcpu_ioctl_get_mpstate).
     pub fn may_have_been_kicked(&self) -> bool {
         self.mp_state.mp_state == KVM_MP_STATE_RUNNABLE
     }
@@ -130,9 +132,11 @@ impl Vcpu {
         let fd = &self.fd;
         // First: KVM_GET_MP_STATE takes a pending INIT or SIPI into account, which changes what the others read.
         let mp_state = fd.get_mp_state().map_err(self.err("KVM_GET_MP_STATE"))?;
-        // Puts the payload of a pending exception into CR2 or DR6, before those are read (kvm_vcpu_ioctl_x86_get_vcpu_events).
+        // Puts the payload of a pending exception into CR2 or DR6, before those are read
+        // (kvm_vcpu_ioctl_x86_get_vcpu_events).
         fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
-        // Before the LAPIC, which any load of the vCPU may move a deadline into (start_hv_timer): read afterwards, it would be in neither.
+        // Before the LAPIC, which any load of the vCPU may move a deadline into (start_hv_timer): read afterwards, it
+        // would be in neither.
         let tsc_deadline =
             msrs::read(fd, self.index, &[MSR_IA32_TSC_DEADLINE]).ok().and_then(|found| Some(found.first()?.data));
         let regs = fd.get_regs().map_err(self.err("KVM_GET_REGS"))?;
@@ -171,8 +175,8 @@ impl Vcpu {
         VcpuShape { index: self.index, cpuid: self.cpuid.clone(), mcg_cap: self.mcg_cap }
     }
 
-    /// Before its guest stands still, in the process that will run it: all that can be known by then, and what KVM does at a first KVM_RUN (which
-    /// does not enter the guest). Then [`Vcpu::restore_early`].
+    /// Before its guest stands still, in the process that will run it: all that can be known by then, and what KVM does
+    /// at a first KVM_RUN (which does not enter the guest). Then [`Vcpu::restore_early`].
     pub fn prewarm(&mut self, shape: &VcpuShape) -> Result<()> {
         self.set_cpuid(&shape.cpuid)?;
         self.set_mcg_cap(shape.mcg_cap)?;
@@ -196,7 +200,8 @@ impl Vcpu {
         fd.set_xcrs(&state.xcrs).map_err(self.err("KVM_SET_XCRS"))?;
         self.set_xsave(&state.xsave)?;
         fd.set_debug_regs(&state.debugregs).map_err(self.err("KVM_SET_DEBUGREGS"))?;
-        // Before the LAPIC, which reckons when its one-shot or periodic timer is due in the guest's TSC (set_target_expiration).
+        // Before the LAPIC, which reckons when its one-shot or periodic timer is due in the guest's TSC
+        // (set_target_expiration).
         raw::set_tsc_offset(fd, state.tsc_offset).map_err(self.io_err("set the TSC offset"))?;
         fd.set_lapic(&state.lapic).map_err(self.err("KVM_SET_LAPIC"))
     }
@@ -207,7 +212,8 @@ impl Vcpu {
         let values = offers::existing(state);
         msrs::write(fd, self.index, &values)?;
         if let Some(saved) = state.tsc_deadline {
-            // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake up.
+            // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake
+            // up.
             let data = deadline::to_restore(&state.lapic, saved);
             let deadline = kvm_msr_entry { index: MSR_IA32_TSC_DEADLINE, data, ..Default::default() };
             msrs::write(fd, self.index, &[deadline])?;

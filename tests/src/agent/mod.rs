@@ -1,7 +1,7 @@
 //! The guest agent: reads requests from the serial line, does them, answers.
 //!
-//! One loop reads; a request that waits for something gets a thread of its own, so that others are answered meanwhile. Answers are kept for a
-//! while by ID: a request that comes again is answered again, not done again.
+//! One loop reads; a request that waits for something gets a thread of its own, so that others are answered meanwhile.
+//! Answers are kept for a while by ID: a request that comes again is answered again, not done again.
 
 mod jobs;
 mod machine;
@@ -96,7 +96,8 @@ fn receive(agent: &Arc<Agent>, tty: &Arc<tty::Tty>, id: u64, json: &str) -> std:
     Ok(())
 }
 
-/// What is still being done is never forgotten, however many others were answered meanwhile: asked again, it must not be done twice.
+/// What is still being done is never forgotten, however many others were answered meanwhile: asked again, it must not
+/// be done twice.
 fn forget_old(answers: &mut BTreeMap<u64, Option<Answer>>) {
     let done: Vec<u64> = answers.iter().filter(|(_, answer)| answer.is_some()).map(|(id, _)| *id).collect();
     for id in done.iter().take(done.len().saturating_sub(KEPT_ANSWERS)) {

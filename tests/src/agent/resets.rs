@@ -1,4 +1,5 @@
-//! Configuration space by hand, and function-level resets without end: what a guest can do to hold whoever waits for the device.
+//! Configuration space by hand, and function-level resets without end: what a guest can do to hold whoever waits for
+//! the device.
 
 use std::{
     fs::{File, OpenOptions},
@@ -38,8 +39,9 @@ pub fn config_write(bdf: &str, offset: u64, value: u16) -> io::Result<()> {
     config(bdf)?.write_all_at(&value.to_le_bytes(), offset)
 }
 
-/// A register of configuration space in the ECAM, mapped: by sysfs the kernel lets one CPU at a time write, and ports are closed to user mode
-/// after an update in the lab, whose QEMU takes a busy TSS for none (helper_check_io wants type 9, and KVM gives 11).
+/// A register of configuration space in the ECAM, mapped: by sysfs the kernel lets one CPU at a time write, and ports
+/// are closed to user mode after an update in the lab, whose QEMU takes a busy TSS for none (helper_check_io wants type
+/// 9, and KVM gives 11).
 struct Register {
     page: *mut u8,
     offset: usize,

@@ -1,4 +1,5 @@
-//! In which order the guest's kernel ran an interrupt's handler and the watchdog of the driver, which fires all of its interrupts by itself.
+//! In which order the guest's kernel ran an interrupt's handler and the watchdog of the driver, which fires all of its
+//! interrupts by itself.
 
 use std::{fs, io, path::PathBuf};
 

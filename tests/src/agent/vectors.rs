@@ -1,4 +1,5 @@
-//! MSI-X without a driver (it is taken off the device): what a benchmark needs to have as many live vectors as it wants.
+//! MSI-X without a driver (it is taken off the device): what a benchmark needs to have as many live vectors as it
+//! wants.
 
 use std::{
     fs::{self, File, OpenOptions},

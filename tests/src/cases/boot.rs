@@ -44,7 +44,8 @@ fn check(vm: &Vm, cpus: u32, mib: u64) -> Result<()> {
     for cpu in 0..cpus {
         proc::thread_named(vm.vmm()?, &format!("vcpu{cpu}"))?;
     }
-    // Memory behind the hole is not only counted but there: it is written and read. Linux takes from it first, which is checked.
+    // Memory behind the hole is not only counted but there: it is written and read. Linux takes from it first, which is
+    // checked.
     if mib > 4096 {
         const MIB: u64 = 100;
         let before = ram::touched_from(vm.vmm()?, ram::HOLE)?;
@@ -77,7 +78,8 @@ pub fn sixteen_cpus() -> Result<()> {
     many_cpus(16, 1)
 }
 
-/// Many vCPUs: all come up, and all are carried over updates. In the lab they share one CPU of an emulator, where 64 take minutes.
+/// Many vCPUs: all come up, and all are carried over updates. In the lab they share one CPU of an emulator, where 64
+/// take minutes.
 pub fn many_cpus(cpus: u32, updates: u32) -> Result<()> {
     let started = Instant::now();
     let builder = Vm::builder().cpus(cpus).memory("size=1G").patience(3 * PATIENCE);
@@ -93,8 +95,8 @@ pub fn many_cpus(cpus: u32, updates: u32) -> Result<()> {
     Ok(())
 }
 
-/// Ends the guest with `request`; the VMM, which was updated before, must end by itself with `code`, say `reason`, and tell of it as Cloud
-/// Hypervisor does.
+/// Ends the guest with `request`; the VMM, which was updated before, must end by itself with `code`, say `reason`, and
+/// tell of it as Cloud Hypervisor does.
 fn end_by(request: &Request, code: i32, reason: &str, event: &str) -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     vm.update()?;
@@ -120,7 +122,8 @@ pub fn reboot_from_guest() -> Result<()> {
     end_by(&Request::Reboot { after_ms: 300 }, 3, "reset", "vm reset")
 }
 
-/// A guest that resets itself is booted again in the same process, which goes on as before: it is updated, and its guest resets itself again.
+/// A guest that resets itself is booted again in the same process, which goes on as before: it is updated, and its
+/// guest resets itself again.
 pub fn reset_in_place() -> Result<()> {
     let mut vm = Vm::builder().reboots().boot()?;
     ensure!(vm.story()? == ["vmm starting", "vm created", "vm booting", "vm booted"], "told: {:?}", vm.story()?);
@@ -143,8 +146,9 @@ fn ram(vm: &Vm) -> Result<File> {
     proc::open_fd_to(vm.vmm()?, "/memfd:guest-ram", File::options().read(true).write(true))
 }
 
-/// Four vCPUs that write to the reset port without end, while nobody has time for them: each writes once, and waits. Then the update that they
-/// have met says so, and the guest is booted again; what waits can be paused and ended like any other.
+/// Four vCPUs that write to the reset port without end, while nobody has time for them: each writes once, and waits.
+/// Then the update that they have met says so, and the guest is booted again; what waits can be paused and ended like
+/// any other.
 pub fn flood_of_resets() -> Result<()> {
     let kernel = std::env::temp_dir().join("floods");
     guest::write_image(&kernel, &guest::flood())?;
@@ -195,7 +199,8 @@ pub fn flood_of_resets() -> Result<()> {
     ends_with(&vm, &["vm failed", "vm shutdown", "vm deleted", "vmm shutdown"])
 }
 
-/// A guest that only ever takes a triple fault is booted again and again, but does nothing else to its host, and its VMM serves.
+/// A guest that only ever takes a triple fault is booted again and again, but does nothing else to its host, and its
+/// VMM serves.
 pub fn triple_fault_loop() -> Result<()> {
     let kernel = std::env::temp_dir().join("faults");
     // ud2, and no IDT.
@@ -234,7 +239,8 @@ pub fn guest_that_cannot_go_on() -> Result<()> {
     Ok(())
 }
 
-/// An operator's NMI is no bus's: the guest's kernel does not know what it is for, and does then what it is told to, which may be a panic.
+/// An operator's NMI is no bus's: the guest's kernel does not know what it is for, and does then what it is told to,
+/// which may be a panic.
 pub fn nmi_from_outside() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     let words: Vec<String> = ["NMI received", "NMI:", "SERR", "IOCK"].map(Into::into).to_vec();

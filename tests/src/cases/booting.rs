@@ -29,8 +29,8 @@ fn boot(vm: &Vm, config: &str) -> Result<Answer> {
     if answer.ok() { vm.api.put("vm.boot", "") } else { Ok(answer) }
 }
 
-/// What is no file, or no sensible one, is refused by its name, as kernel and as initramfs, by the API and on the command line; and nobody
-/// waits for the other end of a FIFO.
+/// What is no file, or no sensible one, is refused by its name, as kernel and as initramfs, by the API and on the
+/// command line; and nobody waits for the other end of a FIFO.
 pub fn files_that_are_none() -> Result<()> {
     let mut vm = Vm::api_only()?;
     let [fifo, sparse, kernel] = ["fifo", "sparse", "kernel"].map(|name| vm.dir.join(name));
@@ -63,8 +63,8 @@ pub fn files_that_are_none() -> Result<()> {
     Ok(())
 }
 
-/// A boot that waits, as for a file whose server is gone: the API answers, what needs the machine waits, and the VM can be shut down and the
-/// VMM ended.
+/// A boot that waits, as for a file whose server is gone: the API answers, what needs the machine waits, and the VM can
+/// be shut down and the VMM ended.
 pub fn served_while_booting() -> Result<()> {
     let mut vm = Vm::api_only()?;
     let kernel = vm.dir.join("kernel");

@@ -26,8 +26,8 @@ use crate::{
 const ENOUGH: u64 = 1 << 30;
 const TOO_LITTLE: u64 = 64 << 20;
 
-/// A VMM with `--update-dir` and without CAP_IPC_LOCK: a build from elsewhere is refused, and so is an update whose pinned memory would not
-/// be allowed to the new image. What is allowed goes on. Whoever started it ignored SIGCHLD.
+/// A VMM with `--update-dir` and without CAP_IPC_LOCK: a build from elsewhere is refused, and so is an update whose
+/// pinned memory would not be allowed to the new image. What is allowed goes on. Whoever started it ignored SIGCHLD.
 pub fn of_the_vmm() -> Result<()> {
     let next = lab::bin("theseus-b")?;
     let folder = next.parent().context("the builds are in no folder")?;
@@ -47,8 +47,9 @@ pub fn of_the_vmm() -> Result<()> {
     })
 }
 
-/// The log is a FIFO, which an image without a reader cannot even open, like a file whose server is gone. The guest waits for it neither on
-/// the way to a new image nor on the way back; another update is refused until somebody reads again, and then nothing is missing.
+/// The log is a FIFO, which an image without a reader cannot even open, like a file whose server is gone. The guest
+/// waits for it neither on the way to a new image nor on the way back; another update is refused until somebody reads
+/// again, and then nothing is missing.
 pub fn log_stands_still() -> Result<()> {
     let log = std::env::temp_dir().join("log-fifo");
     make_fifo(&log)?;

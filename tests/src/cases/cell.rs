@@ -34,7 +34,8 @@ const SPECIAL: [(&str, &str); 6] = [
     ("remap", "refused:0"),
     ("remap", "refused:1"),
 ];
-/// Of an update that is going to hang, on a machine that is not slow: less than the driver's tick, so that one attempt tells of a lost interrupt.
+/// Of an update that is going to hang, on a machine that is not slow: less than the driver's tick, so that one attempt
+/// tells of a lost interrupt.
 pub const DEADLINE_MS: u64 = 800;
 
 impl Cell {
@@ -72,8 +73,8 @@ impl Cell {
         matches!(self.kind, "stop" | "hang")
     }
 
-    /// The phase at whose end the guest stands still before the fault comes: then a test can send it a packet. None where it does not stand
-    /// still, or for so long that the driver's tick would forgive a lost interrupt.
+    /// The phase at whose end the guest stands still before the fault comes: then a test can send it a packet. None
+    /// where it does not stand still, or for so long that the driver's tick would forgive a lost interrupt.
     pub fn held_at(&self) -> Option<&'static str> {
         match self.phase {
             "prepare" | "freeze" | "exec" | "prewarm" => None,

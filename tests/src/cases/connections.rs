@@ -11,7 +11,8 @@ use crate::harness::{
     wait_for,
 };
 
-/// The caller is answered on its own connection by the new image; a connection that was idle lives; a half-sent request does not stand in the way.
+/// The caller is answered on its own connection by the new image; a connection that was idle lives; a half-sent request
+/// does not stand in the way.
 pub fn kept() -> Result<()> {
     rig::shared(|rig| {
         let mut idle = rig.vm.api.connect()?;

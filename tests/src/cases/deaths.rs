@@ -1,4 +1,5 @@
-//! New images that die of what no signal of a test stands for: no memory, and a death that comes too late for a way back.
+//! New images that die of what no signal of a test stands for: no memory, and a death that comes too late for a way
+//! back.
 
 use std::{fs, path::PathBuf};
 
@@ -31,8 +32,8 @@ pub fn vcpu_panic() -> Result<()> {
     })
 }
 
-/// A cgroup below L1's root with memory for one guest, as an orchestrator makes it. This process is in it until [`SmallMemory::leave`], and
-/// its children stay.
+/// A cgroup below L1's root with memory for one guest, as an orchestrator makes it. This process is in it until
+/// [`SmallMemory::leave`], and its children stay.
 struct SmallMemory(PathBuf);
 
 impl SmallMemory {
@@ -87,8 +88,8 @@ pub fn taken_back(vm: &mut Vm) -> Result<Report> {
     Ok(report)
 }
 
-/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer takes the new VMM,
-/// and not the old one, though that has all of guest RAM mapped.
+/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer
+/// takes the new VMM, and not the old one, though that has all of guest RAM mapped.
 pub fn out_of_memory() -> Result<()> {
     // Before the VM, so that it is empty when it is removed.
     let cgroup = SmallMemory::new()?;
@@ -124,7 +125,8 @@ pub fn out_of_memory() -> Result<()> {
     Ok(())
 }
 
-/// From its commit on a new VMM that dies is a VMM that crashes, and leaves nothing: the old one goes too, and the device is free for the next.
+/// From its commit on a new VMM that dies is a VMM that crashes, and leaves nothing: the old one goes too, and the
+/// device is free for the next.
 pub fn committed() -> Result<()> {
     for kind in ["kill", "segv"] {
         let mut vm = Vm::builder().cpus(2).device(Nic::IgbA, None)?.boot()?;

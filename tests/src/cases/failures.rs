@@ -49,8 +49,8 @@ impl End {
     }
 }
 
-/// Runs `attempt` under traffic. It must end as `end` with reasons that hold one of `words`; the guest must not notice; the next
-/// update must work.
+/// Runs `attempt` under traffic. It must end as `end` with reasons that hold one of `words`; the guest must not notice;
+/// the next update must work.
 pub(super) fn unharmed(
     rig: &mut Rig,
     end: End,
@@ -210,7 +210,8 @@ pub fn old_binary_deleted() -> Result<()> {
     })
 }
 
-/// The kernel refuses to invalidate the second container, because one of its ranges is invalid already; the first is put back.
+/// The kernel refuses to invalidate the second container, because one of its ranges is invalid already; the first is
+/// put back.
 pub fn second_container() -> Result<()> {
     let nics = [(Nic::IgbA, None), (Nic::IgbB, Some("second"))];
     let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;

@@ -9,8 +9,8 @@ use crate::{
     proto::PciFunction,
 };
 
-/// CPUID of every CPU, and every PCI function's configuration space and resources, before and after updates between two builds that would
-/// each boot a guest with another machine.
+/// CPUID of every CPU, and every PCI function's configuration space and resources, before and after updates between two
+/// builds that would each boot a guest with another machine.
 pub fn machine() -> Result<()> {
     rig::shared(|rig| {
         let other = Vm::builder().cpus(rig.vm.cpus).binary("theseus-b").boot()?;
@@ -52,8 +52,8 @@ fn pci(agent: &Agent) -> Result<Vec<PciFunction>> {
     Ok(pci)
 }
 
-/// The PCI status register (offset 6) and PCI Express device and link status (capability 0x10, offsets 0xa and 0x12) tell what happened on
-/// the bus, not what the machine is.
+/// The PCI status register (offset 6) and PCI Express device and link status (capability 0x10, offsets 0xa and 0x12)
+/// tell what happened on the bus, not what the machine is.
 fn mask_status(config: &mut String) {
     let Some(mut bytes) = decode(config) else { return };
     let mut mask = |at: usize| bytes.get_mut(at..at + 2).map(|b| b.fill(0));
@@ -102,9 +102,11 @@ impl Drop for Cgroup {
     }
 }
 
-/// Affinity, policy, nice value and cgroup of a vCPU thread as an operator sets them from outside. What main is given is not theirs.
+/// Affinity, policy, nice value and cgroup of a vCPU thread as an operator sets them from outside. What main is given
+/// is not theirs.
 pub fn affinity_kept() -> Result<()> {
-    // Before the VM, so that it is empty when it is removed. Only the root may have threads of a process below it just so.
+    // Before the VM, so that it is empty when it is removed. Only the root may have threads of a process below it just
+    // so.
     let is_root = std::fs::read_to_string("/proc/self/cgroup")?.lines().any(|line| line == "0::/");
     let cgroup = is_root.then(Cgroup::new).transpose()?;
     let mut vm = Vm::builder().cpus(2).boot()?;

@@ -1,13 +1,14 @@
 //! An interrupt that comes only while the vCPUs are stopped is delivered, and DMA goes on meanwhile.
 //!
-//! The update is held with the vaddrs invalidated, one packet is sent, then there is silence. Its payload must be in the guest's memfd
-//! while held, and the guest must report it soon after it runs again.
+//! The update is held with the vaddrs invalidated, one packet is sent, then there is silence. Its payload must be in
+//! the guest's memfd while held, and the guest must report it soon after it runs again.
 //!
-//! Two things would forgive a lost interrupt: another packet (there is none) and the driver, whose watchdog fires all its vectors every 2 s. So
-//! the guest's kernel notes when it handles the vector and when the watchdog runs: an interrupt that was handled after the guest ran again
-//! and before the watchdog did is the packet's own, however long everything took. Where the watchdog was first, it may have brought the packet
-//! to light, or have been quicker than an interrupt that was due: an attempt in which it was sure to be the later of the two means a loss, any
-//! other says nothing and is repeated. The update is therefore started right after such a tick.
+//! Two things would forgive a lost interrupt: another packet (there is none) and the driver, whose watchdog fires all
+//! its vectors every 2 s. So the guest's kernel notes when it handles the vector and when the watchdog runs: an
+//! interrupt that was handled after the guest ran again and before the watchdog did is the packet's own, however long
+//! everything took. Where the watchdog was first, it may have brought the packet to light, or have been quicker than an
+//! interrupt that was due: an attempt in which it was sure to be the later of the two means a loss, any other says
+//! nothing and is repeated. The update is therefore started right after such a tick.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -41,7 +42,8 @@ const PROMPT: Duration = Duration::from_millis(200);
 const TICK: Duration = Duration::from_millis(1800);
 /// How long a guest without a packet is watched: several ticks of the driver must have passed it by.
 const SILENCE: Duration = Duration::from_secs(15);
-/// How long the packet may take to be in guest memory while the guest stands still. A search of all of it takes a second on a slow machine.
+/// How long the packet may take to be in guest memory while the guest stands still. A search of all of it takes a
+/// second on a slow machine.
 const DMA: Duration = Duration::from_secs(60);
 /// Of an update that is held so long.
 pub const HELD_DEADLINE_MS: u64 = 120_000;
@@ -134,7 +136,8 @@ pub fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
     Ok(found)
 }
 
-/// The vectors that a packet of `source` raises: one packet at a time, or a guest that is slow takes several with one interrupt.
+/// The vectors that a packet of `source` raises: one packet at a time, or a guest that is slow takes several with one
+/// interrupt.
 fn raised_by(wire: &Wire, source: u8, counts: impl Fn() -> Result<Vec<Vector>>) -> Result<Vec<String>> {
     let before = counts()?;
     send(wire, source, 0x1234)?;
@@ -154,8 +157,8 @@ pub(super) fn send(wire: &Wire, source: u8, token: u16) -> Result<()> {
     Ok(())
 }
 
-/// What became of one packet, sent while the guest is stopped for an update that is rolled back. `request` is the body of vm.update; the
-/// fault is armed already, and comes at the end of phase `held_at` or later.
+/// What became of one packet, sent while the guest is stopped for an update that is rolled back. `request` is the body
+/// of vm.update; the fault is armed already, and comes at the end of phase `held_at` or later.
 pub fn reported_after_roll_back(
     rig: &mut Rig,
     ram: &GuestRam,
@@ -266,7 +269,8 @@ fn attempt(
     let offset = *clock::tsc_offsets(&rig.vm)?.first().context("no vCPU")?;
     let ns_per_tick = ns_per_tick();
     let at = (arrival.tsc as i64).wrapping_sub(offset);
-    // A fault leaves its phase without an end, so that the hold counts as part of the next: then the answer is the better mark.
+    // A fault leaves its phase without an end, so that the hold counts as part of the next: then the answer is the
+    // better mark.
     let after_hold: u64 = outcome.phases.iter().skip_while(|phase| phase.name != held_at).skip(1).map(|p| p.us).sum();
     let resumed = (released as i64 + (after_hold as f64 * 1e3 / ns_per_tick) as i64).min(answered as i64);
     let reported = Duration::from_nanos(((at - resumed).max(0) as f64 * ns_per_tick) as u64);

@@ -189,7 +189,8 @@ mod tempdir {
     }
 }
 
-/// The terminal hangs up: that ends a VMM, but not one that was started with HUP ignored; with and without updates before.
+/// The terminal hangs up: that ends a VMM, but not one that was started with HUP ignored; with and without updates
+/// before.
 pub fn hang_up() -> Result<()> {
     for updates in [0, 1] {
         for nohup in [false, true] {
@@ -221,8 +222,8 @@ pub fn hang_up() -> Result<()> {
 /// A shell starts the VMM in the background and brings it to the front when the file `go` is there.
 const SHELL: &str = "set -m; \"$@\" & while ! [ -e go ]; do sleep 0.1; done; fg";
 
-/// A VMM in the background whose terminal somebody types at: it is not stopped, and leaves the terminal as it is; brought to the front, it
-/// has it.
+/// A VMM in the background whose terminal somebody types at: it is not stopped, and leaves the terminal as it is;
+/// brought to the front, it has it.
 pub fn background() -> Result<()> {
     let mut pty = Pty::open()?;
     let mut job = Job::start(&pty, false, Some(SHELL))?;

@@ -15,8 +15,8 @@ fn is_gone(pid: u32) -> bool {
     proc::state(pid).map_or(true, |state| state == 'Z')
 }
 
-/// `kill -9` of the PID that everybody knows ends the guest, and its device is free: for another VMM at once, after an update too. So it is with the VMM
-/// stopped.
+/// `kill -9` of the PID that everybody knows ends the guest, and its device is free: for another VMM at once, after an
+/// update too. So it is with the VMM stopped.
 pub fn killed() -> Result<()> {
     for stopped in [false, true] {
         let mut vm = Vm::builder().device(Nic::IgbA, None)?.boot()?;
@@ -36,7 +36,8 @@ pub fn killed() -> Result<()> {
     Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?.update_under_traffic()
 }
 
-/// Signals to either process; the exit code of a VMM that ends by itself, and the signal of one that is killed, are the keeper's.
+/// Signals to either process; the exit code of a VMM that ends by itself, and the signal of one that is killed, are the
+/// keeper's.
 pub fn signals() -> Result<()> {
     for (to_vmm, signal, code, death) in [
         (false, libc::SIGTERM, Some(0), None),
@@ -68,8 +69,8 @@ pub fn signals() -> Result<()> {
     vm.agent()?.ping()
 }
 
-/// The keeper is killed between its exec and the commit: the old VMM has the guest, loses nothing of it, says where it is to be found now, and ends as it is
-/// told.
+/// The keeper is killed between its exec and the commit: the old VMM has the guest, loses nothing of it, says where it
+/// is to be found now, and ends as it is told.
 pub fn killed_in_update() -> Result<()> {
     for phase in ["prewarm", "remap"] {
         let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;

@@ -28,8 +28,8 @@ fn file(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("{name}-{}", std::process::id()))
 }
 
-/// RLIMIT_FSIZE: a guest whose RAM exceeds it is refused; a serial file that reaches it loses what comes then, and that is counted; an update
-/// is refused as long as its saved state could exceed it, and done once the limit is gone.
+/// RLIMIT_FSIZE: a guest whose RAM exceeds it is refused; a serial file that reaches it loses what comes then, and that
+/// is counted; an update is refused as long as its saved state could exceed it, and done once the limit is gone.
 pub fn refuse_or_drop() -> Result<()> {
     let kernel = file("talks");
     guest::write_image(&kernel, &TALKS)?;
@@ -123,8 +123,8 @@ pub fn no_signal_queued() -> Result<()> {
     goes_on(&vm, "an update")
 }
 
-/// Huge pages are the guest's from its boot on, or it is refused: with one less than it needs, and while another guest has them. An update
-/// needs no others.
+/// Huge pages are the guest's from its boot on, or it is refused: with one less than it needs, and while another guest
+/// has them. An update needs no others.
 pub fn huge_pages() -> Result<()> {
     const PAGES: u64 = MEMORY >> 21;
     let kernel = file("counts");

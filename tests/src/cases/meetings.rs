@@ -24,7 +24,8 @@ use crate::{
 /// Of an update that is held while a guest boots or ends, which may take long.
 const HELD_DEADLINE_MS: u64 = 2 * PATIENCE.as_millis() as u64;
 
-/// The second of two updates, and whatever else comes meanwhile, is told at once that it has to wait; the first is not disturbed.
+/// The second of two updates, and whatever else comes meanwhile, is told at once that it has to wait; the first is not
+/// disturbed.
 pub fn two_updates_at_once() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).boot()?;
     let mut hold = Hold::arm(&vm.dir, "prepare")?;
@@ -65,7 +66,8 @@ pub fn guest_boots() -> Result<()> {
     vm.agent()?.ping()
 }
 
-/// The guest's driver turns MSI-X on when an update is about to pause it: the eventfds that are made for that go over too.
+/// The guest's driver turns MSI-X on when an update is about to pause it: the eventfds that are made for that go over
+/// too.
 pub fn driver_probes() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).device(Nic::IgbA, None)?.start()?;
     let (before, old) = (vm.ping()?, vm.vmm()?);
@@ -124,8 +126,9 @@ pub fn other_requests() -> Result<()> {
     Ok(())
 }
 
-/// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends, or boots it again, as without the
-/// update. So it is while the update is prepared, and once the API stands still and the vCPUs are about to be stopped.
+/// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends, or boots it
+/// again, as without the update. So it is while the update is prepared, and once the API stands still and the vCPUs are
+/// about to be stopped.
 pub fn guest_ends() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("ends-{}", std::process::id()));
     guest::write_image(&kernel, &probes::words())?;
@@ -172,7 +175,8 @@ fn update_within(rig: &Rig, deadline_ms: u64) -> Result<Report> {
     answer.json()
 }
 
-/// The new VMM is ready at about the moment its deadline is over: whoever gets the word, one process runs the guest, and runs it right.
+/// The new VMM is ready at about the moment its deadline is over: whoever gets the word, one process runs the guest,
+/// and runs it right.
 pub fn deadline_race() -> Result<()> {
     rig::shared(|rig| {
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 5 })?;
@@ -215,7 +219,8 @@ enum First {
     Open,
 }
 
-/// SIGSTOP between the last look at the deadline and the word, until the deadline has passed: exactly one of the two runs the guest.
+/// SIGSTOP between the last look at the deadline and the word, until the deadline has passed: exactly one of the two
+/// runs the guest.
 pub fn stopped_at_the_word() -> Result<()> {
     // Many times what a new VMM needs to come to the word: one that is killed before it never stops there.
     const DEADLINE_MS: u64 = 5000;
@@ -273,7 +278,8 @@ pub fn stopped_at_the_word() -> Result<()> {
     })
 }
 
-/// Deadlines that vCPUs cannot keep: each update is given up at once, and what a late vCPU still does confuses no later one.
+/// Deadlines that vCPUs cannot keep: each update is given up at once, and what a late vCPU still does confuses no later
+/// one.
 pub fn short_deadlines() -> Result<()> {
     rig::shared(|rig| {
         let traffic = rig.traffic()?;

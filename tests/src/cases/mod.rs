@@ -254,7 +254,8 @@ pub fn long() -> Result<()> {
     Ok(())
 }
 
-/// Tests that this lab has taken, and no other lab will: a folder that only one can make. It says whose it is, and when they have ended.
+/// Tests that this lab has taken, and no other lab will: a folder that only one can make. It says whose it is, and when
+/// they have ended.
 struct Claim(Option<PathBuf>);
 
 impl Claim {

@@ -26,7 +26,8 @@ use crate::{
     proto::{PciFunction, Request},
 };
 
-/// A VM's life by `ch-remote`, from an empty VMM on; the update is to the file it was started from, as a package upgrade left it.
+/// A VM's life by `ch-remote`, from an empty VMM on; the update is to the file it was started from, as a package
+/// upgrade left it.
 pub fn ch_remote() -> Result<()> {
     let installed = std::env::temp_dir().join(format!("theseus-installed-{}", std::process::id()));
     fs::copy(lab::bin("theseus-a")?, &installed)?;
@@ -98,7 +99,8 @@ pub fn ch_remote() -> Result<()> {
     Ok(())
 }
 
-/// A passed-through device without a wire, as `--hardware` has it where no peer is named: the guest sees it, and sees the same after updates.
+/// A passed-through device without a wire, as `--hardware` has it where no peer is named: the guest sees it, and sees
+/// the same after updates.
 pub fn device_without_wire() -> Result<()> {
     let bdf = Nic::IgbA.bdf()?;
     let host = fs::read(format!("/sys/bus/pci/devices/{bdf}/config"))?;
@@ -126,7 +128,8 @@ fn holds_no_device(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// A device is given back when the VM ends or cannot be booted, and used again by the next boot in the same VMM; updates go on as before.
+/// A device is given back when the VM ends or cannot be booted, and used again by the next boot in the same VMM;
+/// updates go on as before.
 pub fn reboot_with_nic() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
     rig.vm.update()?;
@@ -172,7 +175,8 @@ pub fn reboot_with_nic() -> Result<()> {
     works(&mut rig)
 }
 
-/// A guest with a passed-through NIC that resets itself comes up again in the same process, with the NIC, and updates go on as before.
+/// A guest with a passed-through NIC that resets itself comes up again in the same process, with the NIC, and updates
+/// go on as before.
 pub fn reset_with_nic() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2).reboots(), &[(Nic::IgbA, None)])?;
     for round in 1..=2 {
@@ -222,8 +226,8 @@ pub fn supervisor_is_told() -> Result<()> {
     Ok(())
 }
 
-/// Whoever is told that a VM or a VMM has shut down, or sees the VMM end, can give its devices to another at once; soon after an update, too, whose
-/// old address space is still being torn down.
+/// Whoever is told that a VM or a VMM has shut down, or sees the VMM end, can give its devices to another at once; soon
+/// after an update, too, whose old address space is still being torn down.
 pub fn devices_free_at_once() -> Result<()> {
     for end in ["vmm.shutdown", "vm.shutdown", "SIGTERM", "power-off"] {
         let mut vm = Vm::builder().memory("size=512M").device(Nic::IgbA, None)?.boot()?;

@@ -1,5 +1,5 @@
-//! Uncorrectable errors of the host's memory, made by L1's kernel in a page of the guest: the guest loses the process that needs the page,
-//! and nothing else.
+//! Uncorrectable errors of the host's memory, made by L1's kernel in a page of the guest: the guest loses the process
+//! that needs the page, and nothing else.
 
 use std::{fs, io, os::fd::AsRawFd};
 
@@ -13,8 +13,9 @@ use crate::{
 
 const PAGE: usize = 4096;
 
-/// Marks the host's page behind the guest's page at `gpa` as one with an uncorrectable error (madvise(2), MADV_HWPOISON). Its kernel does not use
-/// the page again, which with `--hardware` means until that machine is started anew.
+/// Marks the host's page behind the guest's page at `gpa` as one with an uncorrectable error (madvise(2),
+/// MADV_HWPOISON). Its kernel does not use the page again, which with `--hardware` means until that machine is started
+/// anew.
 fn poison(pid: u32, gpa: u64) -> Result<()> {
     ensure!(gpa < ram::HOLE, "{gpa:#x} is not below the hole");
     let file = proc::open_fd_to(pid, "/memfd:guest-ram", std::fs::OpenOptions::new().read(true).write(true))?;
@@ -88,7 +89,8 @@ const BUS_MCEERR_AR: libc::c_int = 4;
 const BUS_MCEERR_AO: libc::c_int = 5;
 const MEMORY: u64 = 128 << 20;
 
-/// Sends SIGBUS to a thread of the VMM as the kernel does for a page at `address`: what a tracer makes of a signal on its way.
+/// Sends SIGBUS to a thread of the VMM as the kernel does for a page at `address`: what a tracer makes of a signal on
+/// its way.
 fn strike(pid: u32, tid: i32, code: libc::c_int, address: u64) -> Result<()> {
     let mut info = [0_u32; 32];
     // signo, errno, code, padding, address, its lowest valid bit (include/uapi/asm-generic/siginfo.h).
@@ -131,8 +133,8 @@ fn address_in(pid: u32, gpa: u64) -> Result<u64> {
     Ok(start + gpa - offset)
 }
 
-/// The same on any machine, without an error in its memory: only the signals come. This guest knows no machine checks; so where it needs the
-/// page itself, it shuts down like a real machine, and boots again.
+/// The same on any machine, without an error in its memory: only the signals come. This guest knows no machine checks;
+/// so where it needs the page itself, it shuts down like a real machine, and boots again.
 pub fn signals() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("counts-{}", std::process::id()));
     guest::write(&kernel, MEMORY)?;

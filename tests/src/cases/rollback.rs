@@ -26,10 +26,12 @@ use crate::{
     proto::{MemoryStats, Request, TimerFired},
 };
 
-/// What a timer may be late beside the outage, in software emulation: 0.1 to 1.1 s were seen after most roll backs, 2.2 s once, and a slow
-/// machine takes several times that. That the guest then faults its memory in anew is the likely reason, not a proven one.
+/// What a timer may be late beside the outage, in software emulation: 0.1 to 1.1 s were seen after most roll backs, 2.2
+/// s once, and a slow machine takes several times that. That the guest then faults its memory in anew is the likely
+/// reason, not a proven one.
 const TIMER_SLACK: Duration = Duration::from_secs(30);
-/// The deadline of an update that is going to hang, as a multiple of the pause of one that does not: it must come to where it hangs.
+/// The deadline of an update that is going to hang, as a multiple of the pause of one that does not: it must come to
+/// where it hangs.
 const DEADLINE_PAUSES: u64 = 8;
 
 /// What a cell showed.
@@ -262,7 +264,8 @@ pub fn some_cells() -> Result<()> {
     matrix(&cells.map(|(phase, kind)| Cell::new(phase, kind)))
 }
 
-/// With no irqfd attached again by the old VMM, the packet that came in the pause must be missing: or the check above shows nothing.
+/// With no irqfd attached again by the old VMM, the packet that came in the pause must be missing: or the check above
+/// shows nothing.
 pub fn red_without_irqfds() -> Result<()> {
     let mut subject = Subject::boot()?;
     let _hook = Switch::on(&subject.rig.vm.dir, "skip-irqfds")?;
@@ -273,7 +276,8 @@ pub fn red_without_irqfds() -> Result<()> {
     Ok(())
 }
 
-/// Keeps the states of an update, the true one and that of its rehearsal, as files among the results, for vmm/tests/golden.
+/// Keeps the states of an update, the true one and that of its rehearsal, as files among the results, for
+/// vmm/tests/golden.
 pub fn golden() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None), (Nic::E1000e, Some("second"))])?;
     // Twice: the state is to be of build a, which is what is released.

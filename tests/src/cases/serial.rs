@@ -1,4 +1,5 @@
-//! Every mode of the serial port but the socket, which all other tests use: the guest's words come out, before an update and after it.
+//! Every mode of the serial port but the socket, which all other tests use: the guest's words come out, before an
+//! update and after it.
 
 use std::{
     fs::{self, File},
@@ -36,7 +37,8 @@ fn speaker(mode: &str) -> Result<Vm> {
     Ok(vm)
 }
 
-/// None where kernel 7's 9p, on which the tests' logs are, takes a file that grows while it is read for one that has no data (ENODATA).
+/// None where kernel 7's 9p, on which the tests' logs are, takes a file that grows while it is read for one that has no
+/// data (ENODATA).
 fn whole(path: &Path) -> Result<Option<String>> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),

@@ -18,10 +18,12 @@ use crate::{
 const CLOCK_LIMIT_US: f64 = 20.0;
 /// The same for one that is read by an exit to the VMM, which takes its time in the lab.
 const SLOW_CLOCK_LIMIT_US: f64 = 500.0;
-/// What a busy L1 in software emulation may add to the lateness of a timer, if it adds no more without an update: up to 1.4 s were seen with
-/// eight builds beside it. A timer that is lost is not late but missing, as nothing else wakes these guests, least of all that of one CPU.
+/// What a busy L1 in software emulation may add to the lateness of a timer, if it adds no more without an update: up to
+/// 1.4 s were seen with eight builds beside it. A timer that is lost is not late but missing, as nothing else wakes
+/// these guests, least of all that of one CPU.
 const TIMER_SLACK_US: i64 = 3_000_000;
-/// How often a timer may be late before it counts: a machine is slow now and then, a timer that is lost is lost every time.
+/// How often a timer may be late before it counts: a machine is slow now and then, a timer that is lost is lost every
+/// time.
 const SLOW_TRIES: u32 = 5;
 
 /// The guest's clock against L1's, before, between and after many updates.
@@ -162,8 +164,9 @@ pub fn power_management_timer() -> Result<()> {
     exact_over_updates(&mut vm, "acpi_pm")
 }
 
-/// A guest that does not use kvmclock. It is told the frequency of its TSC here, where it would else measure it by the power management timer:
-/// in the lab that takes too long (three exits more than the 131,072 ticks of tsc_read_refs), and without a frequency Linux does not come up.
+/// A guest that does not use kvmclock. It is told the frequency of its TSC here, where it would else measure it by the
+/// power management timer: in the lab that takes too long (three exits more than the 131,072 ticks of tsc_read_refs),
+/// and without a frequency Linux does not come up.
 pub fn without_kvmclock() -> Result<()> {
     let khz = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()?.create_vcpu(0)?.get_tsc_khz()).context("KVM")?;
     let mut vm = Vm::builder().kernel_words(&format!("no-kvmclock tsc_early_khz={khz}")).boot()?;

@@ -84,7 +84,8 @@ pub fn three_nics() -> Result<()> {
     Ok(())
 }
 
-/// An NVMe disk and a NIC of one IOMMU group: both go on, and no block is lost or wrong. Two containers cannot share a group.
+/// An NVMe disk and a NIC of one IOMMU group: both go on, and no block is lost or wrong. Two containers cannot share a
+/// group.
 pub fn disk_and_nic() -> Result<()> {
     let disk = lab::nvme()?;
     let group = |bdf: &str| std::fs::read_link(format!("/sys/bus/pci/devices/{bdf}/iommu_group"));
@@ -140,8 +141,9 @@ pub fn huge_pages() -> Result<()> {
     })
 }
 
-/// Memory on both sides of the 32-bit hole is two ranges of DMA. Both are carried over updates, and back when the second is refused after
-/// the first was mapped: the guest's packets are behind the hole, as Linux takes from there first, and so is the memory that it checks.
+/// Memory on both sides of the 32-bit hole is two ranges of DMA. Both are carried over updates, and back when the
+/// second is refused after the first was mapped: the guest's packets are behind the hole, as Linux takes from there
+/// first, and so is the memory that it checks.
 pub fn memory_behind_the_hole() -> Result<()> {
     const MIB: u64 = 64;
     // In huge pages: to pin so much in small ones takes minutes in the lab.

@@ -1,7 +1,8 @@
 //! The test's end of the serial line.
 //!
-//! A thread reads and sorts: answers go to who waits for them with the time they came, all else goes to the console log. A request
-//! whose answer was garbled is sent again under its ID, and counted: an update must not cost a byte, so some tests want none.
+//! A thread reads and sorts: answers go to who waits for them with the time they came, all else goes to the console
+//! log. A request whose answer was garbled is sent again under its ID, and counted: an update must not cost a byte, so
+//! some tests want none.
 
 use std::{
     collections::BTreeMap,

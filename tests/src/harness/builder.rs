@@ -153,8 +153,8 @@ impl Builder {
         self
     }
 
-    /// A guest that resets itself, or crashes, is booted again in its VMM, as without the option `--on-reset exit`. That is given to all others:
-    /// their end is seen at once, and by nobody taken for a guest that goes on.
+    /// A guest that resets itself, or crashes, is booted again in its VMM, as without the option `--on-reset exit`.
+    /// That is given to all others: their end is seen at once, and by nobody taken for a guest that goes on.
     pub fn reboots(mut self) -> Self {
         self.reboots = true;
         self

@@ -37,8 +37,8 @@ pub fn kvm_dir(pid: u32) -> Result<PathBuf> {
     })
 }
 
-/// KVM names a VM's folder by the thread that made it, and by the number of its fd (kvm_create_vm_debugfs). A guest is booted by a thread
-/// that ends with the boot.
+/// KVM names a VM's folder by the thread that made it, and by the number of its fd (kvm_create_vm_debugfs). A guest is
+/// booted by a thread that ends with the boot.
 fn is_vm_of(pid: u32, dir: &Path) -> bool {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let Some((thread, fd)) = name.split_once('-') else { return false };

@@ -1,8 +1,9 @@
 //! Credit for the senders of a traffic, over the serial line, which is none of the wires under test.
 //!
-//! A sender may be [`Wire::window`] packets ahead of the highest number that its receiver has heard: so many fit into the receive ring alone,
-//! whether or not anybody takes them out, as in the pause of an update. While the serial line stands still, so does the traffic once its
-//! credit is used up. What is lost all the same gives no credit of its own, and is found out at the end.
+//! A sender may be [`Wire::window`] packets ahead of the highest number that its receiver has heard: so many fit into
+//! the receive ring alone, whether or not anybody takes them out, as in the pause of an update. While the serial line
+//! stands still, so does the traffic once its credit is used up. What is lost all the same gives no credit of its own,
+//! and is found out at the end.
 //!
 //! [`Wire::window`]: crate::harness::wire::Wire::window
 
@@ -23,7 +24,8 @@ use crate::{
     stream::{Grant, Tally},
 };
 
-/// From one exchange to the next: the serial line costs the guest some 200 exits each time, and a window of 512 is a second of traffic.
+/// From one exchange to the next: the serial line costs the guest some 200 exits each time, and a window of 512 is a
+/// second of traffic.
 const PACE: Duration = Duration::from_millis(500);
 
 /// Both directions of one wire.
@@ -46,8 +48,8 @@ struct Ledger {
 }
 
 impl Ledger {
-    /// Tells the guest how far its senders may go, hears from its receivers, and tells ours. Different numbers received so far: into the guest
-    /// and out of it, for each wire.
+    /// Tells the guest how far its senders may go, hears from its receivers, and tells ours. Different numbers received
+    /// so far: into the guest and out of it, for each wire.
     fn exchange(&self) -> Result<Vec<[u64; 2]>> {
         let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         let out: Vec<_> = self.ways.iter().map(|ways| ways.tally.stats()).collect();
@@ -91,7 +93,8 @@ impl Credit {
         self.ledger.exchange()
     }
 
-    /// Ends it; nothing of it is on the serial line afterwards. Merely dropped, it may wait for a last answer of a guest that gives none.
+    /// Ends it; nothing of it is on the serial line afterwards. Merely dropped, it may wait for a last answer of a
+    /// guest that gives none.
     pub fn stop(self) {
         let Self { _stop: stop, thread, .. } = self;
         drop(stop);

@@ -52,7 +52,8 @@ pub fn make_fifo(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the next update stop at the end of a phase: the VMM writes a line to the fifo `held` and waits for one from `release`.
+/// Makes the next update stop at the end of a phase: the VMM writes a line to the fifo `held` and waits for one from
+/// `release`.
 pub struct Hold {
     fifos: [PathBuf; 2],
     _phase: Switch,
@@ -94,7 +95,8 @@ impl Hold {
         Ok(now)
     }
 
-    /// Lets it go on. The names stay until this is dropped, as the VMM may be about to open them: that must be before the next update.
+    /// Lets it go on. The names stay until this is dropped, as the VMM may be about to open them: that must be before
+    /// the next update.
     pub fn release(&mut self) -> Result<Instant> {
         if !self.released {
             self.released = true;

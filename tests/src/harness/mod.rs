@@ -25,7 +25,8 @@ use std::time::{Duration, Instant};
 
 pub use crate::PATIENCE;
 
-/// Waits until `check` returns something, looking often; for what cannot be waited for otherwise (files of /proc, sysfs, debugfs).
+/// Waits until `check` returns something, looking often; for what cannot be waited for otherwise (files of /proc,
+/// sysfs, debugfs).
 pub fn wait_for<T>(what: &str, mut check: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
     let started = Instant::now();
     loop {

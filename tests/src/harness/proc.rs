@@ -84,11 +84,12 @@ impl Facts {
         self.mappings.values().sum()
     }
 
-    /// Growth of the VMM's own resident memory that counts as flat, KiB: every update starts a process anew, and one huge page more or less in
-    /// its heap is the kernel's choice.
+    /// Growth of the VMM's own resident memory that counts as flat, KiB: every update starts a process anew, and one
+    /// huge page more or less in its heap is the kernel's choice.
     pub const FLAT_KIB: u64 = 1024 + 2048;
 
-    /// What differs from `before` by more than is allowed, in words; empty if nothing. `rss_kib`: growth that is still flat.
+    /// What differs from `before` by more than is allowed, in words; empty if nothing. `rss_kib`: growth that is still
+    /// flat.
     pub fn growth_since(&self, before: &Self, rss_kib: u64) -> String {
         let mut text = String::new();
         for (what, then, now) in [

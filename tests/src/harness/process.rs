@@ -22,7 +22,8 @@ impl Process {
         self.heir.map_or(self.child.id(), |(pid, _)| pid)
     }
 
-    /// Makes orphans (VMMs whose keeper has died) ours, so that they can be waited for. To be called before the first is started.
+    /// Makes orphans (VMMs whose keeper has died) ours, so that they can be waited for. To be called before the first
+    /// is started.
     pub fn adopt_orphans() {
         static ONCE: Once = Once::new();
         // SAFETY: no memory is involved.

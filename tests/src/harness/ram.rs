@@ -60,7 +60,8 @@ impl GuestRam {
 
     /// Offset in the memfd of a packet filled with `token`, which is at least twice `STEP` bytes long.
     ///
-    /// One word per `STEP` bytes is looked at, so that 512 MiB take a fraction of a second; where it fits, the neighbourhood decides.
+    /// One word per `STEP` bytes is looked at, so that 512 MiB take a fraction of a second; where it fits, the
+    /// neighbourhood decides.
     pub fn find_filler(&self, token: u16) -> Option<usize> {
         let [a, b] = token.to_ne_bytes();
         // Payloads start at even addresses: 14 bytes of Ethernet, 20 of IP, 8 of UDP after an aligned start.
@@ -79,8 +80,8 @@ impl GuestRam {
     }
 
     fn word(&self, at: usize) -> u64 {
-        // SAFETY: callers stay within `len`, offsets are multiples of 8, and the mapping lives as long as self. The guest and its
-        // devices write meanwhile, hence volatile.
+        // SAFETY: callers stay within `len`, offsets are multiples of 8, and the mapping lives as long as self. The
+        // guest and its devices write meanwhile, hence volatile.
         unsafe { std::ptr::read_volatile(self.address.add(at).cast::<u64>()) }
     }
 }

@@ -149,7 +149,8 @@ impl Traffic {
         Ok(accounts)
     }
 
-    /// Waits until every direction has moved `packets` on from now, however long that takes: it fails where one stands still.
+    /// Waits until every direction has moved `packets` on from now, however long that takes: it fails where one stands
+    /// still.
     pub fn moves_on(&self, agent: &Agent, packets: u64) -> Result<()> {
         let counts = || Ok::<_, anyhow::Error>(self.credit.exchange()?.concat());
         let before = counts()?;

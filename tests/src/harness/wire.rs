@@ -45,7 +45,8 @@ impl Wire {
         let ring = ring.min(net::set_receive_ring(&wire.peer, RING)?);
         // Half a ring: a driver fills up the other half in batches.
         wire.window = WINDOW.min(ring / 2).into();
-        // To see a check of the traffic fail: with a window that has no bounds, a machine that is busy enough loses packets.
+        // To see a check of the traffic fail: with a window that has no bounds, a machine that is busy enough loses
+        // packets.
         if let Some(window) = std::env::var(WINDOW_VARIABLE).ok().and_then(|text| text.parse().ok()) {
             wire.window = window;
         }

@@ -1,5 +1,5 @@
-//! A guest of a few instructions, for machines whose KVM cannot run a kernel: it writes one word of every page of its memory, over and
-//! over, and counts the pages.
+//! A guest of a few instructions, for machines whose KVM cannot run a kernel: it writes one word of every page of its
+//! memory, over and over, and counts the pages.
 
 use std::path::Path;
 
@@ -14,7 +14,8 @@ const PAGE: u64 = 4096;
 const LOW_MAX: u64 = 3 << 30;
 const HIGH: u64 = 4 << 30;
 
-/// Where the 64-bit entry lies in the image, and the image in the file (boot.rst: one boot sector and one of setup code).
+/// Where the 64-bit entry lies in the image, and the image in the file (boot.rst: one boot sector and one of setup
+/// code).
 const ENTRY: usize = 0x200;
 const IMAGE: usize = 1024;
 
@@ -105,11 +106,11 @@ pub fn write(path: &Path, size: u64) -> Result<()> {
     write_image(path, &code(size))
 }
 
-/// A guest whose vCPUs wait until the byte at 0x51008 is not 0, and then write the 8042's reset command for ever, counting what they write in
-/// the dword at 0x51000.
+/// A guest whose vCPUs wait until the byte at 0x51008 is not 0, and then write the 8042's reset command for ever,
+/// counting what they write in the dword at 0x51000.
 pub fn flood() -> Vec<u8> {
-    // For the other vCPUs, in real mode at 0x50000: cli; mov ax, 0x5000; mov ds, ax; wait: cmp byte [0x1008], 0; je wait;
-    // write: lock inc dword [0x1000]; mov al, 0xFE; out 0x64, al; jmp write
+    // For the other vCPUs, in real mode at 0x50000: cli; mov ax, 0x5000; mov ds, ax; wait: cmp byte [0x1008], 0; je
+    // wait; write: lock inc dword [0x1000]; mov al, 0xFE; out 0x64, al; jmp write
     const OTHERS: [u8; 25] = [
         0xFA, 0xB8, 0x00, 0x50, 0x8E, 0xD8, 0x80, 0x3E, 0x08, 0x10, 0x00, 0x74, 0xF9, 0xF0, 0x66, 0xFF, 0x06, 0x00,
         0x10, 0xB0, 0xFE, 0xE6, 0x64, 0xEB, 0xF4,
@@ -125,7 +126,8 @@ pub fn flood() -> Vec<u8> {
         code.extend([0xC7, 0x80, 0x00, 0x03, 0x00, 0x00]);
         code.extend(command.to_le_bytes());
     }
-    // The same in long mode: wait: cmp byte [0x51008], 0; je wait; write: lock inc dword [0x51000]; mov al, 0xFE; out 0x64, al; jmp write
+    // The same in long mode: wait: cmp byte [0x51008], 0; je wait; write: lock inc dword [0x51000]; mov al, 0xFE; out
+    // 0x64, al; jmp write
     code.extend([0x80, 0x3C, 0x25, 0x08, 0x10, 0x05, 0x00, 0x00, 0x74, 0xF6]);
     code.extend([0xF0, 0xFF, 0x04, 0x25, 0x00, 0x10, 0x05, 0x00, 0xB0, 0xFE, 0xE6, 0x64, 0xEB, 0xF2]);
     code

@@ -1,4 +1,5 @@
-//! `l1-tests bench native`: the pause against the size of the guest's memory, and against its vCPUs ([`vcpus`]), on this machine's own KVM.
+//! `l1-tests bench native`: the pause against the size of the guest's memory, and against its vCPUs ([`vcpus`]), on
+//! this machine's own KVM.
 //!
 //! The guest is [`guest`], which keeps all of its memory populated; there is no VFIO device.
 
@@ -245,7 +246,8 @@ impl Sampler {
         self.samples.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
-    /// How long after the pause, which was asked for at `asked`, the guest was back at its speed, µs; None if not within [`BACK`].
+    /// How long after the pause, which was asked for at `asked`, the guest was back at its speed, µs; None if not
+    /// within [`BACK`].
     fn back(&self, asked: u64, pause_us: u64) -> Result<Option<u64>> {
         let deadline = self.now() + BACK.as_micros() as u64;
         loop {
@@ -270,8 +272,8 @@ impl Drop for Sampler {
     }
 }
 
-/// From the end of the longest standstill after `asked` to the first window at [`BACK_PERCENT`] of the speed before it, µs.
-/// `samples`: (µs, count).
+/// From the end of the longest standstill after `asked` to the first window at [`BACK_PERCENT`] of the speed before it,
+/// µs. `samples`: (µs, count).
 fn recovery(samples: &[(u64, u64)], asked: u64, pause_us: u64) -> Option<u64> {
     let before: Vec<_> = samples.iter().filter(|(at, _)| *at < asked).collect();
     let (first, last) = (before.first()?, before.last()?);

@@ -6,7 +6,8 @@ use anyhow::Result;
 
 use crate::harness::proc;
 
-// Long mode, the first 4 GiB mapped one to one, no IDT, as in [`super::guest`]. Counts: 0x1F00000 what it is about, 0x1F00008 that it goes on.
+// Long mode, the first 4 GiB mapped one to one, no IDT, as in [`super::guest`]. Counts: 0x1F00000 what it is about,
+// 0x1F00008 that it goes on.
 core::arch::global_asm!(
     r#"
     .pushsection .rodata.theseus_probes, "a"
@@ -127,8 +128,8 @@ theseus_probe_eoi:
     jmp 37b
 theseus_probe_eoi_end:
 
-    // Says lines of 8 hexadecimal digits, which count from 0, until so many are said as the dword at 0x1F00010 is; from there on 0x7FFFFFFF:
-    // switches off. Bit 31: its reset.
+    // Says lines of 8 hexadecimal digits, which count from 0, until so many are said as the dword at 0x1F00010 is; from
+    // there on 0x7FFFFFFF: switches off. Bit 31: its reset.
     .global theseus_probe_words, theseus_probe_words_end
 theseus_probe_words:
     mov ebp, 0x1F00000

@@ -1,4 +1,5 @@
-//! `l1-tests bench native vcpus`: the pause against the number of vCPUs, on this machine's own KVM, with its floor beside it.
+//! `l1-tests bench native vcpus`: the pause against the number of vCPUs, on this machine's own KVM, with its floor
+//! beside it.
 
 use anyhow::{Context, Result};
 

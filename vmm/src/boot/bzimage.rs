@@ -77,8 +77,8 @@ fn check_header(kernel: &KernelFile, header: &setup_header) -> Result<(), BootEr
     Ok(())
 }
 
-/// End of the memory that the image and, once it has moved to where it runs, the kernel use before reading the memory map
-/// (boot.rst, `init_size`).
+/// End of the memory that the image and, once it has moved to where it runs, the kernel use before reading the memory
+/// map (boot.rst, `init_size`).
 fn runtime_end(header: &setup_header, load_address: u64, image_size: u64) -> Option<u64> {
     let preferred = header.pref_address;
     let runtime_start = if header.relocatable_kernel != 0 {

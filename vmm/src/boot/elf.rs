@@ -1,7 +1,7 @@
 //! ELF kernels, entered by the PVH protocol.
 //!
-//! Not `linux_loader`'s: that one accepts 32-bit files, lets a second PT_NOTE hide the first, does not clear the BSS, and would let a
-//! segment lie over the structures of the boot.
+//! Not `linux_loader`'s: that one accepts 32-bit files, lets a second PT_NOTE hide the first, does not clear the BSS,
+//! and would let a segment lie over the structures of the boot.
 
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;

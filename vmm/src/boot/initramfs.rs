@@ -9,7 +9,8 @@ use super::BootError;
 
 const PAGE: u64 = 0x1000;
 
-/// Where an initramfs lies; below 4 GiB, because that is how far 32-bit fields of both protocols and Linux' early mapping go.
+/// Where an initramfs lies; below 4 GiB, because that is how far 32-bit fields of both protocols and Linux' early
+/// mapping go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Initramfs {
     pub addr: u32,

@@ -21,7 +21,8 @@ pub struct MemoryRange {
 /// KVM on Intel keeps an identity map page and a 3-page TSS there.
 const KVM_PRIVATE_SIZE: u64 = layout::TSS_ADDR + 0x3000 - layout::IDENTITY_MAP_ADDR;
 
-/// Ascending and without overlaps. Nothing reserved lies in a PCI window: Linux would cut it out of the host bridge's windows.
+/// Ascending and without overlaps. Nothing reserved lies in a PCI window: Linux would cut it out of the host bridge's
+/// windows.
 pub fn memory_map(ram_size: u64) -> Vec<MemoryRange> {
     let range = |addr, size, kind| MemoryRange { addr, size, kind };
     let mut map = vec![

@@ -1,7 +1,8 @@
-//! What a guest finds when its first vCPU starts: kernel, initramfs, command line, memory map, ACPI tables, CPUID, registers.
+//! What a guest finds when its first vCPU starts: kernel, initramfs, command line, memory map, ACPI tables, CPUID,
+//! registers.
 //!
-//! All of it is done once, at the boot of the guest, into fresh (zeroed) guest memory. An update never comes here: what the guest
-//! was given at boot is saved state.
+//! All of it is done once, at the boot of the guest, into fresh (zeroed) guest memory. An update never comes here: what
+//! the guest was given at boot is saved state.
 //!
 //! ```text
 //! load        kernel, command line, initramfs, ACPI tables, zero page or PVH start info  -> Entry
@@ -62,7 +63,8 @@ pub enum Entry {
     Pvh { rip: u64, start_info: u64 },
 }
 
-/// Puts everything a kernel needs at its start into `mem`, which must be fresh: zeroed, and laid out by `layout::ram_regions`.
+/// Puts everything a kernel needs at its start into `mem`, which must be fresh: zeroed, and laid out by
+/// `layout::ram_regions`.
 pub fn load(
     mem: &GuestMemoryMmap,
     kernel: &Path,

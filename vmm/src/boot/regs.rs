@@ -37,8 +37,8 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2FF;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
-/// Writes the GDT (and page tables, for [`Entry::Linux64`]) into guest memory, changes in `sregs`, as KVM returned them for the new
-/// vCPU, what the entry asks for, and returns the general registers. The FPU stays as KVM made it.
+/// Writes the GDT (and page tables, for [`Entry::Linux64`]) into guest memory, changes in `sregs`, as KVM returned them
+/// for the new vCPU, what the entry asks for, and returns the general registers. The FPU stays as KVM made it.
 pub fn boot_regs(mem: &GuestMemoryMmap, entry: Entry, sregs: &mut kvm_sregs) -> Result<kvm_regs, BootError> {
     let long_mode = matches!(entry, Entry::Linux64 { .. });
     let code = flat_segment(CODE_SELECTOR, TYPE_CODE, long_mode);

@@ -1,8 +1,8 @@
 //! Code at the processor's reset vector, where a BIOS would be.
 //!
-//! A kernel on a hardware-reduced ACPI machine prefers EFI for its reboot (`reboot_init` in arch/x86/kernel/reboot.c). Without EFI
-//! it does not fall back to ACPI's reset register but jumps to F000:FFF0 in real mode (`machine_real_restart`), where zeroed memory
-//! would let it run in circles for good.
+//! A kernel on a hardware-reduced ACPI machine prefers EFI for its reboot (`reboot_init` in arch/x86/kernel/reboot.c).
+//! Without EFI it does not fall back to ACPI's reset register but jumps to F000:FFF0 in real mode
+//! (`machine_real_restart`), where zeroed memory would let it run in circles for good.
 
 use vm_memory::GuestMemoryMmap;
 

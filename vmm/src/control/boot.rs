@@ -1,5 +1,6 @@
-//! A boot goes on beside the control loop, on a thread of its own: it opens and reads files that the caller names, whose server may be slow or
-//! gone, and devices that take their time. Meanwhile the API and signals are served; what needs the machine waits for it.
+//! A boot goes on beside the control loop, on a thread of its own: it opens and reads files that the caller names,
+//! whose server may be slow or gone, and devices that take their time. Meanwhile the API and signals are served; what
+//! needs the machine waits for it.
 //!
 //! ```text
 //!   start_boot --thread `boot`--> finish_boot: Booted

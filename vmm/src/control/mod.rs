@@ -1,4 +1,5 @@
-//! The control thread: one event loop that owns the machine. API requests and what the guest asks of the machine arrive in its queue.
+//! The control thread: one event loop that owns the machine. API requests and what the guest asks of the machine arrive
+//! in its queue.
 
 mod admit;
 mod boot;
@@ -146,8 +147,8 @@ impl Control {
     }
 }
 
-/// A serial console in the event loop: by an fd of its own, since the device's may be closed, and its number used again, before this is
-/// taken out.
+/// A serial console in the event loop: by an fd of its own, since the device's may be closed, and its number used
+/// again, before this is taken out.
 pub struct WatchedConsole {
     /// Tells the devices apart: an allocation that this refers to is not used again.
     device: Weak<Mutex<SerialDevice>>,

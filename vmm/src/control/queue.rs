@@ -1,4 +1,5 @@
-//! The ways into the control thread: a queue for the API's requests, and a latch for what the guest asks of its machine.
+//! The ways into the control thread: a queue for the API's requests, and a latch for what the guest asks of its
+//! machine.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,8 +10,8 @@ use theseus_api::{ApiError, Request};
 use theseus_devices::interrupt::{GuestRequest, GuestRequests};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What the guest has asked for and nobody has acted on. One request, the first: the machine ends by it, whatever its vCPUs write to the same
-/// ports before they stand. So a guest cannot fill memory or log, however often it asks.
+/// What the guest has asked for and nobody has acted on. One request, the first: the machine ends by it, whatever its
+/// vCPUs write to the same ports before they stand. So a guest cannot fill memory or log, however often it asks.
 #[derive(Default)]
 struct Latch {
     request: Mutex<Option<GuestRequest>>,

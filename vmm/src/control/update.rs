@@ -1,5 +1,6 @@
-//! An update is made ready beside the control loop, on a thread of its own: it opens a file that the caller names, and runs it. Meanwhile the
-//! guest's console is served, signals end the VMM, and every other request is told that an update is under way.
+//! An update is made ready beside the control loop, on a thread of its own: it opens a file that the caller names, and
+//! runs it. Meanwhile the guest's console is served, signals end the VMM, and every other request is told that an
+//! update is under way.
 //!
 //! ```text
 //!   start_update --thread `update`--> finish_update: the pause

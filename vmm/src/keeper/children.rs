@@ -41,7 +41,8 @@ pub fn fork() -> std::io::Result<Fork> {
     }
 }
 
-/// A child that has ended, if there is one, and its status. Of whomever's: as PID 1 of a container this process inherits strangers.
+/// A child that has ended, if there is one, and its status. Of whomever's: as PID 1 of a container this process
+/// inherits strangers.
 pub fn next_end() -> Option<(libc::pid_t, libc::c_int)> {
     let mut status = 0;
     loop {

@@ -39,8 +39,8 @@ pub fn is_gone() {
 pub(super) enum Ask {
     /// To be told to whoever has started the keeper (sd_notify(3)).
     Notify(String),
-    /// To become the program that the first fd is open on. In an `update` the two others are a channel and the shared page of the update, for a VMM
-    /// that the new program starts.
+    /// To become the program that the first fd is open on. In an `update` the two others are a channel and the shared
+    /// page of the update, for a VMM that the new program starts.
     Become { update: bool, id: u32 },
 }
 
@@ -103,7 +103,8 @@ impl Keeper {
         }
     }
 
-    /// Has the keeper become `program`, which starts a VMM of its own: that one gets `channel` and `page`. Returns a pidfd of it.
+    /// Has the keeper become `program`, which starts a VMM of its own: that one gets `channel` and `page`. Returns a
+    /// pidfd of it.
     pub fn update(
         &self,
         program: BorrowedFd<'_>,

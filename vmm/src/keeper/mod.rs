@@ -6,8 +6,9 @@
 //!      '--exec: the new image, same PID--> keeper of the new build     fork --> new VMM      (the old one runs on meanwhile)
 //! ```
 //!
-//! It is single-threaded and holds neither guest memory nor descriptors of the machine, so an exec of it leaves the guest alone: an update
-//! ([`crate::update`]) has it become the new program while the guest runs. Whose end is its own end says the update's word.
+//! It is single-threaded and holds neither guest memory nor descriptors of the machine, so an exec of it leaves the
+//! guest alone: an update ([`crate::update`]) has it become the new program while the guest runs. Whose end is its own
+//! end says the update's word.
 
 mod children;
 mod link;
@@ -103,7 +104,8 @@ fn begin(page: &OwnedFd) -> std::io::Result<(Fork, Timeline)> {
     Ok((fork()?, timeline))
 }
 
-/// Starts a VMM and keeps it. Returns in the VMM only. To be called before there are other threads, or anything that a keeper must not have.
+/// Starts a VMM and keeps it. Returns in the VMM only. To be called before there are other threads, or anything that a
+/// keeper must not have.
 pub fn start() -> std::io::Result<Keeper> {
     let signals = Signals::block()?;
     match fork()? {
@@ -195,7 +197,8 @@ impl Life {
             self.settle();
             if pid == self.vmm.pid {
                 if let Some(Update { new, page }) = &self.update {
-                    // Not yet committed; and if it is from now on, it is not: that one would run a guest whose keeper is gone.
+                    // Not yet committed; and if it is from now on, it is not: that one would run a guest whose keeper
+                    // is gone.
                     if !page.word().take() {
                         self.settle();
                         continue;

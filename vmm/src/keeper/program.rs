@@ -1,4 +1,5 @@
-//! What an exec of the keeper gets beside the file: the keeper's own arguments and environment, and what it must know of its VMM.
+//! What an exec of the keeper gets beside the file: the keeper's own arguments and environment, and what it must know
+//! of its VMM.
 
 use std::ffi::{CString, c_char};
 use std::fmt;
@@ -53,7 +54,8 @@ impl Numbers {
 }
 
 impl Inherited {
-    /// None where this program was not started by a keeper that became it. An error is one that cannot go on: it would start another guest.
+    /// None where this program was not started by a keeper that became it. An error is one that cannot go on: it would
+    /// start another guest.
     pub fn from_env() -> std::io::Result<Option<Self>> {
         let Some(text) = std::env::var_os(VARIABLE) else { return Ok(None) };
         let left = text.to_str().and_then(Numbers::parse).and_then(Self::take);
@@ -83,7 +85,8 @@ fn is_open(fd: RawFd) -> bool {
     rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok()
 }
 
-/// Becomes the file that `program` is open on, with `link` to the VMM and what an `update` needs. Returns only if that failed.
+/// Becomes the file that `program` is open on, with `link` to the VMM and what an `update` needs. Returns only if that
+/// failed.
 pub fn exec(
     program: BorrowedFd<'_>,
     id: u32,

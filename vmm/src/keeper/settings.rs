@@ -1,5 +1,5 @@
-//! What an operator has set on the PID that everybody knows: it reaches the keeper only, and counts for its VMM. A new VMM inherits it; this is for one
-//! that was there before.
+//! What an operator has set on the PID that everybody knows: it reaches the keeper only, and counts for its VMM. A new
+//! VMM inherits it; this is for one that was there before.
 
 use std::path::PathBuf;
 
@@ -7,8 +7,8 @@ use crate::vcpus::placement::Placement;
 
 const LIMITS: libc::__rlimit_resource_t = libc::RLIMIT_RTTIME + 1;
 
-/// Before a guest is booted: cgroup, limits, affinity, scheduling policy and nice value. The threads of this process have them then, and so will
-/// those of the vCPUs.
+/// Before a guest is booted: cgroup, limits, affinity, scheduling policy and nice value. The threads of this process
+/// have them then, and so will those of the vCPUs.
 pub fn take_over() {
     let keeper = super::pid();
     if keeper == std::process::id() {

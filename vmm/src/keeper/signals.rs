@@ -4,8 +4,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::signals::{is_ignored, read_all, set_of};
 
-/// Handed on to the VMM, unless they were ignored when the keeper was started. Never those that stop a process, which are for the keeper alone
-/// as for any parent: a shell sees it stop, and the guest goes on.
+/// Handed on to the VMM, unless they were ignored when the keeper was started. Never those that stop a process, which
+/// are for the keeper alone as for any parent: a shell sees it stop, and the guest goes on.
 const FORWARDED: [libc::c_int; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGABRT, libc::SIGUSR1, libc::SIGUSR2];
 

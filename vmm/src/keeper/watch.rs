@@ -1,14 +1,15 @@
-//! In a VMM: it ends when its keeper is killed. What people kill is the PID that they know, and they expect the guest to be gone then, and its
-//! devices to be free.
+//! In a VMM: it ends when its keeper is killed. What people kill is the PID that they know, and they expect the guest
+//! to be gone then, and its devices to be free.
 //!
-//! PR_SET_PDEATHSIG with SIGCONT: it reaches a process that is stopped too, and where it is blocked nothing happens to anybody else. It is of
-//! one thread, and does not fire at the keeper's exec (kernel/exit.c, forget_original_parent).
+//! PR_SET_PDEATHSIG with SIGCONT: it reaches a process that is stopped too, and where it is blocked nothing happens to
+//! anybody else. It is of one thread, and does not fire at the keeper's exec (kernel/exit.c, forget_original_parent).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::signals::set_of;
 
-/// Whether this VMM goes on without its keeper: as long as it has an update under way, which may be how the keeper died.
+/// Whether this VMM goes on without its keeper: as long as it has an update under way, which may be how the keeper
+/// died.
 static ALONE: AtomicBool = AtomicBool::new(false);
 
 /// The keeper is gone, and this VMM has gone on.

@@ -1,7 +1,7 @@
 //! Whether the guest's RAM can be had: what this process may have, and what the host has, before any of it is taken.
 //!
-//! Small pages are taken when the guest first touches them, so more of them than are free now is legal; never all there are. How many huge
-//! pages are free the kernel says itself, when they are reserved (`theseus_resources::ram`).
+//! Small pages are taken when the guest first touches them, so more of them than are free now is legal; never all there
+//! are. How many huge pages are free the kernel says itself, when they are reserved (`theseus_resources::ram`).
 
 use std::{fs, io};
 

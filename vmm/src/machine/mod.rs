@@ -1,5 +1,5 @@
-//! The booted machine: RAM, the KVM VM, its vCPUs and its devices. Built at the guest's boot ([`build`]) or restored from the state
-//! of an earlier image ([`restore`]).
+//! The booted machine: RAM, the KVM VM, its vCPUs and its devices. Built at the guest's boot ([`build`]) or restored
+//! from the state of an earlier image ([`restore`]).
 
 mod build;
 pub mod devices;

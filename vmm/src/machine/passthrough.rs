@@ -159,8 +159,8 @@ impl PassthroughDevices {
         self.plugged.iter().map(node).collect()
     }
 
-    /// vCPUs are stopped: from now on interrupts wait in their eventfds, and the old VM is off the groups, so that its late release
-    /// does not clear their VM pointer under the new one. Undone by [`Self::resume`].
+    /// vCPUs are stopped: from now on interrupts wait in their eventfds, and the old VM is off the groups, so that its
+    /// late release does not clear their VM pointer under the new one. Undone by [`Self::resume`].
     pub fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
         self.settle(vm);
         for plugged in &self.plugged {
@@ -178,8 +178,8 @@ impl PassthroughDevices {
         self.plugged.iter().for_each(|plugged| plugged.device.lock().settle());
     }
 
-    /// Attaches all irqfds, in the one VMM that has the guest, before its vCPUs run. What the host refuses is logged and tried again: see
-    /// [`Self::settle`].
+    /// Attaches all irqfds, in the one VMM that has the guest, before its vCPUs run. What the host refuses is logged
+    /// and tried again: see [`Self::settle`].
     pub fn resume(&self, vm: &Vm) {
         if !crate::test_hooks::skip_irqfds() {
             for plugged in &self.plugged {
@@ -229,8 +229,8 @@ impl PassthroughDevices {
         Ok(())
     }
 
-    /// In the new VMM, after the routes are set: addresses for the DMA mappings, and groups for KVM. Interrupts come after the word:
-    /// [`Self::resume`].
+    /// In the new VMM, after the routes are set: addresses for the DMA mappings, and groups for KVM. Interrupts come
+    /// after the word: [`Self::resume`].
     pub fn remap(&self, ram: &GuestRam, vm: &Vm) -> Result<(), MachineError> {
         let mut ranges = ranges(ram);
         // Which BAR mapping a test wants refused; a number below that of the ranges is one of these.
@@ -248,7 +248,8 @@ impl PassthroughDevices {
             plugged.device.lock().bar_vaddr(region, offset, size)
         };
         self.tell_kvm(vm)?;
-        // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine restored them.
+        // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine
+        // restored them.
         unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed)
     }
 
@@ -284,7 +285,8 @@ impl PassthroughDevices {
         Ok(())
     }
 
-    /// Touches neither VFIO nor the interrupts: see [`Self::remap`]. The BARs' memslots come before the interrupt controllers.
+    /// Touches neither VFIO nor the interrupts: see [`Self::remap`]. The BARs' memslots come before the interrupt
+    /// controllers.
     pub fn restore(
         state: PassthroughState,
         vm: &BareVm,

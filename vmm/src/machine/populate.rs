@@ -6,7 +6,8 @@ use std::thread::JoinHandle;
 
 use theseus_resources::GuestRam;
 
-/// Ends the thread when dropped: it must not keep the RAM of a machine that is gone, whose fd the next update would find in the vault.
+/// Ends the thread when dropped: it must not keep the RAM of a machine that is gone, whose fd the next update would
+/// find in the vault.
 pub struct Populating {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -18,7 +19,8 @@ impl Populating {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let body = move || {
-            // At normal priority: it holds mmap_lock, and a thread that is starved while holding it would stop the vCPUs.
+            // At normal priority: it holds mmap_lock, and a thread that is starved while holding it would stop the
+            // vCPUs.
             if let Err(error) = ram.populate_page_tables(|| !stopped.load(Ordering::Relaxed)) {
                 log::debug!("background population: {error}");
             }

@@ -1,5 +1,5 @@
-//! The machine in a new VMM. Until the update commits, nothing of the outside world is consumed and no guest code runs, so that the
-//! state it came from stays true, and the old VMM can go on with it.
+//! The machine in a new VMM. Until the update commits, nothing of the outside world is consumed and no guest code runs,
+//! so that the state it came from stays true, and the old VMM can go on with it.
 //!
 //! ```text
 //!   prewarm   the guest runs in the old VMM: RAM, VM, memslots, interrupt controllers, vCPUs and their threads, devices as they were just now
@@ -21,10 +21,12 @@ use crate::memory_errors::{self, Watched};
 use crate::timeline::{Phase, Timeline};
 use crate::vcpus::{Shared, Start, Vcpus};
 
-/// How long page tables are filled before the guest stands still. What is missing then is filled in the background, as the guest runs.
+/// How long page tables are filled before the guest stands still. What is missing then is filled in the background, as
+/// the guest runs.
 const FILL: Duration = Duration::from_secs(20);
 
-/// So that the guest does not fault its memory in page by page. `pinned`: all of it is there. Whether something is left to do.
+/// So that the guest does not fault its memory in page by page. `pinned`: all of it is there. Whether something is left
+/// to do.
 fn fill_page_tables(ram: &GuestRam, pinned: bool) -> bool {
     let until = Instant::now() + FILL;
     let in_time = || Instant::now() < until;
@@ -40,7 +42,8 @@ fn fill_page_tables(ram: &GuestRam, pinned: bool) -> bool {
     }
 }
 
-/// hugetlbfs does not tell which pages there are (its SEEK_DATA finds no holes): all of them only where they are pinned.
+/// hugetlbfs does not tell which pages there are (its SEEK_DATA finds no holes): all of them only where they are
+/// pinned.
 fn may_fill(ram: &GuestRam, pinned: bool) -> bool {
     pinned || !matches!(ram.pages(), Pages::Huge(_))
 }
@@ -58,7 +61,8 @@ pub struct Prewarmed {
 }
 
 impl Prewarmed {
-    /// From the state of a dry run. Order matters: memslots, those of BARs too, before the interrupt controllers (cost), these before vCPUs.
+    /// From the state of a dry run. Order matters: memslots, those of BARs too, before the interrupt controllers
+    /// (cost), these before vCPUs.
     pub fn new(state: MachineState, host: &Host, claims: &mut Claims) -> Result<Self, MachineError> {
         let MachineState {
             config: _,
@@ -97,8 +101,8 @@ impl Prewarmed {
         Ok(Self { unfilled, vcpus, passthrough, pci, vm, ram, buses, watched })
     }
 
-    /// From the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock MSRs, all LAPICs and then the IRQ chip
-    /// before routes, routes before irqfds.
+    /// From the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock MSRs, all LAPICs
+    /// and then the IRQ chip before routes, routes before irqfds.
     pub fn restore(
         self,
         state: MachineState,

@@ -1,5 +1,5 @@
-//! A page of shared memory that both VMMs of an update and the keeper see: the word, the deadline, when each phase ended, and why the new VMM
-//! gave up.
+//! A page of shared memory that both VMMs of an update and the keeper see: the word, the deadline, when each phase
+//! ended, and why the new VMM gave up.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
@@ -68,7 +68,8 @@ impl Phase {
 
 const CAUSE: usize = 2048;
 
-/// All zero at the start. Two builds read it: what is there stays where it is, and what is new comes last. Atomics only: it is shared with processes that may be killed at any moment.
+/// All zero at the start. Two builds read it: what is there stays where it is, and what is new comes last. Atomics
+/// only: it is shared with processes that may be killed at any moment.
 #[repr(C)]
 pub struct Page {
     word: Word,

@@ -5,7 +5,8 @@
 //!      '-----old VMM (deadline, or the new one's death); the keeper, if the old one dies---> TAKEN
 //! ```
 //!
-//! Each arrow is one compare-and-exchange: of two that want the guest one gets it, and the other never touches it again.
+//! Each arrow is one compare-and-exchange: of two that want the guest one gets it, and the other never touches it
+//! again.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

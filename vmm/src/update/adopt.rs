@@ -1,7 +1,7 @@
 //! The new VMM: made ready while the guest runs in the old one (prewarm), then restore -> remap -> commit.
 //!
-//! Until commit it consumes nothing: no console byte, no API request, no guest instruction. So the saved state stays true, and the old VMM may
-//! go on at any moment.
+//! Until commit it consumes nothing: no console byte, no API request, no guest instruction. So the saved state stays
+//! true, and the old VMM may go on at any moment.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};

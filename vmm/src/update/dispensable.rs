@@ -1,5 +1,5 @@
-//! Whom the OOM killer takes while an update is under way: the new VMM, which the old one replaces, and not the old one, which has all of guest RAM
-//! mapped too (mm/oom_kill.c, oom_badness).
+//! Whom the OOM killer takes while an update is under way: the new VMM, which the old one replaces, and not the old
+//! one, which has all of guest RAM mapped too (mm/oom_kill.c, oom_badness).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,8 +12,8 @@ const FIRST: i16 = 1000;
 pub struct Dispensable {
     /// Opened once: it is in the pause.
     file: File,
-    /// What it was before. To lower it again needs no privilege, as it is not lower than what a privileged process gave us (fs/proc/base.c,
-    /// __set_oom_adj).
+    /// What it was before. To lower it again needs no privilege, as it is not lower than what a privileged process gave
+    /// us (fs/proc/base.c, __set_oom_adj).
     before: i16,
 }
 

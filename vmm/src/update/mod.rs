@@ -8,8 +8,8 @@
 //!   new VMM                              (the guest runs) ready         ...waits...                               restores, commits: see `adopt`
 //! ```
 //!
-//! Each phase consumes the one before. Dropping one puts back all that was done so far, and the guest runs on in this VMM, which was never changed:
-//! a way back restores nothing.
+//! Each phase consumes the one before. Dropping one puts back all that was done so far, and the guest runs on in this
+//! VMM, which was never changed: a way back restores nothing.
 
 pub mod adopt;
 mod dispensable;
@@ -43,7 +43,8 @@ use pause::Paused;
 use prepare::WayBack;
 pub use prepare::{Order, Ready};
 
-/// From the pause to the guest's next instruction, unless the request says otherwise. After that it goes on in this VMM.
+/// From the pause to the guest's next instruction, unless the request says otherwise. After that it goes on in this
+/// VMM.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why an update comes to nothing: its guest is about to end, or to be another one.
@@ -96,7 +97,8 @@ impl NotUpdated {
     }
 }
 
-/// The end of an update's story in the old VMM: the guest goes over to the new one, which is ready. Returns only if that failed.
+/// The end of an update's story in the old VMM: the guest goes over to the new one, which is ready. Returns only if
+/// that failed.
 pub fn hand_over(mut subject: Subject<'_>, ready: Ready, caller: Option<ConnId>, deadline: Duration) -> NotUpdated {
     let Ready { to, target, timeline, new, back } = ready;
     let text = |error: crate::machine::MachineError| error.to_string();
@@ -114,8 +116,8 @@ pub fn hand_over(mut subject: Subject<'_>, ready: Ready, caller: Option<ConnId>,
     back_to(back, Some(to), timeline, &reason, false)
 }
 
-/// The update did not happen. `is_whole`: the keeper still is the program that it was; else it becomes that again, around this VMM, or, if it is
-/// gone, this VMM goes on alone.
+/// The update did not happen. `is_whole`: the keeper still is the program that it was; else it becomes that again,
+/// around this VMM, or, if it is gone, this VMM goes on alone.
 fn back_to(back: WayBack, to: Option<BuildInfo>, timeline: Arc<Timeline>, reason: &str, is_whole: bool) -> NotUpdated {
     let reason = format!("phase {}: {reason}", timeline.current().name());
     timeline.stamp(Phase::Commit);

@@ -163,7 +163,8 @@ impl<'a> Saved<'a> {
     }
 }
 
-/// No DMA address of this process is valid any more; DMA that was mapped goes on. Dropping it ends the new VMM, and maps them back.
+/// No DMA address of this process is valid any more; DMA that was mapped goes on. Dropping it ends the new VMM, and
+/// maps them back.
 pub struct Invalidated<'a> {
     _containers: Option<theseus_devices::vfio::Invalidated>,
     saved: Saved<'a>,

@@ -7,8 +7,9 @@ use rustix::process::{Resource, getrlimit};
 use super::room::Room;
 use crate::vcpus::placement::Placement;
 
-/// An update holds at most so many more fds than the process has between updates: the saved state and its copies for the dry run, both
-/// programs, timeline, channel and pidfd, and duplicates of the API's connections, of which there are 64 at most.
+/// An update holds at most so many more fds than the process has between updates: the saved state and its copies for
+/// the dry run, both programs, timeline, channel and pidfd, and duplicates of the API's connections, of which there are
+/// 64 at most.
 const MORE_FDS: u64 = 96;
 /// For the new image itself beside the guest's page tables.
 const IMAGE: u64 = 32 << 20;

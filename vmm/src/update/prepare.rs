@@ -1,5 +1,6 @@
-//! Before the pause, while the guest runs: everything that is slow or can be refused. On a thread of its own, as it opens what a caller names and
-//! waits for what that does; the machine itself is looked at before, by the thread that owns it.
+//! Before the pause, while the guest runs: everything that is slow or can be refused. On a thread of its own, as it
+//! opens what a caller names and waits for what that does; the machine itself is looked at before, by the thread that
+//! owns it.
 
 use std::any::Any;
 use std::collections::BTreeSet;

@@ -16,7 +16,8 @@ pub struct Room {
 }
 
 impl Room {
-    /// The least that a cgroup leaves of huge pages of 2 MiB. Their reservation does not look at that limit, only their use (mm/hugetlb_cgroup.c).
+    /// The least that a cgroup leaves of huge pages of 2 MiB. Their reservation does not look at that limit, only their
+    /// use (mm/hugetlb_cgroup.c).
     pub fn in_huge_pages() -> Option<Self> {
         in_huge_pages(Path::new(CGROUPS), &own_cgroup())
     }

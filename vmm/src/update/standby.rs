@@ -1,4 +1,5 @@
-//! The new VMM as the old one sees it: started by the keeper once that is the new image, it makes itself ready while the guest runs here.
+//! The new VMM as the old one sees it: started by the keeper once that is the new image, it makes itself ready while
+//! the guest runs here.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
@@ -18,7 +19,8 @@ use super::words::{ToNew, ToOld, hear, say};
 use crate::keeper::{Keeper, NotBecome};
 use crate::timeline::Timeline;
 
-/// How long the new VMM may take before the guest stands still. That costs nobody anything, but an update that hangs is one that nobody can end.
+/// How long the new VMM may take before the guest stands still. That costs nobody anything, but an update that hangs is
+/// one that nobody can end.
 const PREWARM: Duration = Duration::from_secs(60);
 
 /// How soon a wait ends that nobody wants any more.
@@ -86,7 +88,8 @@ impl Standby {
         self.converse(Instant::now() + PREWARM, &ToOld::Ready)
     }
 
-    /// The vault as it is now, for the state, and those of its descriptors that the new VMM does not have, for [`Standby::hand_over`].
+    /// The vault as it is now, for the state, and those of its descriptors that the new VMM does not have, for
+    /// [`Standby::hand_over`].
     pub fn missing(&self, vault: &Vault) -> (Vec<Record>, Vec<KeptFd>) {
         vault.offer(&self.known.borrow())
     }
@@ -96,7 +99,8 @@ impl Standby {
         self.waiting.borrow_mut().extend(fds);
     }
 
-    /// Gives it the state of the guest that stands still, and waits for what becomes of it, until the update's deadline.
+    /// Gives it the state of the guest that stands still, and waits for what becomes of it, until the update's
+    /// deadline.
     pub fn hand_over(&self, state: BorrowedFd<'_>, fds: Vec<KeptFd>) -> End {
         self.offer(fds);
         if let Err(error) = say(&self.channel, &ToNew::State, &[state]) {
@@ -166,7 +170,8 @@ impl Standby {
         }
     }
 
-    /// Kills it and waits until nothing of it is left, unless the guest is its own: then this process has nothing to do here any more.
+    /// Kills it and waits until nothing of it is left, unless the guest is its own: then this process has nothing to do
+    /// here any more.
     pub fn end(&self) {
         if self.ended.replace(true) {
             return;

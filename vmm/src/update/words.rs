@@ -9,7 +9,8 @@
 //!       <--Committed--                        or Failed, at any time before
 //! ```
 //!
-//! Each `Fds` is asked for: descriptors under way count, for each user, against RLIMIT_NOFILE (net/core/scm.c, too_many_unix_fds).
+//! Each `Fds` is asked for: descriptors under way count, for each user, against RLIMIT_NOFILE (net/core/scm.c,
+//! too_many_unix_fds).
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;

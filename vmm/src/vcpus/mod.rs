@@ -60,7 +60,8 @@ pub enum Start {
         /// The host's CPUs that it is to run on, if not all that the VMM may.
         host_cpus: Option<Vec<u32>>,
     },
-    /// In an update, while the guest still runs in the old VMM: [`Vcpus::restore_early`] and [`Vcpus::restore_late`] follow.
+    /// In an update, while the guest still runs in the old VMM: [`Vcpus::restore_early`] and [`Vcpus::restore_late`]
+    /// follow.
     Prewarm(Box<VcpuShape>, Placement),
 }
 
@@ -132,8 +133,8 @@ fn await_saved(events: &Receiver<Event>, turn: u64, all: usize, within: Duration
 struct Handle {
     tid: libc::pid_t,
     shape: VcpuShape,
-    /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a flag that is taken back
-    /// before a slow thread has looked would leave its command in the queue.
+    /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a
+    /// flag that is taken back before a slow thread has looked would leave its command in the queue.
     pauses: Arc<AtomicU32>,
     exit_flag: ExitFlag,
     commands: Sender<Command>,

@@ -45,7 +45,8 @@ impl Placement {
         Self { affinity, policy, priority: param.sched_priority, nice, cgroup: own_cgroup(tid) }
     }
 
-    /// Puts the calling thread there, if it is known. What cannot be done is logged: a guest that runs on other CPUs is better than none.
+    /// Puts the calling thread there, if it is known. What cannot be done is logged: a guest that runs on other CPUs is
+    /// better than none.
     pub fn apply(&self, index: u32) {
         if let Some(cgroup) = &self.cgroup {
             let file = PathBuf::from("/sys/fs/cgroup").join(cgroup.trim_start_matches('/')).join("cgroup.threads");
@@ -65,8 +66,8 @@ impl Placement {
         of(self) == of(other)
     }
 
-    /// Gives affinity, policy, priority and nice value to a thread of this process (0: the calling one), if they are known. The error is the last
-    /// that there was, and names what could not be had.
+    /// Gives affinity, policy, priority and nice value to a thread of this process (0: the calling one), if they are
+    /// known. The error is the last that there was, and names what could not be had.
     pub fn schedule(&self, tid: libc::pid_t) -> Result<(), String> {
         if self.affinity.is_empty() {
             return Ok(());

@@ -17,7 +17,8 @@ use crate::boot;
 use crate::memory_errors;
 use crate::panics::panic_text;
 
-/// Writes that this vCPU was taken away from while it waited for its turn at a device. A read waits: KVM cannot complete its instruction without it.
+/// Writes that this vCPU was taken away from while it waited for its turn at a device. A read waits: KVM cannot
+/// complete its instruction without it.
 struct Owed(Vec<OwedWrite>);
 
 impl Owed {
@@ -51,7 +52,8 @@ pub(super) struct Body {
 }
 
 impl Body {
-    /// The thread's life. A panic in it is told to whoever waits, and to the guest's owner: with a vCPU less no guest can go on.
+    /// The thread's life. A panic in it is told to whoever waits, and to the guest's owner: with a vCPU less no guest
+    /// can go on.
     pub(super) fn guarded(self, life: impl FnOnce(&Self)) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| life(&self))) {
             let panic = panic_text(&*panic);
@@ -185,8 +187,8 @@ impl Body {
         Ok(vcpu)
     }
 
-    /// In the guest until a pause is asked for, until it cannot go on, or until its machine is about to end: a vCPU that has asked for that
-    /// waits like one that is stopped, and so do the others from their next exit on.
+    /// In the guest until a pause is asked for, until it cannot go on, or until its machine is about to end: a vCPU
+    /// that has asked for that waits like one that is stopped, and so do the others from their next exit on.
     fn run(&self, vcpu: &mut Vcpu, owed: &mut Owed) {
         let Shared { pio, mmio, .. } = &self.shared;
         let is_wanted = || self.is_wanted();

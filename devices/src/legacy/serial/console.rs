@@ -1,8 +1,8 @@
 //! The host's side of the serial port: where its bytes go and come from.
 //!
-//! Nothing here blocks. What the other side has no room for waits in memory, up to [`UNSENT_MAX`]; beyond that the newest
-//! bytes are dropped and counted. Input is never taken before the UART has room for it: what waits, waits in the kernel,
-//! on an fd that survives an update.
+//! Nothing here blocks. What the other side has no room for waits in memory, up to [`UNSENT_MAX`]; beyond that the
+//! newest bytes are dropped and counted. Input is never taken before the UART has room for it: what waits, waits in the
+//! kernel, on an fd that survives an update.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -70,7 +70,8 @@ impl Console {
         console
     }
 
-    /// Whether the input may be read now, as far as a shell's job control goes. A terminal that comes back to us is made raw.
+    /// Whether the input may be read now, as far as a shell's job control goes. A terminal that comes back to us is
+    /// made raw.
     fn has_terminal(&mut self) -> bool {
         let Backend::Tty { input: Some(input), raw, .. } = &mut self.backend else { return true };
         let before = std::mem::replace(&mut self.background, is_anothers(input.as_fd()));
@@ -120,8 +121,8 @@ impl Console {
 
     /// Sends `bytes` now if they can go now, or keeps them for [`Self::flush`].
     ///
-    /// A client that waits is taken, and what has waited is sent first: the control loop, which does both, may be busy for
-    /// seconds with an update's target, and the guest's output is not to stand still that long.
+    /// A client that waits is taken, and what has waited is sent first: the control loop, which does both, may be busy
+    /// for seconds with an update's target, and the guest's output is not to stand still that long.
     pub(super) fn write(&mut self, bytes: &[u8]) {
         self.accept();
         self.flush();

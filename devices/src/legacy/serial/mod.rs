@@ -165,8 +165,8 @@ impl SerialDevice {
     fn read_register(&mut self, register: u8) -> u8 {
         let value = self.uart.read(register);
         match register {
-            // vm-superio forgets this interrupt at the first byte read; the real one stays until the FIFO is empty, and a
-            // handler that stops half-way (Linux: after 256 bytes) relies on it.
+            // vm-superio forgets this interrupt at the first byte read; the real one stays until the FIFO is empty, and
+            // a handler that stops half-way (Linux: after 256 bytes) relies on it.
             INTERRUPT_ID if value & IIR_ID == IIR_NONE && self.input_pending() => {
                 return value & !IIR_ID | IIR_RECEIVED;
             }

@@ -77,8 +77,8 @@ fn open_tty(vault: &Vault) -> Result<Backend, ConsoleError> {
     Ok(Backend::Tty { input, output, raw })
 }
 
-/// O_NONBLOCK belongs to the open file description, and that of a terminal or pipe is shared with the shell and others: open
-/// our own where possible. A regular file must stay the same description, which has the position.
+/// O_NONBLOCK belongs to the open file description, and that of a terminal or pipe is shared with the shell and others:
+/// open our own where possible. A regular file must stay the same description, which has the position.
 fn private(fd: BorrowedFd<'_>, access: OFlags) -> std::io::Result<OwnedFd> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
     if kind == FileType::Fifo || rustix::termios::isatty(fd) {

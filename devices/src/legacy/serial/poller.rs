@@ -1,5 +1,5 @@
-//! One epoll instance over the console's fds. The control loop watches only this one, so that a vCPU thread can change what is
-//! waited for without waking it, and a reused fd number means nothing outside.
+//! One epoll instance over the console's fds. The control loop watches only this one, so that a vCPU thread can change
+//! what is waited for without waking it, and a reused fd number means nothing outside.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -16,8 +16,8 @@ impl Poller {
         Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)?, watched: Vec::new() })
     }
 
-    /// Waits for exactly `wanted` from now on. An fd without flags is not watched at all: epoll would report its hang-up
-    /// all the same, over and over.
+    /// Waits for exactly `wanted` from now on. An fd without flags is not watched at all: epoll would report its
+    /// hang-up all the same, over and over.
     pub(super) fn watch(&mut self, wanted: &[Option<(BorrowedFd<'_>, EventFlags)>]) {
         let Self { epoll, watched } = self;
         watched.retain(|(raw, _)| {

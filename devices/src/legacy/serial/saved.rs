@@ -1,5 +1,5 @@
-//! The serial port from one image to the next: registers, the FIFO, output that has not gone out, and the console's fds.
-//! Input that has not reached the FIFO is in the kernel, behind the kept fds.
+//! The serial port from one image to the next: registers, the FIFO, output that has not gone out, and the console's
+//! fds. Input that has not reached the FIFO is in the kernel, behind the kept fds.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;

@@ -34,8 +34,8 @@ impl RawMode {
         Ok(Self { fd, before: save(&before) })
     }
 
-    /// The terminal is raw already, unless an image that failed to start has put it back. One that has hung up is no reason for a guest not
-    /// to go on.
+    /// The terminal is raw already, unless an image that failed to start has put it back. One that has hung up is no
+    /// reason for a guest not to go on.
     pub(super) fn resume(fd: KeptFd, before: SavedTermios) -> Self {
         let this = Self { fd, before };
         this.renew();
@@ -68,8 +68,8 @@ impl Drop for RawMode {
     }
 }
 
-/// Whether another job of this session has the terminal, so that reading from it is an error (tty_ioctl.c, job_control). Not so where it is
-/// of another session (ENOTTY), or has hung up (EIO).
+/// Whether another job of this session has the terminal, so that reading from it is an error (tty_ioctl.c,
+/// job_control). Not so where it is of another session (ENOTTY), or has hung up (EIO).
 pub(super) fn is_anothers(fd: BorrowedFd<'_>) -> bool {
     rustix::termios::tcgetpgrp(fd).is_ok_and(|job| job != rustix::process::getpgrp())
 }
@@ -93,7 +93,8 @@ fn get(fd: BorrowedFd<'_>) -> std::io::Result<libc::termios> {
     }
 }
 
-/// With SIGTTOU blocked, which the terminal driver takes for leave: it would stop a process in the background, an update's pause included.
+/// With SIGTTOU blocked, which the terminal driver takes for leave: it would stop a process in the background, an
+/// update's pause included.
 fn set(fd: BorrowedFd<'_>, termios: &libc::termios) -> std::io::Result<()> {
     let blocked = block_signal(libc::SIGTTOU).is_ok();
     // SAFETY: reads a valid termios.

@@ -1,5 +1,6 @@
-//! The ACPI tables: a hardware-reduced platform (ACPI 6.5, 4.1), so no SCI, no GPE blocks, no legacy PIC or PIT. It has a PM timer all the same:
-//! without PIT and HPET a guest that does not use kvmclock has nothing else to measure its TSC by (pit_hpet_ptimer_calibrate_cpu).
+//! The ACPI tables: a hardware-reduced platform (ACPI 6.5, 4.1), so no SCI, no GPE blocks, no legacy PIC or PIT. It has
+//! a PM timer all the same: without PIT and HPET a guest that does not use kvmclock has nothing else to measure its TSC
+//! by (pit_hpet_ptimer_calibrate_cpu).
 //!
 //! ```text
 //! RSDP -> XSDT -> FADT -> DSDT
@@ -113,8 +114,8 @@ fn io_register(port: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into())
 }
 
-/// APIC id = processor UID = index of the vCPU. No interrupt source overrides: in the hardware-reduced model ISA interrupts are GSIs
-/// like all others, edge-triggered and active-high as the DSDT says.
+/// APIC id = processor UID = index of the vCPU. No interrupt source overrides: in the hardware-reduced model ISA
+/// interrupts are GSIs like all others, edge-triggered and active-high as the DSDT says.
 fn madt(vcpus: u32) -> Vec<u8> {
     let mut madt =
         MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(layout::LAPIC_BASE as u32));
@@ -205,7 +206,8 @@ mod tests {
         assert!(write_tables(&mem, &machine).is_err());
     }
 
-    /// `THESEUS_TABLES=DIR cargo test -- --ignored write_tables_to_files`, then `iasl -d DIR/*` shows them as a person reads them.
+    /// `THESEUS_TABLES=DIR cargo test -- --ignored write_tables_to_files`, then `iasl -d DIR/*` shows them as a person
+    /// reads them.
     #[test]
     #[ignore = "writes files for iasl"]
     fn write_tables_to_files() {

@@ -1,4 +1,5 @@
-//! The guest's CPUID, from what KVM supports: made at the boot of the guest, saved with it, never computed again for a running guest.
+//! The guest's CPUID, from what KVM supports: made at the boot of the guest, saved with it, never computed again for a
+//! running guest.
 //!
 //! References: Intel SDM volume 2, CPUID; AMD64 APM volume 3, appendix E; Linux, Documentation/virt/kvm/x86/cpuid.rst.
 
@@ -20,15 +21,17 @@ const LEAF_ADDRESS_SIZES: u32 = 0x8000_0008;
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
-/// McaOverflowRecov and SUCCOR: without them an AMD guest takes every uncorrectable memory error as fatal. KVM's machine check banks are good
-/// for it (vcpu/mce.rs), but KVM_GET_SUPPORTED_CPUID leaves it to the VMM.
+/// McaOverflowRecov and SUCCOR: without them an AMD guest takes every uncorrectable memory error as fatal. KVM's
+/// machine check banks are good for it (vcpu/mce.rs), but KVM_GET_SUPPORTED_CPUID leaves it to the VMM.
 const EBX_MCA_RECOVERY: u32 = bits(&[0, 1]);
 
 /// What the CPUs without a leaf 0x80000008 have.
 const DEFAULT_PHYS_BITS: u8 = 36;
 
-/// KVM's paravirtual features that a guest gets. All others stay hidden, new ones too until somebody has looked at them:
-/// - asynchronous page faults (4, 10, 14): faults in flight are state that no ioctl returns, and pinned memory has none;
+/// KVM's paravirtual features that a guest gets. All others stay hidden, new ones too until somebody has looked at
+/// them:
+/// - asynchronous page faults (4, 10, 14): faults in flight are state that no ioctl returns, and pinned memory has
+///   none;
 /// - MSI_EXT_DEST_ID (15), HC_MAP_GPA_RANGE (16), MIGRATION_CONTROL (17): need a VMM that takes part;
 /// - MMU_OP (2): no kernel has it any more.
 const KVM_FEATURES: u32 = bits(&[
@@ -59,8 +62,8 @@ const NESTED: &[Hidden] = &[
 ];
 const NESTED_LEAVES: &[u32] = &[0x8000_000A];
 
-/// AMX exists only if the process asked for the tile state (ARCH_REQ_XCOMP_GUEST_PERM) before it asked KVM what it supports; KVM
-/// reports the features in any case.
+/// AMX exists only if the process asked for the tile state (ARCH_REQ_XCOMP_GUEST_PERM) before it asked KVM what it
+/// supports; KVM reports the features in any case.
 const XCR0_TILES: u32 = bits(&[17, 18]);
 const AMX: &[Hidden] = &[
     Hidden { function: 7, index: 0, register: Register::Edx, bits: bits(&[22, 24, 25]) },
@@ -154,7 +157,8 @@ impl GuestCpuid {
 /// Bits of the guest physical addresses that KVM can map.
 pub fn phys_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
     find(entries, LEAF_ADDRESS_SIZES, 0).map_or(DEFAULT_PHYS_BITS, |leaf| {
-        // Newer kernels put a second size at bits 16 to 23, for when the page tables of KVM reach less far than the CPU.
+        // Newer kernels put a second size at bits 16 to 23, for when the page tables of KVM reach less far than the
+        // CPU.
         let (cpu, mappable) = (leaf.eax as u8, (leaf.eax >> 16) as u8);
         if mappable == 0 { cpu } else { cpu.min(mappable) }
     })

@@ -10,7 +10,8 @@ const LEAF_HYPERVISOR: u32 = 0x4000_0000;
 /// VMware's, of which KVM guests know too: frequencies of TSC and LAPIC timer in kHz.
 const LEAF_HYPERVISOR_TIMING: u32 = 0x4000_0010;
 
-/// KVM's LAPIC timers count nanoseconds (APIC_BUS_CYCLE_NS), and an Intel guest takes the crystal for what drives them (SDM 3A, 12.5.4).
+/// KVM's LAPIC timers count nanoseconds (APIC_BUS_CYCLE_NS), and an Intel guest takes the crystal for what drives them
+/// (SDM 3A, 12.5.4).
 const CRYSTAL_KHZ: u32 = 1_000_000;
 /// Linux multiplies the numerator with the crystal's kHz in 32 bits (native_calibrate_tsc).
 const MAX_NUMERATOR: u32 = u32::MAX / CRYSTAL_KHZ;
@@ -47,7 +48,8 @@ fn put(entries: &mut Vec<kvm_cpuid_entry2>, function: u32, registers: [u32; 4]) 
     entries.push(kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() });
 }
 
-/// (numerator, denominator) of the TSC's frequency over the crystal's, as near as small numbers come: less than 1 in 10^6 off.
+/// (numerator, denominator) of the TSC's frequency over the crystal's, as near as small numbers come: less than 1 in
+/// 10^6 off.
 fn ratio(tsc_khz: u32) -> (u32, u32) {
     let (tsc, crystal) = (u64::from(tsc_khz), u64::from(CRYSTAL_KHZ));
     let candidates =

@@ -4,8 +4,8 @@
 //! A file of root's that nobody else may write needs nothing more. One of this user's own gets a read lease (fcntl(2),
 //! F_SETLEASE): whoever opens it for writing or truncates it waits until the lease is given back, and is seen. A file
 //! of anybody else is refused: its owner may make it writable at any time, and no lease can be had on it. From the exec
-//! on the kernel itself keeps writers away (ETXTBSY), but for 6.11 and early 6.12 kernels, where the lease lasts until the
-//! new VMM is ready.
+//! on the kernel itself keeps writers away (ETXTBSY), but for 6.11 and early 6.12 kernels, where the lease lasts until
+//! the new VMM is ready.
 
 use std::fs::File;
 use std::io;

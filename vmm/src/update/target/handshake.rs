@@ -28,7 +28,8 @@ pub struct Verdict {
     pub build_id: String,
     /// Why it cannot take this guest over; empty if it can.
     pub reasons: Vec<String>,
-    /// (kind, version) of the sections that it writes: what we would have to read, should we be asked to take the guest back later.
+    /// (kind, version) of the sections that it writes: what we would have to read, should we be asked to take the guest
+    /// back later.
     #[serde(default)]
     pub writes: Vec<(String, u16)>,
 }
@@ -178,7 +179,8 @@ pub fn answer() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Which sections of a state a build with the versions `ours` cannot read: all of them, where a decoder would stop at the first.
+/// Which sections of a state a build with the versions `ours` cannot read: all of them, where a decoder would stop at
+/// the first.
 fn foreign(state: &StateReader<'_>, ours: &[(&str, u16)]) -> Vec<String> {
     let unreadable = state.sections().filter_map(|section| {
         let Section { name, kind, version, data: _ } = section;
