@@ -16,6 +16,7 @@ mod notify;
 mod panics;
 mod signals;
 mod supervisor;
+mod talk;
 mod test_hooks;
 mod timeline;
 mod update;

@@ -4,10 +4,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use theseus_resources::Channel;
-use theseus_resources::channel::ChannelError;
+
+use crate::talk::{hear, say};
 
 /// How long an exec and the start of a process may take, on a machine that has next to no time for it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -61,21 +61,6 @@ pub(super) enum Answer {
     Childless(String),
 }
 
-/// Sends `word` as it stands in JSON: both sides may be of different builds.
-pub(super) fn send(to: &Channel, word: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
-    let text = serde_json::to_vec(word).map_err(|error| ChannelError::Os(error.into()))?;
-    to.send(&text, fds)
-}
-
-pub(super) fn receive<T: DeserializeOwned>(
-    from: &Channel,
-    within: Duration,
-) -> Result<(T, Vec<OwnedFd>), ChannelError> {
-    let (text, fds) = from.receive(within)?;
-    let word = serde_json::from_slice(&text).map_err(|error| ChannelError::Os(error.into()))?;
-    Ok((word, fds))
-}
-
 /// A VMM's end of the socket to its keeper.
 pub struct Keeper {
     channel: Channel,
@@ -98,7 +83,7 @@ impl Keeper {
     }
 
     pub fn notify(&self, text: &str) {
-        if let Err(error) = send(&self.channel, &Ask::Notify(text.to_owned()), &[]) {
+        if let Err(error) = say(&self.channel, &Ask::Notify(text.to_owned()), &[]) {
             log::warn!("systemd cannot be notified: {error}");
         }
     }
@@ -126,12 +111,12 @@ impl Keeper {
     fn become_other(&self, update: bool, fds: &[BorrowedFd<'_>]) -> Result<Vec<OwnedFd>, NotBecome> {
         let id = self.asked.fetch_add(1, Ordering::Relaxed);
         let refused = |error| NotBecome::Refused(format!("the keeper: {error}"));
-        send(&self.channel, &Ask::Become { update, id }, fds).map_err(refused)?;
+        say(&self.channel, &Ask::Become { update, id }, fds).map_err(refused)?;
         let until = Instant::now() + PATIENCE;
         loop {
             let rest = until.saturating_duration_since(Instant::now());
             let half = |error| NotBecome::Half(format!("the keeper: {error}"));
-            let (tell, fds) = receive::<Tell>(&self.channel, rest).map_err(half)?;
+            let (tell, fds) = hear::<Tell>(&self.channel, rest).map_err(half)?;
             return match tell.answer {
                 _ if tell.id != id => continue,
                 Answer::Became => Ok(fds),

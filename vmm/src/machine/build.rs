@@ -14,7 +14,7 @@ use super::{Host, Machine, MachineError};
 use crate::boot::{self, MachineShape, cpuid};
 use crate::build_info;
 use crate::memory_errors;
-use crate::vcpus::{Shared, Start, Vcpus};
+use crate::vcpus::{Start, Vcpus};
 
 impl Machine {
     /// A machine that is ready to run its first instruction; its vCPUs are stopped.
@@ -88,13 +88,7 @@ impl Machine {
                     .find_map(|CpuAffinity { vcpu, host_cpus }| (*vcpu == index).then(|| host_cpus.clone())),
             })
             .collect();
-        let shared = Shared {
-            hypervisor: host.hypervisor.clone(),
-            pio: buses.pio,
-            mmio: buses.mmio,
-            requests: host.requests.clone(),
-        };
-        let vcpus = Vcpus::start(&shared, starts)?.create(&vm)?;
+        let vcpus = Vcpus::start(&host.for_vcpus(&buses), starts)?.create(&vm)?;
         Ok(Self {
             config,
             vcpus,

@@ -23,8 +23,8 @@ use theseus_resources::{GuestRam, Vault, layout};
 
 use crate::boot::BootError;
 use crate::memory_errors::Watched;
-use crate::vcpus::{VcpuError, Vcpus};
-use devices::Devices;
+use crate::vcpus::{Shared, VcpuError, Vcpus};
+use devices::{Buses, Devices};
 use passthrough::PassthroughDevices;
 use populate::Populating;
 
@@ -65,6 +65,13 @@ pub struct Host {
     pub hypervisor: Arc<Hypervisor>,
     pub vault: Vault,
     pub requests: Arc<dyn theseus_devices::interrupt::GuestRequests>,
+}
+
+impl Host {
+    fn for_vcpus(&self, buses: &Buses) -> Shared {
+        let Self { hypervisor, vault: _, requests } = self.clone();
+        Shared { hypervisor, pio: buses.pio.clone(), mmio: buses.mmio.clone(), requests }
+    }
 }
 
 /// Fields are dropped in this order: vCPU threads end before what they use goes away.

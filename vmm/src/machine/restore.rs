@@ -19,7 +19,7 @@ use super::state::MachineState;
 use super::{Host, Machine, MachineError};
 use crate::memory_errors::{self, Watched};
 use crate::timeline::{Phase, Timeline};
-use crate::vcpus::{Shared, Start, Vcpus};
+use crate::vcpus::{Start, Vcpus};
 
 /// How long page tables are filled before the guest stands still. What is missing then is filled in the background, as
 /// the guest runs.
@@ -81,14 +81,8 @@ impl Prewarmed {
         map_ram(&vm, &ram)?;
 
         let buses = Buses::new();
-        let shared = Shared {
-            hypervisor: host.hypervisor.clone(),
-            pio: buses.pio.clone(),
-            mmio: buses.mmio.clone(),
-            requests: host.requests.clone(),
-        };
         let starts = shapes.into_iter().map(|(shape, placement)| Start::Prewarm(Box::new(shape), placement)).collect();
-        let threads = Vcpus::start(&shared, starts)?;
+        let threads = Vcpus::start(&host.for_vcpus(&buses), starts)?;
         let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
         let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
 

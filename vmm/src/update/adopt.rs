@@ -18,12 +18,13 @@ use theseus_resources::{Channel, Claims, KeptFd, Purpose, StateReader, Vault};
 
 use super::dispensable::Dispensable;
 use super::saved::{ApiSlots, Handover, Saved, Sealed};
-use super::words::{ToNew, ToOld, hear, say};
+use super::words::{ToNew, ToOld};
 use crate::build_info;
 use crate::events::EventStream;
 use crate::machine::restore::Prewarmed;
 use crate::machine::{Host, Machine};
 use crate::supervisor::Supervisor;
+use crate::talk::{hear, say};
 use crate::timeline::{Phase, Timeline};
 
 /// The old VMM has deadlines, and ends this one when they are over.

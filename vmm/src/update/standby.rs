@@ -15,8 +15,9 @@ use theseus_resources::{Channel, KeptFd, Slot, Vault};
 
 use super::GUEST_ASKED;
 use super::prepare::Rehearsed;
-use super::words::{ToNew, ToOld, hear, say};
+use super::words::{ToNew, ToOld};
 use crate::keeper::{Keeper, NotBecome};
+use crate::talk::{hear, say};
 use crate::timeline::Timeline;
 
 /// How long the new VMM may take before the guest stands still. That costs nobody anything, but an update that hangs is
