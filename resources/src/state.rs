@@ -9,6 +9,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,34 @@ struct Body<'a> {
     sections: Vec<Section<'a>>,
 }
 
+/// The data of a section while it is encoded: whoever owns what it says encodes and decodes it, on a thread of its own
+/// where that saves time.
+pub struct Encoded<T> {
+    name: String,
+    data: Vec<u8>,
+    of: PhantomData<fn() -> T>,
+}
+
+impl<T: Serialize> Encoded<T> {
+    pub fn new(name: String, value: &T) -> Result<Self, StateError> {
+        match rmp_serde::to_vec_named(value) {
+            Ok(data) => Ok(Self { name, data, of: PhantomData }),
+            Err(error) => Err(StateError::Section { name, reason: error.to_string() }),
+        }
+    }
+}
+
+impl<T: DeserializeOwned> Encoded<T> {
+    pub fn decode(&self) -> Result<T, StateError> {
+        decode(&self.name, &self.data)
+    }
+}
+
+fn decode<T: DeserializeOwned>(name: &str, data: &[u8]) -> Result<T, StateError> {
+    rmp_serde::from_slice(data)
+        .map_err(|error| StateError::Section { name: name.to_owned(), reason: error.to_string() })
+}
+
 /// Collects sections.
 pub struct StateWriter {
     body: Body<'static>,
@@ -68,13 +97,20 @@ impl StateWriter {
     }
 
     pub fn add<T: Serialize>(&mut self, name: &str, kind: &str, version: u16, value: &T) -> Result<(), StateError> {
-        let section = |reason: String| StateError::Section { name: name.to_owned(), reason };
+        self.add_encoded(Encoded::new(name.to_owned(), value)?, kind, version)
+    }
+
+    pub fn add_encoded<T>(&mut self, encoded: Encoded<T>, kind: &str, version: u16) -> Result<(), StateError> {
+        let Encoded { name, data, of: _ } = encoded;
         if self.body.sections.iter().any(|other| other.name == name) {
-            return Err(section("is written twice".into()));
+            return Err(StateError::Section { name, reason: "is written twice".into() });
         }
-        let data = rmp_serde::to_vec_named(value).map_err(|error| section(error.to_string()))?;
-        let (name, kind) = (name.to_owned().into(), kind.to_owned().into());
-        self.body.sections.push(Section { name, kind, version, data: data.into() });
+        self.body.sections.push(Section {
+            name: name.into(),
+            kind: kind.to_owned().into(),
+            version,
+            data: data.into(),
+        });
         Ok(())
     }
 
@@ -139,9 +175,23 @@ impl<'a> StateReader<'a> {
         self.sections.values()
     }
 
+    pub fn has(&self, name: &str) -> bool {
+        self.sections.contains_key(name)
+    }
+
     /// Takes one section out. A reader takes the version before and the one after its own: new fields have defaults,
     /// unknown ones are skipped.
     pub fn take<T: DeserializeOwned>(&mut self, name: &str, kind: &str, version: u16) -> Result<T, StateError> {
+        decode(name, &self.take_data(name, kind, version)?)
+    }
+
+    /// As [`StateReader::take`], for who decodes it elsewhere.
+    pub fn take_encoded<T>(&mut self, name: &str, kind: &str, version: u16) -> Result<Encoded<T>, StateError> {
+        let data = self.take_data(name, kind, version)?.into_owned();
+        Ok(Encoded { name: name.to_owned(), data, of: PhantomData })
+    }
+
+    fn take_data(&mut self, name: &str, kind: &str, version: u16) -> Result<Cow<'a, [u8]>, StateError> {
         let error = |reason: String| StateError::Section { name: name.to_owned(), reason };
         let section = self.sections.remove(name).ok_or_else(|| error("is missing, or read twice".into()))?;
         if section.kind != kind {
@@ -151,7 +201,7 @@ impl<'a> StateReader<'a> {
             let (name, kind) = (name.to_owned(), kind.to_owned());
             return Err(StateError::Version { name, kind, found: section.version, ours: version });
         }
-        rmp_serde::from_slice(&section.data).map_err(|reason| error(reason.to_string()))
+        Ok(section.data)
     }
 
     pub fn finish(self) -> Result<(), StateError> {

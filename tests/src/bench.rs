@@ -51,7 +51,7 @@ fn pause(cpus: u32) -> Result<()> {
     let (pause, floor) =
         (percentile(&reports.iter().map(|r| r.pause_us).collect::<Vec<_>>(), 50), floor::median(cpus)?);
     println!(
-        "An exec that makes such a VM and nothing else, right after it: {} ms (p50). The pause is {:.1} times that.\n",
+        "KVM gives and takes the state of such vCPUs, right after it: {} ms (p50). The pause is {:.1} times that.\n",
         ms(floor),
         pause as f64 / floor as f64
     );

@@ -15,6 +15,7 @@ mod memory_errors;
 mod notify;
 mod panics;
 mod signals;
+mod spin;
 mod supervisor;
 mod talk;
 mod test_hooks;
@@ -201,7 +202,14 @@ fn start(control: Control, if_none: IfNone) -> anyhow::Result<()> {
 /// fuzzing.
 pub fn check_state(bytes: &[u8]) -> Result<(), String> {
     let reader = theseus_resources::StateReader::new(bytes).map_err(|error| error.to_string())?;
-    update::saved::Saved::decode(reader).map(|_| ()).map_err(|error| error.to_string())
+    let mut opened = update::saved::Opened::new(reader).map_err(|error| error.to_string())?;
+    let vcpus = opened.take_vcpus();
+    opened.decode().map_err(|error| error.to_string())?;
+    // As their threads do.
+    (0..)
+        .zip(vcpus)
+        .try_for_each(|(index, state)| vcpus::saved::decode(&state, index).map(drop))
+        .map_err(|error| error.to_string())
 }
 
 struct Parts {

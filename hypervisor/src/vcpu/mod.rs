@@ -79,6 +79,9 @@ pub struct Vcpu {
     /// The MSRs this vCPU has, all readable and writable here.
     msr_list: Vec<u32>,
     xsave_size: usize,
+    tsc_khz: u32,
+    /// Whether this host's KVM runs guests of guests (KVM_CAP_NESTED_STATE).
+    has_nested: bool,
     /// As its CPUID says.
     vendor: mce::Vendor,
     /// What IA32_MCG_CAP was set to, if it was.
@@ -89,6 +92,8 @@ impl Vcpu {
     pub fn new(vm: &ReadyVm, index: u32) -> Result<Self> {
         let mut fd = vm.fd().create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))?;
         let xsave_size = usize::try_from(vm.fd().check_extension_int(kvm_ioctls::Cap::Xsave2)).unwrap_or(0);
+        let has_nested = vm.fd().check_extension_int(kvm_ioctls::Cap::NestedState) > 0;
+        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         let byte = NonNull::from(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
         let exit_flag = ExitFlag(Arc::new(Mutex::new(FlagAddr(Some(byte)))));
         Ok(Self {
@@ -98,6 +103,8 @@ impl Vcpu {
             cpuid: Vec::new(),
             msr_list: Vec::new(),
             xsave_size,
+            tsc_khz,
+            has_nested,
             vendor: Default::default(),
             mcg_cap: None,
         })
@@ -123,7 +130,7 @@ impl Vcpu {
 
     /// What KVM runs the guest's TSC at.
     pub fn tsc_khz(&self) -> u32 {
-        self.fd.get_tsc_khz().unwrap_or(0)
+        self.tsc_khz
     }
 
     pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<()> {

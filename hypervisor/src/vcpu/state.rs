@@ -111,6 +111,15 @@ impl VcpuState {
         }
     }
 
+    /// Why this is no state of the vCPU of this index.
+    pub fn is_foreign(&self, index: u32) -> Option<String> {
+        if self.index != index {
+            return Some(format!("it is vCPU {}'s", self.index));
+        }
+        let is_odd = self.owed.iter().any(|write| !matches!(write.data.len(), 1..=8));
+        is_odd.then(|| "it holds a write of no size that there is".to_owned())
+    }
+
     /// Whether it may be on its way to a HLT with interrupts off, of a paravirtual spin lock, and have been kicked
     /// already: KVM shows that in the MP state of a halted vCPU only (kvm_arch_vcpu_ioctl_get_mpstate).
     pub fn may_have_been_kicked(&self) -> bool {
@@ -137,15 +146,13 @@ impl Vcpu {
         fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
         // Before the LAPIC, which any load of the vCPU may move a deadline into (start_hv_timer): read afterwards, it
         // would be in neither.
-        let tsc_deadline =
-            msrs::read(fd, self.index, &[MSR_IA32_TSC_DEADLINE]).ok().and_then(|found| Some(found.first()?.data));
+        let (msrs, tsc_deadline) = msrs::read(fd, self.index, &self.msr_list)?;
         let regs = fd.get_regs().map_err(self.err("KVM_GET_REGS"))?;
         let sregs = raw::get_sregs2(fd).map_err(self.io_err("KVM_GET_SREGS2"))?;
         let xsave = self.get_xsave()?;
         let xcrs = fd.get_xcrs().map_err(self.err("KVM_GET_XCRS"))?;
         let debugregs = fd.get_debug_regs().map_err(self.err("KVM_GET_DEBUGREGS"))?;
         let lapic = fd.get_lapic().map_err(self.err("KVM_GET_LAPIC"))?;
-        let msrs = msrs::read(fd, self.index, &self.msr_list)?;
         let nested = self.get_nested()?;
         // Last: reading the others may turn something into an event (kernel.md).
         let events = fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
@@ -164,7 +171,7 @@ impl Vcpu {
             nested,
             events,
             tsc_offset: raw::tsc_offset(fd).map_err(self.io_err("read the TSC offset"))?,
-            tsc_khz: self.tsc_khz(),
+            tsc_khz: self.tsc_khz,
             owed: Vec::new(),
             mcg_cap: self.mcg_cap,
         }))
@@ -209,20 +216,20 @@ impl Vcpu {
     /// The rest.
     pub fn restore_late(&mut self, state: &VcpuState) -> Result<()> {
         let fd = &self.fd;
-        let values = offers::existing(state);
+        let mut values = offers::existing(state);
+        let list = values.iter().map(|entry| entry.index).collect();
+        // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake up.
+        values.extend(state.tsc_deadline.map(|saved| kvm_msr_entry {
+            index: MSR_IA32_TSC_DEADLINE,
+            data: deadline::to_restore(&state.lapic, saved),
+            ..Default::default()
+        }));
         msrs::write(fd, self.index, &values)?;
-        if let Some(saved) = state.tsc_deadline {
-            // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake
-            // up.
-            let data = deadline::to_restore(&state.lapic, saved);
-            let deadline = kvm_msr_entry { index: MSR_IA32_TSC_DEADLINE, data, ..Default::default() };
-            msrs::write(fd, self.index, &[deadline])?;
-        }
         if let Some(nested) = &state.nested {
             self.set_nested(nested)?;
         }
         fd.set_vcpu_events(&state.events).map_err(self.err("KVM_SET_VCPU_EVENTS"))?;
-        self.msr_list = values.iter().map(|entry| entry.index).collect();
+        self.msr_list = list;
         Ok(())
     }
 
@@ -231,21 +238,16 @@ impl Vcpu {
         // SAFETY: as long as KVM_CAP_XSAVE2 says.
         unsafe { self.fd.get_xsave2(&mut xsave) }.map_err(self.err("KVM_GET_XSAVE2"))?;
         let header = &xsave.as_fam_struct_ref().xsave.region;
-        let words = header.iter().chain(xsave.as_slice());
-        Ok(XsaveBytes(words.flat_map(|word| word.to_le_bytes()).collect()))
+        Ok(XsaveBytes([header.as_bytes(), xsave.as_slice().as_bytes()].concat()))
     }
 
     fn set_xsave(&self, bytes: &XsaveBytes) -> Result<()> {
         let mut xsave = Xsave::new(self.xsave_extra_words()).map_err(|_| Error::Exhausted("memory for XSAVE"))?;
-        let mut words = bytes.0.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]));
+        let (head, rest) = bytes.0.split_at(bytes.0.len().min(size_of::<kvm_xsave>()));
         // SAFETY: only the contents change, not the length.
         let header = unsafe { &mut xsave.as_mut_fam_struct().xsave.region };
-        for (to, from) in header.iter_mut().zip(&mut words) {
-            *to = from;
-        }
-        for (to, from) in xsave.as_mut_slice().iter_mut().zip(&mut words) {
-            *to = from;
-        }
+        fill(header.as_mut_bytes(), head);
+        fill(xsave.as_mut_slice().as_mut_bytes(), rest);
         // SAFETY: as long as KVM_CAP_XSAVE2 says.
         unsafe { self.fd.set_xsave2(&xsave) }.map_err(self.err("KVM_SET_XSAVE"))
     }
@@ -255,6 +257,9 @@ impl Vcpu {
     }
 
     fn get_nested(&self) -> Result<Option<NestedBytes>> {
+        if !self.has_nested {
+            return Ok(None);
+        }
         let mut buffer = Box::new(KvmNestedStateBuffer::empty());
         match self.fd.nested_state(&mut buffer) {
             // Outside of nested guest mode too: the header holds SVM's GIF and VMX's VMXON pointer.
@@ -262,7 +267,7 @@ impl Vcpu {
                 let bytes = buffer.as_bytes();
                 Ok(Some(NestedBytes(bytes.get(..buffer.size as usize).unwrap_or(bytes).to_vec())))
             }
-            // No nested virtualisation on this host, or none for this guest.
+            // None for this guest.
             Err(error) if [libc::EINVAL, libc::ENOTTY].contains(&error.errno()) => Ok(None),
             Err(error) => Err(self.err("KVM_GET_NESTED_STATE")(error)),
         }
@@ -271,10 +276,15 @@ impl Vcpu {
     fn set_nested(&self, bytes: &NestedBytes) -> Result<()> {
         let mut buffer = Box::new(KvmNestedStateBuffer::empty());
         // Longer ones are of a build that saved the whole buffer, or of nobody.
-        for (to, from) in buffer.as_mut_bytes().iter_mut().zip(&bytes.0) {
-            *to = *from;
-        }
+        fill(buffer.as_mut_bytes(), &bytes.0);
         self.fd.set_nested_state(&buffer).map_err(self.err("KVM_SET_NESTED_STATE"))
+    }
+}
+
+/// As much of `from` as there is room for.
+fn fill(to: &mut [u8], from: &[u8]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = *from;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use theseus_tests::{bench, cases, demo, floor, harness::lab, native, soak};
+use theseus_tests::{bench, cases, demo, harness::lab, native, soak};
 
 const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer INTERFACE]] [--list]
        l1-tests bench native [vcpus] | vectors
@@ -48,7 +48,6 @@ fn main() -> ExitCode {
         "bench" if filters == ["vectors"] => bench::vectors(),
         "bench" => bench::run(),
         "demo" => demo::run(),
-        "floor" => floor::run(&filters),
         "golden" => cases::rollback::golden(),
         "soak" => soak::run(&filters),
         "-h" | "--help" | "help" => {

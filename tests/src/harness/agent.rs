@@ -31,8 +31,8 @@ use crate::{
     },
 };
 
-/// A request of which nothing was heard for so long may have been lost.
-const ASK_AGAIN: Duration = Duration::from_secs(15);
+/// A request of which nothing was heard for so long may have been lost. Far longer than any takes on a slow machine.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
 
 struct Pending {
     line: String,

@@ -38,6 +38,6 @@ pub fn run() -> Result<()> {
         ]);
     }
     println!("### Pause against vCPUs, natively: 512 MiB that one of them writes all over, no device\n\n{table}");
-    println!("Floor: an exec that makes such a VM and nothing else, right after the updates of its row.\n");
+    println!("Floor: KVM gives and takes the state of so many vCPUs, right after the updates of its row.\n");
     Ok(())
 }

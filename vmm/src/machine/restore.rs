@@ -19,6 +19,7 @@ use super::state::MachineState;
 use super::{Host, Machine, MachineError};
 use crate::memory_errors::{self, Watched};
 use crate::timeline::{Phase, Timeline};
+use crate::vcpus::saved::EncodedVcpu;
 use crate::vcpus::{Start, Vcpus};
 
 /// How long page tables are filled before the guest stands still. What is missing then is filled in the background, as
@@ -64,17 +65,7 @@ impl Prewarmed {
     /// From the state of a dry run. Order matters: memslots, those of BARs too, before the interrupt controllers
     /// (cost), these before vCPUs.
     pub fn new(state: MachineState, host: &Host, claims: &mut Claims) -> Result<Self, MachineError> {
-        let MachineState {
-            config: _,
-            running: _,
-            ram,
-            irqchip: _,
-            clock: _,
-            shapes,
-            vcpus: _,
-            devices: _,
-            passthrough,
-        } = state;
+        let MachineState { config: _, running: _, ram, irqchip: _, clock: _, shapes, devices: _, passthrough } = state;
         let ram = Arc::new(GuestRam::restore(ram, claims)?);
         let watched = memory_errors::watch(&ram);
         let vm = BareVm::new(&host.hypervisor)?;
@@ -95,7 +86,12 @@ impl Prewarmed {
         Ok(Self { unfilled, vcpus, passthrough, pci, vm, ram, buses, watched })
     }
 
-    /// From the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock MSRs, all LAPICs
+    /// The vCPUs' part of the state of the paused guest, which their threads begin with. Then [`Prewarmed::restore`].
+    pub fn begin(&self, vcpus: Vec<EncodedVcpu>) -> Result<(), MachineError> {
+        Ok(self.vcpus.restore_early(vcpus)?)
+    }
+
+    /// From the rest of the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock MSRs, all LAPICs
     /// and then the IRQ chip before routes, routes before irqfds.
     pub fn restore(
         self,
@@ -105,21 +101,9 @@ impl Prewarmed {
         timeline: &Timeline,
     ) -> Result<Machine, MachineError> {
         let Self { vcpus, passthrough, pci, vm, ram, buses, watched, unfilled } = self;
-        let MachineState {
-            config,
-            running: _,
-            ram: _,
-            irqchip,
-            clock,
-            shapes: _,
-            vcpus: states,
-            devices,
-            passthrough: mend,
-        } = state;
+        let MachineState { config, running: _, ram: _, irqchip, clock, shapes: _, devices, passthrough: mend } = state;
         let passed = |phase| timeline.pass(phase).map_err(MachineError::Config);
-        let kicked: Vec<u32> =
-            states.iter().filter(|state| state.may_have_been_kicked()).map(|state| state.index).collect();
-        vcpus.restore_early(states)?;
+        vcpus.all_ready()?;
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }
@@ -129,10 +113,6 @@ impl Prewarmed {
         passthrough.mend(mend, claims)?;
         passed(Phase::Passthrough)?;
 
-        // A kick too many is legal, one too few a guest that waits for a spin lock for ever.
-        for index in kicked {
-            vm.kick_halted(index)?;
-        }
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
         let parts = RestoreParts { vm: &vm, vault: &host.vault, claims, requests: &host.requests };

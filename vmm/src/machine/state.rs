@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::VmConfig;
-use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuShape, VcpuState, vcpu};
+use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuShape};
 use theseus_resources::ram::RamState;
 use theseus_resources::{StateReader, StateWriter};
 
@@ -10,7 +10,9 @@ use super::devices::DevicesState;
 use super::passthrough::PassthroughState;
 use super::{Machine, MachineError};
 use crate::build_info;
+use crate::vcpus::Saving;
 use crate::vcpus::placement::Placement;
+use crate::vcpus::saved::{self, EncodedVcpu};
 
 const MACHINE: (&str, u16) = ("machine", 1 + build_info::IS_B as u16);
 const RAM: (&str, u16) = ("guest-ram", 1);
@@ -39,7 +41,8 @@ struct MachineSection {
     of_a_later_version: Option<u16>,
 }
 
-/// Everything decoded, nothing claimed or created yet: what `--check-update` tries, and what a new VMM starts from.
+/// Everything decoded but the vCPUs, nothing claimed or created yet: what `--check-update` tries, and what a new VMM
+/// starts from.
 pub struct MachineState {
     pub config: VmConfig,
     pub running: bool,
@@ -48,43 +51,31 @@ pub struct MachineState {
     pub clock: ClockAnchor,
     /// Of a dry run.
     pub shapes: Vec<(VcpuShape, Placement)>,
-    pub vcpus: Vec<VcpuState>,
     pub devices: DevicesState,
     pub passthrough: PassthroughState,
 }
 
-/// A dry run takes no vCPU states, as the guest is running.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Depth {
-    DryRun,
-    Full,
+/// How much of the machine is saved.
+pub enum Depth<'a> {
+    /// No vCPU states, as the guest is running, but where and how each vCPU's thread is scheduled.
+    DryRun(Vec<Placement>),
+    /// With those that are being saved.
+    Full(Saving<'a>),
 }
 
 impl Machine {
-    /// Pure. `was_running`: whether the guest is to run again; `placements`: in a dry run, of each vCPU.
-    pub fn save(
-        &self,
-        writer: &mut StateWriter,
-        depth: Depth,
-        was_running: bool,
-        placements: Vec<Placement>,
-    ) -> Result<(), MachineError> {
+    /// Pure. `was_running`: whether the guest is to run again.
+    pub fn save(&self, writer: &mut StateWriter, depth: Depth<'_>, was_running: bool) -> Result<(), MachineError> {
         let Self { config, vcpus, passthrough, devices, vm, ram, clock, unfilled: _, populating: _, _watched } = self;
-        let (states, shapes) = match depth {
-            Depth::Full => (vcpus.save()?, Vec::new()),
-            Depth::DryRun => (Vec::new(), vcpus.shapes()),
+        let (saving, shapes, placements) = match depth {
+            Depth::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
+            Depth::DryRun(placements) => (None, vcpus.shapes(), placements),
         };
-        let memory = vm.memory();
-        let refused: Vec<_> = states.iter().flat_map(|state| vcpu::reasons(state, &memory)).collect();
-        if !refused.is_empty() && !crate::test_hooks::skip_state_check() {
-            return Err(MachineError::Refused(refused.join("; ")));
-        }
-        let tsc_khz = states.first().map_or(0, |state| state.tsc_khz);
         let section = MachineSection {
             config: config.clone(),
             running: was_running,
             has_serial: devices.serial.is_some(),
-            vcpus: (depth == Depth::Full).then_some(states.len() as u32),
+            vcpus: saving.as_ref().map(|_| vcpus.count()),
             shapes,
             placements,
             #[cfg(later_build)]
@@ -93,32 +84,39 @@ impl Machine {
         writer.add("machine", MACHINE.0, MACHINE.1, &section)?;
         writer.add("ram", RAM.0, RAM.1, &ram.save())?;
         writer.add("irqchip", IRQCHIP.0, IRQCHIP.1, &vm.save_irqchip()?)?;
-        writer.add("clock", CLOCK.0, CLOCK.1, &vm.save_clock(*clock, tsc_khz)?)?;
-        for state in &states {
-            writer.add(&format!("vcpu{}", state.index), VCPU.0, VCPU.1, state)?;
-        }
+        writer.add("clock", CLOCK.0, CLOCK.1, &vm.save_clock(*clock, vcpus.tsc_khz())?)?;
         devices.save(writer)?;
-        passthrough.save(writer)
+        passthrough.save(writer)?;
+        let saved = saving.map(Saving::finish).transpose()?.unwrap_or_default();
+        let refused: Vec<_> = saved.iter().flat_map(|vcpu| vcpu.refused.clone()).collect();
+        if !refused.is_empty() && !crate::test_hooks::skip_state_check() {
+            return Err(MachineError::Refused(refused.join("; ")));
+        }
+        saved.into_iter().try_for_each(|vcpu| Ok(writer.add_encoded(vcpu.state, VCPU.0, VCPU.1)?))
+    }
+}
+
+/// The sections of vCPUs, in order of their index.
+pub fn take_vcpus(reader: &mut StateReader<'_>) -> Result<Vec<EncodedVcpu>, MachineError> {
+    let mut vcpus = Vec::new();
+    loop {
+        let name = saved::section(vcpus.len());
+        if !reader.has(&name) {
+            return Ok(vcpus);
+        }
+        vcpus.push(reader.take_encoded(&name, VCPU.0, VCPU.1)?);
     }
 }
 
 impl MachineState {
-    pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
+    /// `vcpus`: how many [`take_vcpus`] has found.
+    pub fn decode(reader: &mut StateReader<'_>, vcpus: usize) -> Result<Self, MachineError> {
         let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
-        let MachineSection { config, running, has_serial, vcpus, shapes, placements, .. } = section;
+        let MachineSection { config, running, has_serial, vcpus: count, shapes, placements, .. } = section;
         let mut placements = placements.into_iter();
-        let mut states = Vec::new();
-        for index in 0..vcpus.unwrap_or(0) {
-            let state: VcpuState = reader.take(&format!("vcpu{index}"), VCPU.0, VCPU.1)?;
-            if state.index != index {
-                return Err(MachineError::Config(format!("section 'vcpu{index}' holds vCPU {}", state.index)));
-            }
-            if state.owed.iter().any(|write| !matches!(write.data.len(), 1..=8)) {
-                return Err(MachineError::Config(format!(
-                    "section 'vcpu{index}' holds a write of no size that there is"
-                )));
-            }
-            states.push(state);
+        let count = count.unwrap_or(0);
+        if vcpus != count as usize {
+            return Err(MachineError::Config(format!("the saved state is of {count} vCPUs, and holds {vcpus}")));
         }
         Ok(Self {
             config,
@@ -127,7 +125,6 @@ impl MachineState {
             irqchip: reader.take("irqchip", IRQCHIP.0, IRQCHIP.1)?,
             clock: reader.take("clock", CLOCK.0, CLOCK.1)?,
             shapes: shapes.into_iter().map(|shape| (shape, placements.next().unwrap_or_default())).collect(),
-            vcpus: states,
             devices: DevicesState::decode(reader, has_serial)?,
             passthrough: PassthroughState::decode(reader)?,
         })

@@ -14,15 +14,17 @@ use theseus_api::types::{UpdateOutcome, UpdateReport, VmConfig};
 use theseus_api::{Body, Reply};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
+use theseus_resources::channel::ChannelError;
 use theseus_resources::{Channel, Claims, KeptFd, Purpose, StateReader, Vault};
 
 use super::dispensable::Dispensable;
-use super::saved::{ApiSlots, Handover, Saved, Sealed};
+use super::saved::{self, ApiSlots, Handover, Opened, Saved};
 use super::words::{ToNew, ToOld};
 use crate::build_info;
 use crate::events::EventStream;
 use crate::machine::restore::Prewarmed;
 use crate::machine::{Host, Machine};
+use crate::spin::Spin;
 use crate::supervisor::Supervisor;
 use crate::talk::{hear, say};
 use crate::timeline::{Phase, Timeline};
@@ -52,27 +54,39 @@ struct Inbox<'a> {
     channel: &'a Channel,
     vault: Vault,
     claims: Claims,
+    spin: Spin,
 }
 
 impl Inbox<'_> {
     fn hear(&self, wanted: ToNew) -> Result<Vec<OwnedFd>, String> {
-        match hear::<ToNew>(self.channel, FOR_EVER) {
-            Ok((word, fds)) if word == wanted => Ok(fds),
-            Ok((word, _)) => Err(format!("the old VMM says {word:?} instead of {wanted:?}")),
-            Err(error) => Err(format!("the old VMM: {error}")),
+        let now = || match hear::<ToNew>(self.channel, Duration::ZERO) {
+            Err(ChannelError::Silent(_)) => None,
+            heard => Some(heard),
+        };
+        let mut spin = Spin::NOT;
+        loop {
+            match spin.awake(now).unwrap_or_else(|| hear(self.channel, FOR_EVER)) {
+                Ok((ToNew::Soon, _)) => spin = self.spin,
+                Ok((word, fds)) if word == wanted => return Ok(fds),
+                Ok((word, _)) => return Err(format!("the old VMM says {word:?} instead of {wanted:?}")),
+                Err(error) => return Err(format!("the old VMM: {error}")),
+            }
         }
     }
 
-    /// The state that comes with `word`, decoded, and all descriptors that it names.
-    fn state(&mut self, word: ToNew) -> Result<Saved, String> {
-        let state = self.hear(word)?.pop().ok_or("the old VMM has sent no state")?;
-        let bytes = Sealed::map(state.as_fd()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
-        let bytes = crate::test_hooks::truncated("claim", &bytes);
-        let reader = StateReader::new(bytes).map_err(|error| error.to_string())?;
-        let mut saved = Saved::decode(reader).map_err(|error| error.to_string())?;
+    /// The state that comes with `word`, and descriptors that it names.
+    fn state(&self, word: ToNew) -> Result<(Vec<u8>, Vec<OwnedFd>), String> {
+        let mut came = self.hear(word)?.into_iter();
+        let state = came.next().ok_or("the old VMM has sent no state")?;
+        let bytes = saved::unseal(state.as_fd()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
+        Ok((bytes, came.collect()))
+    }
+
+    /// Decodes it, and gets the rest of the descriptors. `fds`: those that came with it.
+    fn decode(&mut self, state: Opened<'_>, mut fds: Vec<OwnedFd>) -> Result<Saved, String> {
+        let mut saved = state.decode().map_err(|error| error.to_string())?;
         let records = std::mem::take(&mut saved.handover.vault);
         let missing = self.vault.missing(&records);
-        let mut fds = Vec::with_capacity(missing);
         while fds.len() < missing {
             say(self.channel, &ToOld::More, &[]).map_err(|error| format!("the old VMM: {error}"))?;
             let more = self.hear(ToNew::Fds)?;
@@ -99,8 +113,9 @@ pub fn adopt(
     timeline.stamp_at(Phase::Exec, started);
     let dispensable = Dispensable::new();
 
-    let mut inbox = Inbox { channel, vault: Vault::new(), claims: Claims::default() };
-    let Saved { mut handover, machine } = inbox.state(ToNew::Rehearsal)?;
+    let mut inbox = Inbox { channel, vault: Vault::new(), claims: Claims::default(), spin: Spin::of_threads(1) };
+    let (bytes, fds) = inbox.state(ToNew::Rehearsal)?;
+    let Saved { mut handover, machine } = inbox.decode(open(&bytes)?, fds)?;
     if let Err(error) = std::mem::take(&mut handover.log).start_held() {
         crate::say(std::io::stderr(), &format!("after an update: {error:#}"));
     }
@@ -112,8 +127,12 @@ pub fn adopt(
     timeline.pass(Phase::Prewarm)?;
     say(channel, &ToOld::Ready, &[]).map_err(|error| text(&error))?;
 
-    // From here on the guest stands still.
-    let Saved { mut handover, machine } = inbox.state(ToNew::State)?;
+    // From here on the guest stands still. Its vCPUs' threads begin before the rest is decoded.
+    let (bytes, fds) = inbox.state(ToNew::State)?;
+    let mut state = open(crate::test_hooks::truncated("claim", &bytes))?;
+    let vcpus = state.take_vcpus();
+    prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus)).map_err(|error| text(&error))?;
+    let Saved { mut handover, machine } = inbox.decode(state, fds)?;
     timeline.pass(Phase::Claim)?;
     let Inbox { mut claims, .. } = inbox;
     let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
@@ -154,6 +173,11 @@ pub fn adopt(
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
     let Handover { config, was_shut_down, peers, .. } = handover;
     Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, events })
+}
+
+fn open(bytes: &[u8]) -> Result<Opened<'_>, String> {
+    let reader = StateReader::new(bytes).map_err(|error| error.to_string())?;
+    Opened::new(reader).map_err(|error| error.to_string())
 }
 
 /// Tells the old VMM why this one ends, before it has touched anything.

@@ -1,6 +1,5 @@
 //! From the stopped guest to the end of this VMM: Paused, Saved, Invalidated. Each is a guard over the one before.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +8,7 @@ use theseus_api::server::{ConnId, Frozen};
 use theseus_resources::{KeptFd, Purpose, Slot, StateReader, StateWriter, Vault};
 
 use super::prepare::handover;
-use super::saved::{self, ApiSlots, Sealed};
+use super::saved::{self, ApiSlots};
 use super::standby::{End, Standby};
 use super::{GUEST_ASKED, Subject};
 use crate::build_info;
@@ -110,17 +109,21 @@ impl<'a> Paused<'a> {
     /// Pure: the guest and its devices stay as they are.
     pub fn save(self) -> Result<Saved<'a>, MachineError> {
         let mut writer = StateWriter::new(&build_info::this().build_id);
+        // In parallel with all the rest.
+        let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save()).transpose()?;
         self.handover.encode(&mut writer)?;
-        if let Some(StoppedGuest { machine, was_running }) = &self.guest {
-            machine.save(&mut writer, Depth::Full, *was_running, Vec::new())?;
+        if let (Some(StoppedGuest { machine, was_running }), Some(vcpus)) = (&self.guest, vcpus) {
+            machine.save(&mut writer, Depth::Full(vcpus), *was_running)?;
         }
+        self.new.soon().map_err(MachineError::Config)?;
         let bytes = writer.finish()?;
-        let kept = |error: std::io::Error| MachineError::Config(format!("cannot keep the state: {error}"));
-        let memfd = saved::seal("saved-state", crate::test_hooks::truncated("save", &bytes)).map_err(kept)?;
+        let bytes = crate::test_hooks::truncated("save", &bytes);
         // What cannot be read back is found before the guest's DMA is touched.
-        StateReader::new(&Sealed::map(memfd.as_fd()).map_err(kept)?)?;
+        StateReader::new(bytes)?;
+        let kept = |error: std::io::Error| MachineError::Config(format!("cannot keep the state: {error}"));
+        self.new.blank().seal(bytes).map_err(kept)?;
         self.timeline.pass(Phase::Save).map_err(MachineError::Config)?;
-        Ok(Saved { paused: self, state: memfd })
+        Ok(Saved { paused: self })
     }
 }
 
@@ -144,10 +147,9 @@ fn keep_api(frozen: &Frozen<'_>, vault: &Vault, kept: &mut Vec<KeptFd>) -> std::
     })
 }
 
-/// The state is in a sealed memfd.
+/// The state is in its memfd.
 pub struct Saved<'a> {
     paused: Paused<'a>,
-    state: OwnedFd,
 }
 
 impl<'a> Saved<'a> {
@@ -181,7 +183,7 @@ impl Invalidated<'_> {
     /// The guest goes over to the new VMM, and this one ends. Returns only if that failed, with the reason.
     pub fn hand_over(mut self) -> String {
         let fds = std::mem::take(&mut self.saved.paused.fds);
-        match self.saved.paused.new.hand_over(self.saved.state.as_fd(), fds) {
+        match self.saved.paused.new.hand_over(fds) {
             End::Committed => crate::ending::retire(),
             End::Failed(reason) => {
                 self.saved.paused.new.end();

@@ -17,7 +17,7 @@ use theseus_resources::{KeptFd, Pages, StateWriter};
 
 use super::preflight::{self, Needs};
 use super::rights::{Image, Wants};
-use super::saved::{self, Handover};
+use super::saved::{self, Blank, Handover};
 use super::standby::{NotStarted, Standby};
 use super::target::{self, Rehearsal, Target};
 use super::{NotUpdated, Subject, back_to};
@@ -55,9 +55,14 @@ pub struct Order {
 pub struct Rehearsed {
     pub state: OwnedFd,
     bytes: Vec<u8>,
+    /// For the true state, in bytes, about.
+    room: usize,
     /// The kept fds that the state names, in the same order.
     pub fds: Vec<KeptFd>,
 }
+
+/// A vCPU's part of a state, in bytes, about.
+const VCPU: usize = 16 << 10;
 
 /// What there is to go back to.
 pub struct WayBack {
@@ -178,7 +183,9 @@ fn stand_by(
     // Whoever comes from here on waits, or meets the exec itself.
     target.unchanged().map_err(whole)?;
     let program = if crate::test_hooks::fail_exec() { page.as_fd() } else { target.file.as_fd() };
-    let new = Standby::start(&back.keeper, program, page.as_fd(), timeline.clone(), given_up)?;
+    let blank = Blank::new("saved-state", rehearsed.room)
+        .map_err(|error| whole(format!("no room for the state: {error}: {}", preflight::remedy(&error))))?;
+    let new = Standby::start(&back.keeper, program, page.as_fd(), timeline.clone(), given_up, blank)?;
     new.prewarm(rehearsed).map_err(|reason| NotStarted { reason, is_whole: false })?;
     Ok(new)
 }
@@ -192,14 +199,15 @@ fn rehearse(subject: &Subject<'_>, needs: &Needs) -> Result<Rehearsed, String> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
     let mut encode = || -> Result<Rehearsed, MachineError> {
         if let Some(machine) = &subject.machine {
-            machine.save(&mut writer, Depth::DryRun, machine.vcpus.is_running(), needs.placements.clone())?;
+            machine.save(&mut writer, Depth::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;
         }
         // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
         let (records, fds) = subject.host.vault.offer(&BTreeSet::new());
         handover(subject, None, records, None).encode(&mut writer)?;
         let bytes = writer.finish()?;
         let kept = |error| MachineError::Config(format!("cannot keep it: {error}"));
-        Ok(Rehearsed { state: saved::seal("rehearsal", &bytes).map_err(kept)?, bytes, fds })
+        let room = bytes.len() + needs.placements.len() * VCPU;
+        Ok(Rehearsed { state: saved::seal("rehearsal", &bytes).map_err(kept)?, bytes, room, fds })
     };
     encode().map_err(|error| format!("the present state cannot be saved: {error}"))
 }

@@ -1,14 +1,11 @@
 //! The whole saved state: what the update itself hands over, and the machine.
 
 use std::fs::File;
-use std::io::Write;
-use std::ops::Deref;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::ptr::NonNull;
 
-use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 use theseus_api::access::Peers;
 use theseus_api::types::{BuildInfo, VmConfig};
@@ -19,6 +16,7 @@ use crate::logging::LogConfig;
 use crate::machine::MachineError;
 use crate::machine::state::{self, MachineState};
 use crate::supervisor::Supervisor;
+use crate::vcpus::saved::EncodedVcpu;
 
 const HANDOVER: (&str, u16) = ("handover", 3);
 
@@ -75,76 +73,98 @@ impl Handover {
     }
 }
 
-impl Saved {
-    /// Decodes everything; nothing is claimed or created. A section that is left over is an error.
-    pub fn decode(mut reader: StateReader<'_>) -> Result<Self, MachineError> {
+/// A state whose vCPUs can go ahead of the rest, as they are on the longest way.
+pub struct Opened<'a> {
+    reader: StateReader<'a>,
+    vcpus: Vec<EncodedVcpu>,
+    count: usize,
+}
+
+impl<'a> Opened<'a> {
+    pub fn new(mut reader: StateReader<'a>) -> Result<Self, MachineError> {
+        let vcpus = state::take_vcpus(&mut reader)?;
+        Ok(Self { reader, count: vcpus.len(), vcpus })
+    }
+
+    /// In order of their index; none the second time.
+    pub fn take_vcpus(&mut self) -> Vec<EncodedVcpu> {
+        std::mem::take(&mut self.vcpus)
+    }
+
+    /// Decodes everything else; nothing is claimed or created. A section that is left over is an error.
+    pub fn decode(self) -> Result<Saved, MachineError> {
+        let Self { mut reader, vcpus: _, count } = self;
         let handover: Handover = reader.take("handover", HANDOVER.0, HANDOVER.1)?;
-        let machine = handover.booted.then(|| MachineState::decode(&mut reader)).transpose()?;
+        let machine = handover.booted.then(|| MachineState::decode(&mut reader, count)).transpose()?;
         reader.finish()?;
-        Ok(Self { handover, machine })
+        Ok(Saved { handover, machine })
     }
 }
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
 
-/// A memfd with these bytes, that nobody can change any more. `name`: in /proc.
-pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
-    let memfd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let mut file = File::from(memfd);
-    file.write_all(bytes)?;
-    rustix::fs::fcntl_add_seals(&file, SEALS | SealFlags::SEAL)?;
-    Ok(file.into())
-}
+/// A memfd for a state that is still to come, made before the pause: most of its cost is its pages.
+pub struct Blank(File);
 
-/// The bytes of a sealed memfd, mapped rather than read: neither copies nor page faults in an update's pause.
-pub struct Sealed {
-    bytes: NonNull<u8>,
-    len: usize,
-}
-
-impl Sealed {
-    /// Refuses what is not sealed: its bytes could change, or end, under us.
-    pub fn map(fd: BorrowedFd<'_>) -> std::io::Result<Self> {
-        if !rustix::fs::fcntl_get_seals(fd)?.contains(SEALS) {
-            return Err(std::io::Error::other("its memfd is not sealed"));
+impl Blank {
+    /// `name`: in /proc; `room`: how many bytes it will be, about.
+    pub fn new(name: &str, room: usize) -> std::io::Result<Self> {
+        let memfd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        if room > 0 {
+            rustix::fs::fallocate(&memfd, FallocateFlags::empty(), 0, room as u64)?;
         }
-        let len = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(std::io::Error::other)?;
-        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
-        // SAFETY: a new mapping.
-        let bytes = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, ProtFlags::READ, flags, fd, 0) }?;
-        Ok(Self { bytes: NonNull::new(bytes.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?, len })
+        Ok(Self(memfd.into()))
+    }
+
+    /// With these bytes, that nobody can change any more.
+    pub fn seal(&self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.write_all_at(bytes, 0)?;
+        rustix::fs::ftruncate(&self.0, bytes.len() as u64)?;
+        Ok(rustix::fs::fcntl_add_seals(&self.0, SEALS | SealFlags::SEAL)?)
     }
 }
 
-impl Deref for Sealed {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        // SAFETY: mapped as long as self, and sealed, so that it neither changes nor ends.
-        unsafe { std::slice::from_raw_parts(self.bytes.as_ptr(), self.len) }
+impl AsFd for Blank {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
-impl Drop for Sealed {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map`, not used afterwards.
-        let _ = unsafe { rustix::mm::munmap(self.bytes.as_ptr().cast(), self.len) };
+/// A memfd with these bytes.
+pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let blank = Blank::new(name, bytes.len())?;
+    blank.seal(bytes)?;
+    Ok(blank.0.into())
+}
+
+/// The bytes of a sealed memfd. Read rather than mapped: to unmap it would interrupt every CPU that runs a thread of this
+/// process. Refuses what is not sealed: its bytes could change, or end, under us.
+pub fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
+    if !rustix::fs::fcntl_get_seals(fd)?.contains(SEALS) {
+        return Err(std::io::Error::other("its memfd is not sealed"));
     }
+    let len = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(std::io::Error::other)?;
+    let mut bytes = vec![0; len];
+    // Its offset is where its writer has left it.
+    File::from(fd.try_clone_to_owned()?).read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
 
     #[test]
     fn what_is_sealed_is_read_back() {
         let fd = seal("state", &[7; 5000]).unwrap();
-        assert_eq!(&Sealed::map(fd.as_fd()).unwrap()[..], [7; 5000]);
+        assert_eq!(unseal(fd.as_fd()).unwrap(), [7; 5000]);
         assert!(rustix::io::write(&fd, &[1]).is_err());
         let open = rustix::fs::memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-        assert!(Sealed::map(open.as_fd()).is_err(), "nobody promises that it stays as it is");
-        assert!(Sealed::map(seal("state", &[]).unwrap().as_fd()).is_err(), "an empty one");
+        assert!(unseal(open.as_fd()).is_err(), "nobody promises that it stays as it is");
+        assert!(unseal(seal("state", &[]).unwrap().as_fd()).unwrap().is_empty());
+        let blank = Blank::new("state", 10_000).unwrap();
+        blank.seal(&[1, 2]).unwrap();
+        assert_eq!(unseal(blank.as_fd()).unwrap(), [1, 2]);
+        assert!(blank.seal(&[3]).is_err(), "once only");
     }
 }

@@ -15,6 +15,7 @@ use theseus_resources::{Channel, KeptFd, Slot, Vault};
 
 use super::GUEST_ASKED;
 use super::prepare::Rehearsed;
+use super::saved::Blank;
 use super::words::{ToNew, ToOld};
 use crate::keeper::{Keeper, NotBecome};
 use crate::talk::{hear, say};
@@ -38,6 +39,7 @@ pub struct Standby {
     waiting: RefCell<VecDeque<KeptFd>>,
     given_up: Arc<AtomicBool>,
     ended: Cell<bool>,
+    blank: Blank,
 }
 
 /// Why there is no new VMM.
@@ -63,6 +65,7 @@ impl Standby {
         page: BorrowedFd<'_>,
         timeline: Arc<Timeline>,
         given_up: Arc<AtomicBool>,
+        blank: Blank,
     ) -> Result<Self, NotStarted> {
         let whole = |reason| NotStarted { reason, is_whole: true };
         let (ours, theirs) = Channel::pair().map_err(|error| whole(error.to_string()))?;
@@ -78,14 +81,13 @@ impl Standby {
             waiting: RefCell::default(),
             given_up,
             ended: Cell::new(false),
+            blank,
         })
     }
 
     /// Gives it the state of the running guest, and waits until it is ready for the true one.
     pub fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), String> {
-        self.offer(rehearsed.fds.clone());
-        let text = |error: ChannelError| format!("the new VMM: {error}");
-        say(&self.channel, &ToNew::Rehearsal, &[rehearsed.state.as_fd()]).map_err(text)?;
+        self.send_state(&ToNew::Rehearsal, rehearsed.state.as_fd(), rehearsed.fds.clone())?;
         self.converse(Instant::now() + PREWARM, &ToOld::Ready)
     }
 
@@ -95,17 +97,36 @@ impl Standby {
         vault.offer(&self.known.borrow())
     }
 
-    fn offer(&self, fds: Vec<KeptFd>) {
+    /// With as many of the descriptors that it names as one message holds; the new VMM asks for the others.
+    fn send_state(&self, word: &ToNew, state: BorrowedFd<'_>, fds: Vec<KeptFd>) -> Result<(), String> {
         self.known.borrow_mut().extend(fds.iter().map(KeptFd::slot));
         self.waiting.borrow_mut().extend(fds);
+        self.send(word, Some(state))
+    }
+
+    fn send(&self, word: &ToNew, first: Option<BorrowedFd<'_>>) -> Result<(), String> {
+        let mut waiting = self.waiting.borrow_mut();
+        let count = waiting.len().min(FDS - first.iter().len());
+        let next: Vec<KeptFd> = waiting.drain(..count).collect();
+        let fds: Vec<_> = first.into_iter().chain(next.iter().map(AsFd::as_fd)).collect();
+        say(&self.channel, word, &fds).map_err(|error| format!("the new VMM: {error}"))
+    }
+
+    /// It is to wake up.
+    pub fn soon(&self) -> Result<(), String> {
+        say(&self.channel, &ToNew::Soon, &[]).map_err(|error| format!("the new VMM: {error}"))
+    }
+
+    /// Where the state of the guest that stands still goes.
+    pub fn blank(&self) -> &Blank {
+        &self.blank
     }
 
     /// Gives it the state of the guest that stands still, and waits for what becomes of it, until the update's
     /// deadline.
-    pub fn hand_over(&self, state: BorrowedFd<'_>, fds: Vec<KeptFd>) -> End {
-        self.offer(fds);
-        if let Err(error) = say(&self.channel, &ToNew::State, &[state]) {
-            return End::Failed(format!("the new VMM: {error}"));
+    pub fn hand_over(&self, fds: Vec<KeptFd>) -> End {
+        if let Err(reason) = self.send_state(&ToNew::State, self.blank.as_fd(), fds) {
+            return End::Failed(reason);
         }
         match self.converse(Instant::now() + self.timeline.left(), &ToOld::Committed) {
             Ok(()) => End::Committed,
@@ -118,7 +139,7 @@ impl Standby {
         loop {
             self.await_word(until)?;
             match hear::<ToOld>(&self.channel, Duration::ZERO) {
-                Ok((ToOld::More, _)) => self.send_more()?,
+                Ok((ToOld::More, _)) => self.send(&ToNew::Fds, None)?,
                 Ok((ToOld::Failed(reason), _)) => return Err(reason),
                 Ok((word, _)) if word == *wanted => return Ok(()),
                 Ok((word, _)) => return Err(format!("the new VMM says {word:?} where nobody has asked")),
@@ -126,14 +147,6 @@ impl Standby {
                 Err(error) => return Err(format!("the new VMM: {error}")),
             }
         }
-    }
-
-    fn send_more(&self) -> Result<(), String> {
-        let mut waiting = self.waiting.borrow_mut();
-        let count = waiting.len().min(FDS);
-        let next: Vec<KeptFd> = waiting.drain(..count).collect();
-        let fds: Vec<_> = next.iter().map(AsFd::as_fd).collect();
-        say(&self.channel, &ToNew::Fds, &fds).map_err(|error| format!("the new VMM: {error}"))
     }
 
     fn await_word(&self, until: Instant) -> Result<(), String> {

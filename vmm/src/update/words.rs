@@ -1,15 +1,16 @@
 //! What the two VMMs of an update say to each other.
 //!
 //! ```text
-//!   old --Rehearsal [state]--> new            the guest runs
+//!   old --Rehearsal [state, fds]--> new       the guest runs
 //!       <--More-- ... --Fds [fds]-->          until all are there that the state names
 //!       <--Ready--
-//!       --State [state]-->                    it stands still
-//!       <--More-- ... --Fds [fds]-->          what was opened since
+//!       --Soon-->                             it stands still
+//!       --State [state, fds]-->               those that were opened since
+//!       <--More-- ... --Fds [fds]-->
 //!       <--Committed--                        or Failed, at any time before
 //! ```
 //!
-//! Each `Fds` is asked for: descriptors under way count, for each user, against RLIMIT_NOFILE (net/core/scm.c,
+//! What does not fit into one message is asked for: descriptors under way count, for each user, against RLIMIT_NOFILE (net/core/scm.c,
 //! too_many_unix_fds).
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,8 @@ use serde::{Deserialize, Serialize};
 pub enum ToNew {
     Rehearsal,
     Fds,
+    /// The state is nearly there: this is to wake the new VMM meanwhile.
+    Soon,
     State,
 }
 

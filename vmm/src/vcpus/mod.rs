@@ -1,19 +1,21 @@
 //! The vCPU threads and what the rest of the VMM may ask of them.
 //!
 //! ```text
-//!   start -> Stopped <--pause-- Running        Stopped: save, restore_late, end
+//!   start -> Stopped <--pause-- Running        Stopped: save, restore_early, restore_late, end
 //!               '-----resume------^
 //! ```
 
+mod answers;
 mod checks;
 pub mod placement;
+pub mod saved;
 mod signal;
 mod thread;
 
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,11 +24,15 @@ use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
-use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuShape, VcpuState};
+use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuShape};
+use theseus_resources::state::StateError;
 
 use crate::boot::Entry;
+use crate::spin::Spin;
+use answers::{Answers, Command};
 use checks::Checks;
 use placement::Placement;
+use saved::{EncodedVcpu, SavedVcpu};
 pub use signal::install_kick_handler;
 
 /// How long a vCPU thread may take for one command that it answers while stopped.
@@ -46,6 +52,12 @@ pub enum VcpuError {
     Silent { missing: usize, all: usize, within: Duration },
     #[error("vCPU {index}: {panic}")]
     Panicked { index: u32, panic: String },
+    #[error("vCPU {index}: {source}")]
+    State { index: u32, source: StateError },
+    #[error("section 'vcpu{index}': {reason}")]
+    Foreign { index: u32, reason: String },
+    #[error("the saved state holds {states} vCPUs, the one before it {vcpus}")]
+    Count { states: usize, vcpus: usize },
     #[error("a vCPU thread has ended")]
     Gone,
 }
@@ -74,65 +86,11 @@ pub struct Shared {
     pub requests: Arc<dyn GuestRequests>,
 }
 
-enum Command {
-    RestoreEarly(Box<VcpuState>),
-    RestoreLate,
-    Run,
-    Pause,
-    /// Numbered: the answer to one that was given up may come later.
-    Save(u64),
-    End,
-}
-
-enum Event {
-    /// Created, restored early, or restored late; the error may be the last word of a thread that has panicked.
-    Ready(Result<(), VcpuError>),
-    Paused,
-    Saved(u64, Result<Box<VcpuState>, VcpuError>),
-}
-
-/// Waits for so many vCPUs to stop; the error is how many have not.
-fn await_paused(events: &Receiver<Event>, expected: usize, deadline: Instant) -> Result<(), usize> {
-    let mut done = 0;
-    while done < expected {
-        match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Event::Paused) => done += 1,
-            // The answer to what was given up before.
-            Ok(Event::Ready(_) | Event::Saved(..)) => {}
-            Err(_) => return Err(expected - done),
-        }
-    }
-    Ok(())
-}
-
-/// The states that `all` vCPUs have saved when they were asked for the `turn`th time.
-fn await_saved(events: &Receiver<Event>, turn: u64, all: usize, within: Duration) -> Result<Vec<VcpuState>, VcpuError> {
-    let deadline = Instant::now() + within;
-    let (mut states, mut failed) = (Vec::with_capacity(all), None);
-    let mut answers = 0;
-    while answers < all {
-        match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Event::Saved(of, saved)) if of == turn => {
-                answers += 1;
-                match saved {
-                    Ok(state) => states.push(*state),
-                    Err(error) => failed = Some(error),
-                }
-            }
-            Ok(Event::Ready(Err(error))) => return Err(error),
-            Ok(_) => {}
-            Err(RecvTimeoutError::Timeout) => return Err(VcpuError::Silent { missing: all - answers, all, within }),
-            Err(RecvTimeoutError::Disconnected) => return Err(VcpuError::Gone),
-        }
-    }
-    states.sort_by_key(|state| state.index);
-    failed.map_or(Ok(states), Err)
-}
-
 /// One thread as its owner sees it.
 struct Handle {
     tid: libc::pid_t,
     shape: VcpuShape,
+    tsc_khz: u32,
     /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a
     /// flag that is taken back before a slow thread has looked would leave its command in the queue.
     pauses: Arc<AtomicU32>,
@@ -165,6 +123,7 @@ struct Introduction {
     tid: libc::pid_t,
     exit_flag: ExitFlag,
     shape: VcpuShape,
+    tsc_khz: u32,
 }
 
 /// A thread that waits for the VM in which to create its vCPU.
@@ -180,22 +139,22 @@ struct Newcomer {
 pub struct Starting {
     waiting: Vec<Newcomer>,
     checks: Arc<Checks>,
-    events: Receiver<Event>,
+    answers: Answers,
 }
 
 impl Starting {
     /// All vCPUs come into being, in parallel, and are stopped.
     pub fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
-        let Self { waiting, checks, events } = self;
+        let Self { waiting, checks, answers } = self;
         for newcomer in &waiting {
             // One that has ended already has said why.
             let _ = newcomer.vm.send(vm.clone());
         }
-        let mut vcpus = Vcpus { handles: Vec::new(), checks, events, running: false, late: 0, saves: Cell::new(0) };
+        let mut vcpus = Vcpus { handles: Vec::new(), checks, answers, running: false, late: 0, saves: Cell::new(0) };
         for Newcomer { vm: _, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
-            if let Ok(Introduction { tid, exit_flag, shape }) = introduced.recv() {
-                vcpus.handles.push(Handle { tid, shape, pauses, exit_flag, commands, thread: Some(thread) });
+            if let Ok(Introduction { tid, exit_flag, shape, tsc_khz }) = introduced.recv() {
+                vcpus.handles.push(Handle { tid, shape, tsc_khz, pauses, exit_flag, commands, thread: Some(thread) });
             } else {
                 drop(commands);
                 let _ = thread.join();
@@ -209,7 +168,7 @@ impl Starting {
 pub struct Vcpus {
     handles: Vec<Handle>,
     checks: Arc<Checks>,
-    events: Receiver<Event>,
+    answers: Answers,
     running: bool,
     /// Acknowledgements of abandoned pauses that are still to come.
     late: usize,
@@ -222,7 +181,8 @@ impl Vcpus {
     pub fn start(shared: &Shared, starts: Vec<Start>) -> Result<Starting, VcpuError> {
         let (event_sender, events) = channel();
         let checks = Arc::new(Checks::new(starts.len()));
-        let mut starting = Starting { waiting: Vec::new(), checks: checks.clone(), events };
+        let spin = Spin::of_threads(starts.len());
+        let mut starting = Starting { waiting: Vec::new(), checks: checks.clone(), answers: Answers { events, spin } };
         for (index, start) in (0u32..).zip(starts) {
             let pauses = Arc::new(AtomicU32::new(0));
             let (commands, receiver) = channel();
@@ -235,6 +195,7 @@ impl Vcpus {
                 pauses: pauses.clone(),
                 commands: receiver,
                 events: event_sender.clone(),
+                spin,
             };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
@@ -246,20 +207,23 @@ impl Vcpus {
     }
 
     fn ready(&self) -> Result<(), VcpuError> {
-        match self.events.recv_timeout(ANSWER) {
-            Ok(Event::Ready(result)) => result,
-            Ok(Event::Paused | Event::Saved(..)) | Err(RecvTimeoutError::Disconnected) => Err(VcpuError::Gone),
-            Err(RecvTimeoutError::Timeout) => {
-                Err(VcpuError::Silent { missing: 1, all: self.handles.len(), within: ANSWER })
-            }
-        }
+        self.answers.ready(self.handles.len(), ANSWER)
     }
 
-    /// The first half of a restore, in parallel: `states` in order of their index, one for each vCPU.
-    pub fn restore_early(&self, states: Vec<VcpuState>) -> Result<(), VcpuError> {
-        for (handle, state) in self.handles.iter().zip(states) {
-            handle.send(Command::RestoreEarly(Box::new(state)))?;
+    /// Begins the first half of a restore, in parallel: `states` in order of their index, one for each vCPU. Then
+    /// [`Vcpus::all_ready`].
+    pub fn restore_early(&self, states: Vec<EncodedVcpu>) -> Result<(), VcpuError> {
+        if states.len() != self.handles.len() {
+            return Err(VcpuError::Count { states: states.len(), vcpus: self.handles.len() });
         }
+        for (handle, state) in self.handles.iter().zip(states) {
+            handle.send(Command::RestoreEarly(state))?;
+        }
+        Ok(())
+    }
+
+    /// Waits for all to have done what they were told.
+    pub fn all_ready(&self) -> Result<(), VcpuError> {
         self.handles.iter().try_for_each(|_| self.ready())
     }
 
@@ -268,7 +232,7 @@ impl Vcpus {
         for handle in &self.handles {
             handle.send(Command::RestoreLate)?;
         }
-        self.handles.iter().try_for_each(|_| self.ready())
+        self.all_ready()
     }
 
     /// Tells the guest of a page that it has lost, and does not need just now.
@@ -300,7 +264,7 @@ impl Vcpus {
             return Err(VcpuError::Gone);
         }
         let expected = all + std::mem::take(&mut self.late);
-        if let Err(missing) = await_paused(&self.events, expected, deadline) {
+        if let Err(missing) = self.answers.paused(expected, deadline) {
             self.late = missing;
             // Whoever is late takes the pause, and then this, from its queue.
             self.handles.iter().for_each(|handle| drop(handle.send(Command::Run)));
@@ -310,14 +274,23 @@ impl Vcpus {
         Ok(())
     }
 
-    /// The state of all (paused) vCPUs, read in parallel, in order of their index.
-    pub fn save(&self) -> Result<Vec<VcpuState>, VcpuError> {
+    /// Has all (paused) vCPUs save their states, in parallel with each other and with the caller.
+    pub fn begin_save(&self) -> Result<Saving<'_>, VcpuError> {
         let turn = self.saves.get() + 1;
         self.saves.set(turn);
         for handle in &self.handles {
             handle.send(Command::Save(turn))?;
         }
-        await_saved(&self.events, turn, self.handles.len(), ANSWER)
+        Ok(Saving { vcpus: self, turn })
+    }
+
+    pub fn count(&self) -> u32 {
+        self.handles.len() as u32
+    }
+
+    /// What KVM runs the guest's TSC at; 0 without a vCPU.
+    pub fn tsc_khz(&self) -> u32 {
+        self.handles.first().map_or(0, |handle| handle.tsc_khz)
     }
 
     pub fn is_running(&self) -> bool {
@@ -340,6 +313,19 @@ impl Vcpus {
     }
 }
 
+/// States that are being saved.
+pub struct Saving<'a> {
+    vcpus: &'a Vcpus,
+    turn: u64,
+}
+
+impl Saving<'_> {
+    /// In order of their index.
+    pub fn finish(self) -> Result<Vec<SavedVcpu>, VcpuError> {
+        self.vcpus.answers.saved(self.turn, self.vcpus.handles.len(), ANSWER)
+    }
+}
+
 impl Drop for Vcpus {
     fn drop(&mut self) {
         for handle in &self.handles {
@@ -349,36 +335,5 @@ impl Drop for Vcpus {
             // What it may have panicked of was told when it did.
             let _ = handle.thread.take().map(JoinHandle::join);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SOON: Duration = Duration::from_millis(20);
-
-    #[test]
-    fn answers_to_what_was_given_up_count_for_nothing() {
-        let (sender, events) = channel();
-        let say = |event| sender.send(event).unwrap();
-        let saved = |turn, index| Event::Saved(turn, Err(VcpuError::Panicked { index, panic: String::new() }));
-        say(saved(1, 0));
-        let silent = await_saved(&events, 1, 2, SOON);
-        assert!(matches!(silent, Err(VcpuError::Silent { missing: 1, all: 2, .. })));
-        // The second one answers when nobody listens any more; then both stop and save anew.
-        [saved(1, 1), Event::Paused, Event::Paused].into_iter().for_each(say);
-        assert_eq!(await_paused(&events, 2, Instant::now() + SOON), Ok(()));
-        [saved(1, 1), saved(2, 7), saved(2, 8)].into_iter().for_each(say);
-        assert!(matches!(await_saved(&events, 2, 2, SOON), Err(VcpuError::Panicked { index: 8, .. })));
-        say(Event::Paused);
-        assert_eq!(await_paused(&events, 3, Instant::now() + SOON), Err(2));
-    }
-
-    #[test]
-    fn the_last_word_of_a_thread_is_the_reason() {
-        let (sender, events) = channel();
-        sender.send(Event::Ready(Err(VcpuError::Panicked { index: 3, panic: "panic: x".into() }))).unwrap();
-        assert_eq!(await_saved(&events, 1, 2, SOON).err().unwrap().to_string(), "vCPU 3: panic: x");
     }
 }

@@ -7,15 +7,18 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequest;
-use theseus_hypervisor::vcpu::OwedWrite;
 use theseus_hypervisor::vcpu::mce::Check;
-use theseus_hypervisor::{Exit, ReadyVm, Vcpu};
+use theseus_hypervisor::vcpu::{OwedWrite, reasons};
+use theseus_hypervisor::{Exit, ReadyVm, Vcpu, VcpuState};
 
+use super::answers::{Command, Event};
 use super::checks::Checks;
-use super::{Command, Event, Introduction, Shared, Start, VcpuError, placement, signal};
+use super::saved::{self, EncodedVcpu, SavedVcpu};
+use super::{Introduction, Shared, Start, VcpuError, placement, signal};
 use crate::boot;
 use crate::memory_errors;
 use crate::panics::panic_text;
+use crate::spin::Spin;
 
 /// Writes that this vCPU was taken away from while it waited for its turn at a device. A read waits: KVM cannot
 /// complete its instruction without it.
@@ -49,6 +52,7 @@ pub(super) struct Body {
     pub pauses: Arc<AtomicU32>,
     pub commands: Receiver<Command>,
     pub events: Sender<Event>,
+    pub spin: Spin,
 }
 
 impl Body {
@@ -75,22 +79,28 @@ impl Body {
         };
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         self.checks.introduce(self.index, tid, vcpu.exit_flag());
-        let _ = introduce.send(Introduction { tid, exit_flag: vcpu.exit_flag(), shape: vcpu.shape() });
+        let (exit_flag, shape, tsc_khz) = (vcpu.exit_flag(), vcpu.shape(), vcpu.tsc_khz());
+        let _ = introduce.send(Introduction { tid, exit_flag, shape, tsc_khz });
         self.tell(Event::Ready(Ok(())));
         let mut owed = Owed(Vec::new());
         // Of which the late part is still to come.
         let mut restored = None;
-        while let Ok(command) = self.commands.recv() {
+        // Whether the next command is about to come. Not so after a save: its CPU is wanted for the new VMM.
+        let mut is_expected = false;
+        while let Ok(command) = if is_expected { self.spin.receive(&self.commands) } else { self.commands.recv() } {
+            is_expected = !matches!(command, Command::Save(_) | Command::Run);
             match command {
-                Command::RestoreEarly(mut state) => {
+                Command::RestoreEarly(encoded) => {
                     crate::test_hooks::vcpu_panic();
-                    owed.0 = std::mem::take(&mut state.owed);
-                    let result = vcpu.restore_early(&state).map_err(|source| self.error(source));
-                    restored = Some(state);
+                    let result = saved::decode(&encoded, self.index).and_then(|mut state| {
+                        owed.0 = std::mem::take(&mut state.owed);
+                        let state = restored.insert(state);
+                        vcpu.restore_early(state).map_err(|source| self.error(source))
+                    });
                     self.tell(Event::Ready(result));
                 }
                 Command::RestoreLate => {
-                    let result = restored.take().map_or(Ok(()), |state| vcpu.restore_late(&state));
+                    let result = restored.take().map_or(Ok(()), |state| self.restore_late(&mut vcpu, &vm, &state));
                     self.tell(Event::Ready(result.map_err(|source| self.error(source))));
                 }
                 Command::Run => self.run(&mut vcpu, &mut owed),
@@ -100,15 +110,25 @@ impl Body {
                 }
                 Command::Save(turn) => {
                     self.take_checks(&mut vcpu);
-                    let saved = vcpu.save().map_err(|source| self.error(source)).map(|mut state| {
-                        state.owed.clone_from(&owed.0);
-                        state
-                    });
-                    self.tell(Event::Saved(turn, saved));
+                    self.tell(Event::Saved(turn, self.index, self.save(&vcpu, &vm, &owed)));
                 }
                 Command::End => return,
             }
         }
+    }
+
+    fn save(&self, vcpu: &Vcpu, vm: &ReadyVm, owed: &Owed) -> Result<SavedVcpu, VcpuError> {
+        let mut state = vcpu.save().map_err(|source| self.error(source))?;
+        state.owed.clone_from(&owed.0);
+        let refused = reasons(&state, &vm.memory());
+        let state = EncodedVcpu::new(saved::section(self.index as usize), &state);
+        Ok(SavedVcpu { state: state.map_err(|source| VcpuError::State { index: self.index, source })?, refused })
+    }
+
+    fn restore_late(&self, vcpu: &mut Vcpu, vm: &ReadyVm, state: &VcpuState) -> Result<(), theseus_hypervisor::Error> {
+        vcpu.restore_late(state)?;
+        // A kick too many is legal, one too few a guest that waits for a spin lock for ever.
+        if state.may_have_been_kicked() { vm.kick_halted(self.index) } else { Ok(()) }
     }
 
     fn error(&self, source: theseus_hypervisor::Error) -> VcpuError {

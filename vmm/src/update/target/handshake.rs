@@ -18,7 +18,7 @@ use theseus_resources::state::{Section, StateError, readable};
 use super::Target;
 use crate::build_info;
 use crate::main_thread::MainThread;
-use crate::update::saved::{self, Saved};
+use crate::update::saved::{self, Opened};
 
 /// How long the target may take for its verdict.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -169,7 +169,7 @@ pub fn answer() -> std::io::Result<()> {
         Ok(reader) => {
             let foreign = foreign(&reader, &saved::versions());
             // What a decoder says of a section is of use only where all of them are known.
-            let decoded = if foreign.is_empty() { Saved::decode(reader).err() } else { None };
+            let decoded = if foreign.is_empty() { Opened::new(reader).and_then(Opened::decode).err() } else { None };
             foreign.into_iter().chain(decoded.map(|error| error.to_string())).collect()
         }
     };
