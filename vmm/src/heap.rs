@@ -22,10 +22,10 @@ pub fn keep() {
     }
 }
 
-/// What a vCPU takes of the heap in a save, in bytes: its state, its section, and its part of the whole.
+/// What a vCPU takes of the heap in a save or a restore, in bytes: its state, its section, and its part of the whole.
 const VCPU: usize = 64 << 10;
 
-/// Makes room for the save of so many vCPUs, which a dry run leaves out.
+/// Makes room for the save or the restore of so many vCPUs, which a dry run leaves out.
 pub fn warm(vcpus: usize) {
     let bytes = vcpus.saturating_mul(VCPU).min(KEPT as usize / 2);
     // Written, as zeroes may be pages that nobody has touched; and freed, which leaves them to the heap.

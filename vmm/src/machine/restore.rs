@@ -82,6 +82,7 @@ impl Prewarmed {
         let vcpus = threads.create(&vm)?;
         // Likely ones: most guests leave their vectors where they are.
         vm.commit_routes()?;
+        crate::heap::warm(vcpus.count() as usize);
         let unfilled = fill_page_tables(&ram, !passthrough.ids().is_empty());
         Ok(Self { unfilled, vcpus, passthrough, pci, vm, ram, buses, watched })
     }
