@@ -42,7 +42,8 @@ impl SmallMemory {
 
     fn new() -> Result<Self> {
         let root = PathBuf::from("/sys/fs/cgroup");
-        fs::write(root.join("cgroup.subtree_control"), "+memory").context("no memory controller in /sys/fs/cgroup")?;
+        fs::write(root.join("cgroup.subtree_control"), "+memory +pids")
+            .context("no such controllers in /sys/fs/cgroup")?;
         let this = Self(root.join("small-memory"));
         fs::create_dir(&this.0).with_context(|| format!("{}", this.0.display()))?;
         this.set(Self::MIB << 20)?;
@@ -58,6 +59,13 @@ impl SmallMemory {
     fn shrink_to_fit(&self) -> Result<()> {
         let used: u64 = fs::read_to_string(self.0.join("memory.current"))?.trim().parse()?;
         self.set(used + (16 << 20))
+    }
+
+    /// So many threads more, or as many as it wants.
+    fn threads(&self, more: Option<u64>) -> Result<()> {
+        let now: u64 = fs::read_to_string(self.0.join("pids.current"))?.trim().parse()?;
+        let max = more.map_or("max".into(), |more| (now + more).to_string());
+        fs::write(self.0.join("pids.max"), max).context("pids.max")
     }
 
     fn leave() -> Result<()> {
@@ -76,7 +84,7 @@ impl Drop for SmallMemory {
     fn drop(&mut self) {
         let _ = Self::leave();
         let _ = fs::remove_dir(&self.0);
-        let _ = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "-memory");
+        let _ = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "-memory -pids");
     }
 }
 
@@ -88,7 +96,7 @@ pub fn taken_back(vm: &mut Vm) -> Result<Report> {
     Ok(report)
 }
 
-/// An update that its cgroup has no memory for is refused. If memory runs out all the same, the kernel's OOM killer
+/// An update that its cgroup has no memory, or no threads, for is refused. If memory runs out all the same, the kernel's OOM killer
 /// takes the new VMM, and not the old one, though that has all of guest RAM mapped.
 pub fn out_of_memory() -> Result<()> {
     // Before the VM, so that it is empty when it is removed.
@@ -100,6 +108,10 @@ pub fn out_of_memory() -> Result<()> {
     let refused = rig.vm.ask_update(&rig.vm.other_build()?)?;
     ensure!(refused.status == 409 && refused.causes()?.join(" ").contains("small-memory"), "{refused:?}");
     cgroup.set(SmallMemory::MIB << 20)?;
+    cgroup.threads(Some(8))?;
+    let refused = rig.vm.ask_update(&rig.vm.other_build()?)?;
+    ensure!(refused.status == 409 && refused.causes()?.join(" ").contains("(pids.max "), "{refused:?}");
+    cgroup.threads(None)?;
 
     for (round, phase) in ["claim", "remap"].into_iter().enumerate() {
         let traffic = rig.traffic()?;

@@ -13,6 +13,8 @@ use crate::vcpus::placement::Placement;
 const MORE_FDS: u64 = 96;
 /// For the new image itself beside the guest's page tables.
 const IMAGE: u64 = 32 << 20;
+/// Threads of the new VMM beside its vCPUs', KVM's worker among them, and what is started for the update itself.
+const THREADS: u64 = 16;
 /// The saved state of 64 vCPUs and a serial port with all the output that it may keep is a third of it.
 const STATE: u64 = 16 << 20;
 
@@ -33,6 +35,7 @@ struct Limits {
     max_fds: Option<u64>,
     max_file: Option<u64>,
     room: Room,
+    threads: Option<Room>,
 }
 
 /// Every reason against an update; empty if there is none.
@@ -53,7 +56,7 @@ pub fn remedy(error: &io::Error) -> &'static str {
 }
 
 fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
-    let Limits { open_fds, max_fds, max_file, room } = limits;
+    let Limits { open_fds, max_fds, max_file, room, threads } = limits;
     let mut reasons = Vec::new();
     if let Some(limit) = max_fds.filter(|limit| *limit < open_fds.saturating_add(MORE_FDS)) {
         reasons.push(format!(
@@ -78,6 +81,13 @@ fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
             wanted >> 20
         ));
     }
+    let wanted = THREADS.saturating_add(needs.placements.len() as u64);
+    if let Some(threads) = threads.filter(|threads| threads.free < wanted) {
+        reasons.push(format!(
+            "{} has room for {} more threads, the new VMM has up to {wanted} while the old one is still there: raise pids.max",
+            threads.of, threads.free
+        ));
+    }
     reasons
 }
 
@@ -88,6 +98,7 @@ impl Limits {
             max_fds: getrlimit(Resource::Nofile).current,
             max_file: getrlimit(Resource::Fsize).current,
             room: Room::of_this_process()?,
+            threads: Room::in_threads(),
         })
     }
 }
@@ -97,7 +108,13 @@ mod tests {
     use super::*;
 
     fn good() -> Limits {
-        Limits { open_fds: 40, max_fds: Some(1024), max_file: Some(STATE), room: room(1 << 30) }
+        Limits {
+            open_fds: 40,
+            max_fds: Some(1024),
+            max_file: Some(STATE),
+            room: room(1 << 30),
+            threads: Some(room(18)),
+        }
     }
 
     fn room(free: u64) -> Room {
@@ -106,14 +123,26 @@ mod tests {
 
     #[test]
     fn all_reasons_at_once() {
-        let needs = &Needs { placements: Vec::new(), ram: 1 << 30, small_pages: true };
+        let needs = &Needs { placements: vec![Placement::default(); 2], ram: 1 << 30, small_pages: true };
         assert!(judge(needs, good()).is_empty());
-        let bad = Limits { max_fds: Some(64), max_file: Some(1 << 20), room: room(1 << 20), ..good() };
+        let bad = Limits {
+            max_fds: Some(64),
+            max_file: Some(1 << 20),
+            room: room(1 << 20),
+            threads: Some(room(17)),
+            ..good()
+        };
         let text = judge(needs, bad).join("\n");
-        for part in ["RLIMIT_NOFILE is 64", "RLIMIT_FSIZE is 1024 KiB", "the host has 1 MiB of free memory", "36 MiB"] {
+        for part in [
+            "RLIMIT_NOFILE is 64",
+            "RLIMIT_FSIZE is 1024 KiB",
+            "the host has 1 MiB of free memory",
+            "36 MiB",
+            "17 more threads",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(judge(needs, Limits { max_fds: None, ..good() }).is_empty());
+        assert!(judge(needs, Limits { max_fds: None, threads: None, ..good() }).is_empty());
     }
 
     #[test]

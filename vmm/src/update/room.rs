@@ -1,4 +1,5 @@
-//! Free memory that an update can count on: what the host has, and what the cgroups (v2) of this process leave it.
+//! What an update can count on: free memory of the host, and what the cgroups (v2) of this process leave it of memory
+//! and threads.
 
 use std::fs;
 use std::io;
@@ -9,7 +10,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// The least there is, and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// Bytes.
+    /// Bytes, or threads.
     pub free: u64,
     /// "the host", or the cgroup and its limit.
     pub of: String,
@@ -20,6 +21,11 @@ impl Room {
     /// use (mm/hugetlb_cgroup.c).
     pub fn in_huge_pages() -> Option<Self> {
         in_huge_pages(Path::new(CGROUPS), &own_cgroup())
+    }
+
+    /// The least that a cgroup leaves of threads, in all its processes.
+    pub fn in_threads() -> Option<Self> {
+        in_threads(Path::new(CGROUPS), &own_cgroup())
     }
 
     pub fn of_this_process() -> io::Result<Self> {
@@ -53,11 +59,23 @@ fn own_cgroup() -> String {
 }
 
 fn in_huge_pages(root: &Path, own: &str) -> Option<Room> {
+    least(root, own, "hugetlb.2MB", |bytes| format!("{} MiB", bytes >> 20))
+}
+
+fn in_threads(root: &Path, own: &str) -> Option<Room> {
+    least(root, own, "pids", |threads| threads.to_string())
+}
+
+/// Of what all cgroups from `own` up leave of a resource. `show`: their limits.
+fn least(root: &Path, own: &str, resource: &str, show: impl Fn(u64) -> String) -> Option<Room> {
     let left = each_cgroup(own).filter_map(|path| {
-        let number = |file: &str| fs::read_to_string(root.join(path).join(file)).ok()?.trim().parse::<u64>().ok();
-        let limit = number("hugetlb.2MB.max")?;
-        let free = limit.saturating_sub(number("hugetlb.2MB.current")?);
-        Some(Room { free, of: format!("the cgroup /{} (hugetlb.2MB.max {} MiB)", path.display(), limit >> 20) })
+        let number = |file: &str| {
+            let text = fs::read_to_string(root.join(path).join(format!("{resource}.{file}")));
+            text.ok()?.trim().parse::<u64>().ok()
+        };
+        let limit = number("max")?;
+        let free = limit.saturating_sub(number("current")?);
+        Some(Room { free, of: format!("the cgroup /{} ({resource}.max {})", path.display(), show(limit)) })
     });
     left.min_by_key(|room| room.free)
 }
@@ -104,6 +122,13 @@ mod tests {
         put("pods", "hugetlb.2MB.max", "1073741824\n");
         put("pods", "hugetlb.2MB.current", "1071644672\n");
         assert_eq!(in_huge_pages(root.path(), "/pods/guest").unwrap().free, 2 << 20);
+        assert_eq!(in_threads(root.path(), "/pods/guest"), None);
+        put("pods/guest", "pids.max", "40\n");
+        put("pods/guest", "pids.current", "33\n");
+        put("pods", "pids.max", "9000\n");
+        put("pods", "pids.current", "34\n");
+        let threads = in_threads(root.path(), "/pods/guest").unwrap();
+        assert_eq!((threads.free, threads.of.as_str()), (7, "the cgroup /pods/guest (pids.max 40)"));
     }
 
     #[test]
