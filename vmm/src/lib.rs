@@ -14,6 +14,7 @@ mod main_thread;
 mod memory_errors;
 mod notify;
 mod panics;
+mod room;
 mod signals;
 mod spin;
 mod supervisor;

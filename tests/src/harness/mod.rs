@@ -9,6 +9,7 @@ pub mod hooks;
 pub mod http;
 pub mod lab;
 pub mod logs;
+pub mod placement;
 pub mod proc;
 pub mod process;
 pub mod ram;

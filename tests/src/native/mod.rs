@@ -20,9 +20,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cases::frozen::Placement;
 use crate::harness::{
-    logs, proc,
+    logs,
+    placement::Placement,
+    proc,
     table::{Table, ms, percentile},
     vm::Vm,
     wait_for,

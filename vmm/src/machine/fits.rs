@@ -8,7 +8,7 @@ use std::{fs, io};
 use rustix::process::{Resource, getrlimit};
 use theseus_api::types::VmConfig;
 
-use crate::update::room::{Room, field};
+use crate::room::{Room, field};
 
 /// For the VMM itself beside the guest's RAM: binary, stacks, heap, BARs of devices not counted.
 const OWN: u64 = 64 << 20;

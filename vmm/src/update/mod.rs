@@ -17,7 +17,6 @@ mod pause;
 mod preflight;
 mod prepare;
 mod rights;
-pub mod room;
 pub mod saved;
 mod standby;
 pub mod target;

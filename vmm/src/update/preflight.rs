@@ -4,7 +4,7 @@ use std::io;
 
 use rustix::process::{Resource, getrlimit};
 
-use super::room::Room;
+use crate::room::Room;
 use crate::vcpus::placement::Placement;
 
 /// An update holds at most so many more fds than the process has between updates: the saved state and its copies for

@@ -1,6 +1,5 @@
 //! The build to update to: the file, opened once and from then on known by its fd, and what it says to our state.
 
-pub mod elf;
 mod guard;
 mod handshake;
 mod named;
@@ -14,10 +13,11 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use theseus_api::types::{BuildInfo, UpdateRequest};
 
+use crate::build_info::elf;
 use crate::supervisor::Supervisor;
 
 use guard::Facts;
-pub use handshake::{Ended, Rehearsal, answer, ask, run_child};
+pub use handshake::{Rehearsal, answer, ask};
 pub use named::started_from;
 
 pub struct Target {

@@ -2,11 +2,13 @@
 //!
 //! It has no seccomp filter and sees no guest data: a child inherits what this thread is.
 
+mod child;
+
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use crate::update::target::{Ended, run_child};
+pub use child::{Ended, run_child};
 
 enum Order {
     Spawn(Box<Command>, Duration, Sender<std::io::Result<Option<Ended>>>),

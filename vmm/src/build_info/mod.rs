@@ -1,13 +1,14 @@
 //! Which build this is, for people, for reports, and for the build that looks at this file before it hands a guest to
 //! it.
 
+pub mod elf;
+
 use std::path::Path;
 use std::sync::OnceLock;
 
 use theseus_api::types::BuildInfo;
 
 use crate::boot::cpuid::{Hidden, Register};
-use crate::update::target::elf;
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
