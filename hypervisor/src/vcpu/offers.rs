@@ -3,9 +3,7 @@
 //! A guest of an earlier build could use all of them. It is kept to what it was offered if it has not; one that has
 //! keeps what it uses.
 
-use kvm_bindings::kvm_msr_entry;
-
-use super::state::VcpuState;
+use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 
 const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
 const MSR_KVM_POLL_CONTROL: u32 = 0x4b56_4d05;
@@ -25,8 +23,8 @@ const NEEDS: [(u32, u32); 11] = [
     (0x4b56_4d08, 17),          // MIGRATION_CONTROL
 ];
 
-fn is_offered(state: &VcpuState, index: u32) -> bool {
-    let features = state.cpuid.iter().find(|leaf| leaf.function == LEAF_KVM_FEATURES).map_or(0, |leaf| leaf.eax);
+fn is_offered(cpuid: &[kvm_cpuid_entry2], index: u32) -> bool {
+    let features = cpuid.iter().find(|leaf| leaf.function == LEAF_KVM_FEATURES).map_or(0, |leaf| leaf.eax);
     NEEDS.iter().all(|(msr, feature)| *msr != index || features & 1 << feature != 0)
 }
 
@@ -36,39 +34,40 @@ fn is_untouched(msr: &kvm_msr_entry) -> bool {
 }
 
 /// Whether the guest has kept to what it was offered, and so can be made to.
-pub fn kept(state: &VcpuState) -> bool {
-    state.msrs.iter().all(|msr| is_offered(state, msr.index) || is_untouched(msr))
+pub fn kept(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> bool {
+    msrs.iter().all(|msr| is_offered(cpuid, msr.index) || is_untouched(msr))
 }
 
 /// The MSRs that there are for it.
-pub fn existing(state: &VcpuState) -> Vec<kvm_msr_entry> {
-    let all = !kept(state);
-    state.msrs.iter().filter(|msr| all || is_offered(state, msr.index)).copied().collect()
+pub fn existing(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> Vec<kvm_msr_entry> {
+    let all = !kept(cpuid, msrs);
+    msrs.iter().filter(|msr| all || is_offered(cpuid, msr.index)).copied().collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use kvm_bindings::kvm_cpuid_entry2;
-
     use super::*;
 
-    fn state(features: u32, msrs: &[(u32, u64)]) -> VcpuState {
-        let leaf = kvm_cpuid_entry2 { function: LEAF_KVM_FEATURES, eax: features, ..Default::default() };
-        let msrs = msrs.iter().map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() });
-        VcpuState { cpuid: vec![leaf], msrs: msrs.collect(), ..VcpuState::empty() }
+    fn leaves(features: u32) -> [kvm_cpuid_entry2; 1] {
+        [kvm_cpuid_entry2 { function: LEAF_KVM_FEATURES, eax: features, ..Default::default() }]
     }
 
-    fn indices(state: &VcpuState) -> Vec<u32> {
-        existing(state).iter().map(|msr| msr.index).collect()
+    fn msrs(values: &[(u32, u64)]) -> Vec<kvm_msr_entry> {
+        values.iter().map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() }).collect()
+    }
+
+    fn indices(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> Vec<u32> {
+        existing(cpuid, msrs).iter().map(|msr| msr.index).collect()
     }
 
     #[test]
     fn what_was_not_offered_goes_if_it_was_not_used() {
-        let old = state(1 << 6, &[(0x10, 5), (0x4b56_4d02, 0), (0x4b56_4d04, 3), (MSR_KVM_POLL_CONTROL, 1)]);
-        assert!(kept(&old));
-        assert_eq!(indices(&old), [0x10, 0x4b56_4d04]);
-        let used = state(1 << 6, &[(0x4b56_4d02, 0x1009), (0x4b56_4d06, 0), (0x4b56_4d04, 3)]);
-        assert!(!kept(&used));
-        assert_eq!(indices(&used), [0x4b56_4d02, 0x4b56_4d06, 0x4b56_4d04], "it goes on as it was");
+        let cpuid = leaves(1 << 6);
+        let old = msrs(&[(0x10, 5), (0x4b56_4d02, 0), (0x4b56_4d04, 3), (MSR_KVM_POLL_CONTROL, 1)]);
+        assert!(kept(&cpuid, &old));
+        assert_eq!(indices(&cpuid, &old), [0x10, 0x4b56_4d04]);
+        let used = msrs(&[(0x4b56_4d02, 0x1009), (0x4b56_4d06, 0), (0x4b56_4d04, 3)]);
+        assert!(!kept(&cpuid, &used));
+        assert_eq!(indices(&cpuid, &used), [0x4b56_4d02, 0x4b56_4d06, 0x4b56_4d04], "it goes on as it was");
     }
 }

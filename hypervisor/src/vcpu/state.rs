@@ -196,7 +196,7 @@ impl Vcpu {
     /// The part before the VM's clock can be set, with the TSC offset in it. Then [`crate::Vm::restore_clock`], then
     /// [`Vcpu::restore_late`].
     pub fn restore_early(&mut self, state: &VcpuState) -> Result<()> {
-        if offers::kept(state) {
+        if offers::kept(&state.cpuid, &state.msrs) {
             self.keep_to_offers()?;
         }
         let fd = &self.fd;
@@ -216,7 +216,7 @@ impl Vcpu {
     /// The rest.
     pub fn restore_late(&mut self, state: &VcpuState) -> Result<()> {
         let fd = &self.fd;
-        let mut values = offers::existing(state);
+        let mut values = offers::existing(&state.cpuid, &state.msrs);
         let list = values.iter().map(|entry| entry.index).collect();
         // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake up.
         values.extend(state.tsc_deadline.map(|saved| kvm_msr_entry {

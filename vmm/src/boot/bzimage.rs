@@ -4,7 +4,7 @@ use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
 
-use super::kernel::{KernelFile, LoadedKernel, Protocol};
+use super::kernel_file::{KernelFile, LoadedKernel, Protocol};
 use super::{BootError, lowmem};
 
 const HEADER_START: usize = 0x1F1;

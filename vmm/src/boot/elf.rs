@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::kernel::{KernelFile, LoadedKernel, Protocol};
+use super::kernel_file::{KernelFile, LoadedKernel, Protocol};
 use super::{BootError, lowmem};
 
 const ELFCLASS64: u8 = 2;

@@ -18,6 +18,7 @@ mod error;
 mod file;
 mod initramfs;
 mod kernel;
+mod kernel_file;
 mod lowmem;
 pub mod memory_map;
 mod pvh;
@@ -34,6 +35,7 @@ use theseus_resources::layout;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub use error::BootError;
+use kernel_file::Protocol;
 pub use regs::{boot_msrs, boot_regs};
 
 /// APIC ids above 254 need x2APIC entries in the MADT, and the processor names in the DSDT have two digits.
@@ -85,11 +87,11 @@ pub fn load(
     let map = memory_map::memory_map(machine.ram_size);
 
     match loaded.protocol {
-        kernel::Protocol::Linux64 { rip, setup_header } => {
+        Protocol::Linux64 { rip, setup_header } => {
             zero_page::write(mem, &setup_header, initramfs, rsdp, &map)?;
             Ok(Entry::Linux64 { rip, boot_params: lowmem::ZERO_PAGE })
         }
-        kernel::Protocol::Pvh { rip } => {
+        Protocol::Pvh { rip } => {
             pvh::write_start_info(mem, initramfs, rsdp, &map)?;
             Ok(Entry::Pvh { rip, start_info: lowmem::START_INFO })
         }

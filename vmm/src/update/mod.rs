@@ -16,6 +16,7 @@ mod dispensable;
 mod pause;
 mod preflight;
 mod prepare;
+mod rehearsed;
 mod rights;
 pub mod saved;
 mod standby;

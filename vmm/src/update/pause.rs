@@ -7,7 +7,6 @@ use std::time::Duration;
 use theseus_api::server::{ConnId, Frozen};
 use theseus_resources::{KeptFd, Purpose, Slot, StateReader, StateWriter, Vault};
 
-use super::prepare::handover;
 use super::saved::{self, ApiSlots};
 use super::standby::{End, Standby};
 use super::{GUEST_ASKED, Subject};
@@ -71,7 +70,7 @@ impl<'a> Paused<'a> {
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.vault, &mut kept_connections)).transpose();
         let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
-        let mut handover = handover(subject, Some(target), Vec::new(), api);
+        let mut handover = saved::Handover::new(subject, Some(target), Vec::new(), api);
         timeline.start_deadline(deadline);
         timeline.pass(Phase::Freeze)?;
 

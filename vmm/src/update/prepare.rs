@@ -3,7 +3,6 @@
 //! owns it.
 
 use std::any::Any;
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,12 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateRequest};
-use theseus_resources::vault::Record;
-use theseus_resources::{KeptFd, Pages, StateWriter};
+use theseus_resources::Pages;
 
 use super::preflight::{self, Needs};
+use super::rehearsed::{Rehearsed, rehearse};
 use super::rights::{Image, Wants};
-use super::saved::{self, Blank, Handover};
+use super::saved::Blank;
 use super::standby::{NotStarted, Standby};
 use super::target::{self, Rehearsal, Target};
 use super::{NotUpdated, Subject, back_to};
@@ -25,9 +24,6 @@ use crate::build_info;
 use crate::events::EventStream;
 use crate::keeper::watch::MayBeAlone;
 use crate::keeper::{self, Keeper, settings};
-use crate::logging::LogConfig;
-use crate::machine::MachineError;
-use crate::machine::state::Depth;
 use crate::main_thread::MainThread;
 use crate::panics::panic_text;
 use crate::supervisor::Supervisor;
@@ -50,19 +46,6 @@ pub struct Order {
     /// The guest wants its end instead.
     given_up: Arc<AtomicBool>,
 }
-
-/// What the target is rehearsed with, and the new VMM makes itself ready with.
-pub struct Rehearsed {
-    pub state: OwnedFd,
-    bytes: Vec<u8>,
-    /// For the true state, in bytes, about.
-    room: usize,
-    /// The kept fds that the state names, in the same order.
-    pub fds: Vec<KeptFd>,
-}
-
-/// A vCPU's part of a state, in bytes, about.
-const VCPU: usize = 16 << 10;
 
 /// What there is to go back to.
 pub struct WayBack {
@@ -192,45 +175,4 @@ fn stand_by(
 
 fn cannot_prepare(error: std::io::Error) -> NotUpdated {
     NotUpdated::refused(None, vec![format!("cannot prepare: {error}: {}", preflight::remedy(&error))])
-}
-
-/// The state as it is now, with the guest running: all of it but the vCPUs.
-fn rehearse(subject: &Subject<'_>, needs: &Needs) -> Result<Rehearsed, String> {
-    let mut writer = StateWriter::new(&build_info::this().build_id);
-    let mut encode = || -> Result<Rehearsed, MachineError> {
-        if let Some(machine) = &subject.machine {
-            machine.save(&mut writer, Depth::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;
-        }
-        // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
-        let (records, fds) = subject.host.vault.offer(&BTreeSet::new());
-        handover(subject, None, records, None).encode(&mut writer)?;
-        let bytes = writer.finish()?;
-        let kept = |error| MachineError::Config(format!("cannot keep it: {error}"));
-        let room = bytes.len() + needs.placements.len() * VCPU;
-        Ok(Rehearsed { state: saved::seal("rehearsal", &bytes).map_err(kept)?, bytes, room, fds })
-    };
-    encode().map_err(|error| format!("the present state cannot be saved: {error}"))
-}
-
-/// The section that says what else the new VMM gets.
-pub fn handover(
-    subject: &Subject<'_>,
-    target: Option<PathBuf>,
-    vault: Vec<Record>,
-    api: Option<super::saved::ApiSlots>,
-) -> Handover {
-    Handover {
-        vault,
-        from: build_info::this().clone(),
-        target,
-        supervisor: subject.supervisor.clone(),
-        events: subject.events.slot(),
-        log: LogConfig::in_use(),
-        kvm: subject.host.hypervisor.kept().slot(),
-        api,
-        peers: subject.peers.clone(),
-        config: subject.config.cloned(),
-        booted: subject.machine.is_some(),
-        was_shut_down: subject.was_shut_down,
-    }
 }

@@ -12,6 +12,8 @@ use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::vault::Record;
 use theseus_resources::{Slot, StateReader, StateWriter};
 
+use super::Subject;
+use crate::build_info;
 use crate::logging::LogConfig;
 use crate::machine::MachineError;
 use crate::machine::state::{self, MachineState};
@@ -68,6 +70,23 @@ pub struct Saved {
 }
 
 impl Handover {
+    pub fn new(subject: &Subject<'_>, target: Option<PathBuf>, vault: Vec<Record>, api: Option<ApiSlots>) -> Self {
+        Self {
+            vault,
+            from: build_info::this().clone(),
+            target,
+            supervisor: subject.supervisor.clone(),
+            events: subject.events.slot(),
+            log: LogConfig::in_use(),
+            kvm: subject.host.hypervisor.kept().slot(),
+            api,
+            peers: subject.peers.clone(),
+            config: subject.config.cloned(),
+            booted: subject.machine.is_some(),
+            was_shut_down: subject.was_shut_down,
+        }
+    }
+
     pub fn encode(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
         Ok(writer.add("handover", HANDOVER.0, HANDOVER.1, self)?)
     }

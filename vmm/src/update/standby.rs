@@ -14,7 +14,7 @@ use theseus_resources::vault::Record;
 use theseus_resources::{Channel, KeptFd, Slot, Vault};
 
 use super::GUEST_ASKED;
-use super::prepare::Rehearsed;
+use super::rehearsed::Rehearsed;
 use super::saved::Blank;
 use super::words::{ToNew, ToOld};
 use crate::keeper::{Keeper, NotBecome};
