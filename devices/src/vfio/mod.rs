@@ -10,6 +10,7 @@
 //! | [`pci`] | [`VfioPci`]: the device on the guest's bus |
 //! | [`config`], [`bars`] | its configuration space and its BARs |
 //! | [`signals`] | its MSI-X and VFIO's in line |
+//! | [`wiring`] | what a device is wired to in this process |
 //!
 //! The fds are the device: a group can be opened only once, so they go over to the new VMM in the Vault, and it builds
 //! its objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
@@ -29,10 +30,12 @@ mod pci_regs;
 mod placement;
 pub mod registry;
 mod signals;
+mod wiring;
 
 pub use bars::{BarAddress, BarKind, unmap_bars};
 pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
 pub use group::Group;
 pub use invalidate::{InvalidateError, Invalidated, invalidate_all};
-pub use pci::{VfioPci, VfioPciParts, VfioPciState, Wiring};
+pub use pci::{VfioPci, VfioPciParts, VfioPciState};
 pub use registry::{AttachError, DeviceConfig, Passthrough, PassthroughState};
+pub use wiring::{PassthroughError, Wiring};

@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use theseus_resources::Vault;
 use theseus_resources::alloc::Windows;
 use theseus_resources::vault::Claims;
 
@@ -26,11 +25,9 @@ use super::device::{DeviceError, DeviceState, VfioDevice};
 use super::group::Group;
 use super::pci_regs::*;
 use super::placement::{Decoded, discover_bars, place, reserve, vacate};
-use super::registry::Passthrough;
 use super::signals;
-use crate::bus::Bus;
+use super::wiring::{PassthroughError, Wiring};
 use crate::carried::{Carried, CarryError};
-use crate::interrupt::{Memslots, Msi};
 use crate::pci::PciDevice;
 use crate::pci::complaints::Complaints;
 use crate::pci::msix::{Msix, MsixError, MsixState};
@@ -38,27 +35,6 @@ use crate::turn::{Turn, TurnGuard};
 
 /// How long a save waits for a vCPU that is in an access to the device. Else a guest could block whoever saves.
 pub const SOON: Duration = Duration::from_secs(5);
-
-/// What a device is wired to in this image.
-#[derive(Clone)]
-pub struct Wiring {
-    pub vault: Vault,
-    pub msi: Arc<dyn Msi>,
-    pub memslots: Arc<dyn Memslots>,
-    pub mmio: Arc<Bus>,
-    pub pio: Arc<Bus>,
-}
-
-/// Why a device cannot be passed through; the caller adds the device's name.
-#[derive(Debug, thiserror::Error)]
-pub enum PassthroughError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    #[error("BAR {index} of {size:#x} bytes: no room in the guest's PCI windows")]
-    NoRoom { index: u8, size: u64 },
-}
 
 /// See the module.
 pub struct VfioPci {
@@ -109,7 +85,8 @@ struct BarState {
 /// What [`VfioPci`] needs of the new image.
 pub struct VfioPciParts<'a> {
     pub claims: &'a mut Claims,
-    pub passthrough: &'a Passthrough,
+    /// The groups of the VM, by number.
+    pub groups: &'a dyn Fn(u32) -> Option<Arc<Group>>,
     pub windows: &'a mut Windows,
     pub wiring: Wiring,
 }
@@ -205,7 +182,7 @@ impl VfioPci {
         self.msix.clone()
     }
 
-    /// Where this process has a part of a BAR mapped, for [`Passthrough::remap`].
+    /// Where this process has a part of a BAR mapped, for [`super::Passthrough::remap`].
     pub fn bar_vaddr(&self, region: u32, offset: u64, size: u64) -> Option<u64> {
         self.bars.iter().find(|bar| bar.region() == region)?.vaddr(offset, size)
     }
@@ -385,10 +362,9 @@ impl Carried for VfioPci {
     /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
     fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, CarryError> {
         let VfioPciState { id, group, device, mut filter, layout, msix, bars, decoded, command, asleep } = state;
-        let VfioPciParts { claims, passthrough, windows, wiring } = parts;
+        let VfioPciParts { claims, groups, windows, wiring } = parts;
         let wrong = |what: String| CarryError::State(what);
-        let group =
-            passthrough.group(group).ok_or_else(|| wrong(format!("group {group} is not in the saved state")))?;
+        let group = groups(group).ok_or_else(|| wrong(format!("group {group} is not in the saved state")))?;
         let enabled = filter.msix_control() & MSIX_ENABLE != 0;
         let device = Arc::new(VfioDevice::restore(device, enabled, claims)?);
         let is_loud = filter.adopt_intx_disable(&*device);

@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use theseus_resources::{Purpose, StateReader, StateWriter};
+use theseus_resources::{Purpose, StateReader, StateWriter, Vault};
 
 use super::super::container::{MapSource, Type1};
 use super::super::device::{Irqs, Region};
+use super::super::registry::Passthrough;
 use super::*;
+use crate::bus::Bus;
+use crate::interrupt::Memslots;
 use crate::pci::msix::tests::FakeMsi;
 
 /// slot -> (gpa, size, hva); the next slot; whether all is refused
@@ -282,8 +285,12 @@ fn carried_untouched(rig: Rig) -> Rig {
     let (wiring, memslots, msi) = wiring(&vault);
     let passthrough = Passthrough::restore(vfio, (vault.clone(), &mut claims)).unwrap();
     let mut windows = Windows::new(1 << 30, 40);
-    let parts =
-        VfioPciParts { claims: &mut claims, passthrough: &passthrough, windows: &mut windows, wiring: wiring.clone() };
+    let parts = VfioPciParts {
+        claims: &mut claims,
+        groups: &|n| passthrough.group(n),
+        windows: &mut windows,
+        wiring: wiring.clone(),
+    };
     let pci = VfioPci::restore(state, parts).unwrap();
     claims.finish().unwrap();
     Rig { pci, passthrough, file: rig.file, windows, memslots, msi, irqs: rig.irqs, wiring }
@@ -340,8 +347,8 @@ fn a_device_that_was_made_ready_is_mended() {
         let (vfio, state) = read(&early);
         let passthrough = Passthrough::restore(vfio, (vault.clone(), &mut claims)).unwrap();
         let mut windows = Windows::new(1 << 30, 40);
-        let (ready, device) = (&passthrough, wiring.clone());
-        let parts = VfioPciParts { claims: &mut claims, passthrough: ready, windows: &mut windows, wiring: device };
+        let (groups, device) = (&|n| passthrough.group(n), wiring.clone());
+        let parts = VfioPciParts { claims: &mut claims, groups, windows: &mut windows, wiring: device };
         let mut pci = VfioPci::restore(state, parts).unwrap();
 
         last(&mut rig);

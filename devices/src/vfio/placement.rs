@@ -7,8 +7,8 @@ use theseus_resources::alloc::{Taken, Window, Windows};
 
 use super::config::{BarRegister, ConfigSpace};
 use super::device::{PAGE, VfioDevice};
-use super::pci::PassthroughError;
 use super::pci_regs::*;
+use super::wiring::PassthroughError;
 
 /// The host bridge's windows, frozen at the guest's boot: a BAR decodes only inside them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,8 +12,9 @@ use super::container::{Container, ContainerError, ContainerState, DmaMap, MapSou
 use super::device::VfioDevice;
 use super::group::{Group, GroupError, GroupState};
 use super::invalidate::{InvalidateError, Invalidated, invalidate_all};
-use super::pci::{PassthroughError, VfioPci, Wiring};
+use super::pci::VfioPci;
 use super::pci_regs::{COMMAND, DISABLE_INTX, INTERRUPT_PIN};
+use super::wiring::{PassthroughError, Wiring};
 use crate::carried::{Carried, CarryError};
 use crate::turn::Turn;
 

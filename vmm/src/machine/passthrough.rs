@@ -304,7 +304,7 @@ impl PassthroughDevices {
         for ((slot, id), state) in layout.devices.into_iter().zip(devices) {
             let parts = VfioPciParts {
                 claims,
-                passthrough: &registry,
+                groups: &|number| registry.group(number),
                 windows: &mut windows,
                 wiring: wiring(vm.handle(), buses, vault),
             };

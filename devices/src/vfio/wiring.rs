@@ -1,0 +1,31 @@
+//! What all parts of a passed-through device share: what it is wired to, and why it cannot be had.
+
+use std::sync::Arc;
+
+use theseus_resources::Vault;
+
+use super::config::ConfigError;
+use super::device::DeviceError;
+use crate::bus::Bus;
+use crate::interrupt::{Memslots, Msi};
+
+/// What a device is wired to in this image.
+#[derive(Clone)]
+pub struct Wiring {
+    pub vault: Vault,
+    pub msi: Arc<dyn Msi>,
+    pub memslots: Arc<dyn Memslots>,
+    pub mmio: Arc<Bus>,
+    pub pio: Arc<Bus>,
+}
+
+/// Why a device cannot be passed through; the caller adds the device's name.
+#[derive(Debug, thiserror::Error)]
+pub enum PassthroughError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("BAR {index} of {size:#x} bytes: no room in the guest's PCI windows")]
+    NoRoom { index: u8, size: u64 },
+}
