@@ -22,3 +22,4 @@ pub mod floor;
 pub mod harness;
 pub mod native;
 pub mod soak;
+pub mod stillness;

@@ -122,6 +122,8 @@ pub enum Request {
     Neighbour { name: String, ip: String, mac: String },
     /// `Vec<(String, u64)>`: what was counted on interface `name`, see [`crate::counters::of`].
     Counters { name: String },
+    /// `Vec<String>`: see [`crate::stillness::report`].
+    Stillness { name: String },
     /// `()`: starts to send numbered packets, at most `rate` a second, and not more than `credit` without a
     /// [`Request::Credit`].
     SendStart { flow: u32, from: String, to: String, rate: u32, credit: u64 },

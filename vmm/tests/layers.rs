@@ -42,8 +42,21 @@ const LAYERS: [(&str, &[&str]); 6] = [
     (
         "tests",
         &[
-            "clock", "seq", "net", "counters", "proto", "stream", "agent", "harness", "floor", "bench", "demo",
-            "native", "cases", "soak",
+            "clock",
+            "seq",
+            "net",
+            "counters",
+            "stillness",
+            "proto",
+            "stream",
+            "agent",
+            "harness",
+            "floor",
+            "bench",
+            "demo",
+            "native",
+            "cases",
+            "soak",
         ],
     ),
 ];

@@ -23,6 +23,7 @@ use serde::Serialize;
 use crate::{
     clock, counters, net,
     proto::{Answer, Line, LineBuffer, Notice, Request, UNASKED},
+    stillness,
 };
 
 /// How many answers are kept for askers who did not get them.
@@ -154,6 +155,7 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
             value(net::set_neighbour(&name, ip.parse()?, net::parse_mac(&mac).ok_or("not a MAC address")?)?)
         }
         Request::Counters { name } => value(counters::of(&name)?),
+        Request::Stillness { name } => value(stillness::report(Some(&name))?),
         Request::SendStart { flow, from, to, rate, credit } => {
             value(lock(&agent.streams).send_start(flow, from.parse()?, to.parse()?, rate, credit)?)
         }

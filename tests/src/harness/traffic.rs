@@ -18,6 +18,7 @@ use crate::{
     },
     proto::{Request, Sent},
     seq::SeqStats,
+    stillness,
     stream::{Receiver, Sender},
 };
 
@@ -162,7 +163,8 @@ impl Traffic {
                 if now[way] > last[way] {
                     (last[way], moved[way]) = (now[way], Instant::now());
                 } else if now[way] < before[way] + packets && moved[way].elapsed() > PATIENCE {
-                    bail!("a direction of the traffic stands still for {PATIENCE:?}: {:?}", self.so_far(agent));
+                    let (account, why) = (self.so_far(agent), self.why(agent));
+                    bail!("a direction of the traffic stands still for {PATIENCE:?}: {account:?}\n{why}");
                 }
                 all &= now[way] >= before[way] + packets;
             }
@@ -171,6 +173,21 @@ impl Traffic {
             }
             std::thread::sleep(LOOK);
         }
+    }
+
+    /// What both sides say of it, twice: what goes on, and what does not.
+    fn why(&self, agent: &Agent) -> String {
+        let mut said = Vec::new();
+        for _ in 0..2 {
+            for flows in &self.flows {
+                let name = flows.wire.guest.clone();
+                said.push(format!("guest: {:#?}", agent.call::<Vec<String>>(&Request::Stillness { name })));
+            }
+            said.push(format!("L1: {:#?}", stillness::report(None)));
+            // Long enough for a driver's own watch to have come round.
+            std::thread::sleep(Duration::from_secs(5));
+        }
+        said.join("\n")
     }
 
     /// Ends it and counts.
