@@ -43,7 +43,7 @@ use theseus_api::types::VmConfig;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::rate::Rate;
-use theseus_resources::{Channel, Vault};
+use theseus_resources::{Channel, Vault, threads};
 use vmm_sys_util::eventfd::EventFd;
 
 use cli::{Cli, OnReset};
@@ -184,13 +184,10 @@ fn start(control: Control, if_none: IfNone) -> anyhow::Result<()> {
     let hand_over = loop {
         let (sender, receiver) = channel::<Control>();
         let body = move || receiver.recv().into_iter().for_each(Control::run);
-        match std::thread::Builder::new().name("control".into()).spawn(body) {
+        match threads::spawn(threads::Role::Control, body) {
             Ok(_) => break sender,
-            Err(error) => {
-                let what = format!("cannot start the control thread: {error}: raise RLIMIT_NPROC or pids.max");
-                anyhow::ensure!(if_none == IfNone::TryAgain, what);
-                NO_THREAD.warn(|| what);
-            }
+            Err(error) if if_none == IfNone::TryAgain => NO_THREAD.warn(|| error.to_string()),
+            Err(error) => return Err(error.into()),
         }
         std::thread::sleep(AGAIN);
     };

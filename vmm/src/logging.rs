@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::Context;
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
+use theseus_resources::threads::{self, Role};
 
 /// Of files that this process makes: what is in them is nobody else's business. The umask may take from it.
 pub const MODE: u32 = 0o640;
@@ -130,7 +131,7 @@ pub fn release() {
         return;
     }
     drop(sink);
-    if std::thread::Builder::new().name("log".into()).spawn(flush).is_err() {
+    if threads::spawn(Role::Log, flush).is_err() {
         flush();
     }
 }
@@ -266,7 +267,7 @@ impl Write for Lines {
             // Whoever logs has something else to do than to wait for the log.
             sink.flushing = true;
             drop(sink);
-            if std::thread::Builder::new().name("log".into()).spawn(flush).is_err() {
+            if threads::spawn(Role::Log, flush).is_err() {
                 // The next line tries again.
                 self::sink().flushing = false;
             }

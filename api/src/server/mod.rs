@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use theseus_resources::rate::Rate;
 use theseus_resources::socket::{self, Peer};
+use theseus_resources::threads::{self, Role};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -248,7 +249,7 @@ impl Server {
         });
         let (control, orders) = mpsc::unbounded_channel();
         let accepting = listener.clone();
-        let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
+        let thread = threads::spawn(Role::Api, move || {
             runtime.block_on(async {
                 for (stream, answer) in adopted {
                     shared.adopt(stream, answer);
@@ -256,10 +257,7 @@ impl Server {
                 run(accepting, shared, orders).await;
             })
         });
-        let thread = thread.map_err(|e| {
-            io::Error::new(e.kind(), format!("cannot start the api thread: {e}: raise RLIMIT_NPROC or pids.max"))
-        })?;
-        Ok(Self { listener, control, thread: Some(thread) })
+        Ok(Self { listener, control, thread: Some(thread?) })
     }
 
     /// Stops the server, after the answers under way are out (for a second at most). The socket's path stays.

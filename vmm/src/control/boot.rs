@@ -17,6 +17,7 @@ use serde_json::json;
 use theseus_api::server::ReplyTo;
 use theseus_api::types::VmConfig;
 use theseus_api::{ApiError, Body, Request};
+use theseus_resources::threads::{self, Role};
 
 use super::{Control, Vm};
 use crate::machine::{Machine, MachineError};
@@ -120,10 +121,9 @@ impl Control {
             let _ = wake.write(1);
         };
         self.booting = Some(Booting { wish, under_way: UnderWay { given_up, built } });
-        if let Err(error) = std::thread::Builder::new().name("boot".into()).spawn(body) {
+        if let Err(error) = threads::spawn(Role::Boot, body) {
             // The thread's end of the channel is gone: this is all that will come of it.
-            let what = format!("cannot start the thread that boots: {error}: raise RLIMIT_NPROC or pids.max");
-            self.boot_ended(Err(MachineError::Config(what)));
+            self.boot_ended(Err(MachineError::Config(error.to_string())));
         }
     }
 

@@ -16,6 +16,7 @@ use theseus_api::ApiError;
 use theseus_api::server::ReplyTo;
 use theseus_api::types::{UpdateOutcome, UpdateRequest};
 use theseus_api::{Body, Reply};
+use theseus_resources::threads::{self, Role};
 
 use super::queue::update_under_way;
 use super::{Control, Vm};
@@ -68,12 +69,9 @@ impl Control {
             let _ = sender.send(outcome);
             let _ = wake.write(1);
         };
-        match std::thread::Builder::new().name("update".into()).spawn(body) {
+        match threads::spawn(Role::Update, body) {
             Ok(_) => self.updating = Some(Updating { reply, deadline, given_up, outcome }),
-            Err(error) => {
-                let reason = format!("cannot start a thread: {error}: raise RLIMIT_NPROC or pids.max");
-                self.not_updated(NotUpdated::refused(None, vec![reason]), reply);
-            }
+            Err(error) => self.not_updated(NotUpdated::refused(None, vec![error.to_string()]), reply),
         }
     }
 

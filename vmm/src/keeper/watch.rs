@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use theseus_resources::threads::{self, Role};
+
 use crate::signals::set_of;
 
 /// Whether this VMM goes on without its keeper: as long as it has an update under way, which may be how the keeper
@@ -42,7 +44,7 @@ impl Drop for MayBeAlone {
 /// Starts the thread that waits for the end of the keeper, with SIGCONT blocked in all threads. `end`: what to do then.
 pub fn start(end: impl Fn() + Send + 'static) -> std::io::Result<()> {
     let keeper = super::pid();
-    std::thread::Builder::new().name("keeper-watch".into()).spawn(move || watch(keeper, end)).map(drop)
+    Ok(threads::spawn(Role::KeeperWatch, move || watch(keeper, end)).map(drop)?)
 }
 
 fn watch(keeper: u32, end: impl Fn()) {

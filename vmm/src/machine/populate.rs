@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use theseus_resources::GuestRam;
+use theseus_resources::threads::{self, Role};
 
 /// Ends the thread when dropped: it must not keep the RAM of a machine that is gone, whose fd the next update would
 /// find in the vault.
@@ -25,7 +26,7 @@ impl Populating {
                 log::debug!("background population: {error}");
             }
         };
-        let thread = std::thread::Builder::new().name("populate".into()).spawn(body);
+        let thread = threads::spawn(Role::Populate, body);
         let thread = thread.inspect_err(|error| log::debug!("no background population: {error}")).ok()?;
         Some(Self { stop, thread: Some(thread) })
     }

@@ -26,6 +26,7 @@ use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
 use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuShape};
 use theseus_resources::state::StateError;
+use theseus_resources::threads::{self, Role, ThreadError};
 
 use crate::boot::Entry;
 use crate::spin::Spin;
@@ -44,8 +45,8 @@ pub enum VcpuError {
     Hypervisor { index: u32, source: theseus_hypervisor::Error },
     #[error("vCPU {index}: {reason}")]
     Boot { index: u32, reason: String },
-    #[error("cannot start the thread of vCPU {index}: {source}")]
-    Spawn { index: u32, source: std::io::Error },
+    #[error(transparent)]
+    Thread(#[from] ThreadError),
     #[error("{missing} of {all} vCPUs did not stop within {within:?}: is a device of theirs hung?")]
     Stuck { missing: usize, all: usize, within: Duration },
     #[error("{missing} of {all} vCPUs have not answered within {within:?}: is the host out of memory or time?")]
@@ -197,10 +198,8 @@ impl Vcpus {
                 events: event_sender.clone(),
                 spin,
             };
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || body.guarded(|body| body.main(start, &given, &introduce)))
-                .map_err(|source| VcpuError::Spawn { index, source })?;
+            let life = move || body.guarded(|body| body.main(start, &given, &introduce));
+            let thread = threads::spawn(Role::Vcpu(index), life)?;
             starting.waiting.push(Newcomer { vm, pauses, commands, thread, introduced });
         }
         Ok(starting)
