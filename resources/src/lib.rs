@@ -1,7 +1,6 @@
 //! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved
 //! state's envelope ([`state`]), how both travel ([`channel`]), and the layout of the guest's physical address space
-//! ([`layout`], [`alloc`]). Beside it [`rate`], [`socket`] and [`threads`], which
-//! several crates use.
+//! ([`layout`], [`alloc`]). Beside it [`rate`], [`socket`] and [`threads`], which several crates use.
 
 pub mod alloc;
 pub mod channel;
