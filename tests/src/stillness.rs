@@ -7,13 +7,35 @@ use crate::net::ethtool;
 /// Lines of the kernel's log that are kept: what it says when asked of blocked tasks, CPUs and timers is at its end.
 const LOG_LINES: usize = 250;
 
-/// Of this machine, and of the driver of its interface `name`, if one is named.
+/// Of a guest and the driver of its interface `name`, or of the machine that its VMM runs on.
 pub fn report(name: Option<&str>) -> io::Result<Vec<String>> {
     let mut lines = interrupts(&fs::read_to_string("/proc/interrupts")?);
     lines.extend(fs::read_to_string("/proc/softirqs")?.lines().map(str::to_owned));
-    if let Some(name) = name {
-        lines.push(format!("registers of {name}: {:x?}", registers(name)?));
-        lines.extend(kernel()?);
+    match name {
+        Some(name) => {
+            lines.push(format!("registers of {name}: {:x?}", registers(name)?));
+            lines.extend(kernel()?);
+        }
+        None => lines.extend(threads_of("theseus")?),
+    }
+    Ok(lines)
+}
+
+/// What each thread of the processes whose program's name begins so is doing, or waits for in the kernel.
+fn threads_of(program: &str) -> io::Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for process in fs::read_dir("/proc")?.flatten() {
+        let exe = fs::read_link(process.path().join("exe")).unwrap_or_default();
+        if !exe.file_name().is_some_and(|name| name.to_string_lossy().starts_with(program)) {
+            continue;
+        }
+        for thread in fs::read_dir(process.path().join("task"))?.flatten() {
+            // One that has ended meanwhile has none of these.
+            let read = |file: &str| fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+            let (stat, stack) = (read("stat"), read("stack"));
+            let frames: Vec<_> = stack.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+            lines.push(format!("{} ran {}: {}", stat.trim_end(), read("schedstat").trim_end(), frames.join(" < ")));
+        }
     }
     Ok(lines)
 }
