@@ -51,6 +51,7 @@ pub fn remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EMFILE) => "raise RLIMIT_NOFILE (prlimit --nofile)",
         Some(libc::EFBIG) => "raise RLIMIT_FSIZE (prlimit --fsize)",
+        Some(libc::ENOMEM | libc::ENOSPC) => "is the host, or a cgroup, out of memory?",
         _ => "is /proc mounted?",
     }
 }
