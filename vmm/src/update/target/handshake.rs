@@ -165,10 +165,19 @@ mod tests {
     use crate::main_thread::run_child;
 
     fn capabilities(file: &File, user: Option<u32>) -> CapabilitySet {
-        let mut command = alone(file.as_raw_fd(), "--version");
-        command.stdout(Stdio::null());
-        user.map(|user| command.uid(user));
-        let ended = run_child(command, Duration::from_secs(60)).unwrap().unwrap();
+        let run = || {
+            let mut command = alone(file.as_raw_fd(), "--version");
+            command.stdout(Stdio::null());
+            user.map(|user| command.uid(user));
+            run_child(command, Duration::from_secs(60))
+        };
+        // A child that another test starts has the file open for writing until its exec.
+        let ended = loop {
+            match run() {
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+                ended => break ended.unwrap().unwrap(),
+            }
+        };
         assert!(ended.status.success());
         ended.capabilities
     }
