@@ -5,9 +5,10 @@ use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde_json::json;
 use theseus_api::server::{Backend, KeptConnection, MAX_CONNECTIONS, ReplyTo, Server, bind};
 use theseus_api::{ApiError, Body, Request};
@@ -64,7 +65,7 @@ impl Backend for Fake {
             Request::Resume => reply.send(Err(ApiError::conflict("the VM runs"))),
             Request::Nmi => reply.send(Err(ApiError::busy("later"))),
             Request::Reboot => reply.send(Err(ApiError::internal("broken"))),
-            Request::Update(_) => self.0.lock().unwrap().send(reply).unwrap(),
+            Request::Update(_) => self.0.lock().send(reply).unwrap(),
             _ => reply.send(Ok(Body::Empty)),
         }
     }

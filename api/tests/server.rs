@@ -5,9 +5,10 @@ use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use serde_json::json;
 use theseus_api::access::api_listen;
 use theseus_api::client::{Client, ClientError};
@@ -32,7 +33,7 @@ impl Backend for Fake {
             Request::Reboot => reply.send(Err(ApiError::internal("broken"))),
             Request::Delete => drop(reply),
             Request::Counters => reply.send(Ok(Body::Json(json!("x".repeat(3 << 20))))),
-            Request::Pause | Request::Update(_) => self.0.lock().unwrap().send(reply).unwrap(),
+            Request::Pause | Request::Update(_) => self.0.lock().send(reply).unwrap(),
             _ => reply.send(Ok(Body::Empty)),
         }
     }

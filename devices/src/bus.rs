@@ -2,7 +2,9 @@
 //! writes a BAR).
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
 
 /// A device's registers. `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian.
 /// No access may take long: other vCPUs wait for it, see [`Target`].
@@ -22,11 +24,11 @@ pub trait Target: Send + Sync {
 
 impl<D: BusDevice> Target for Mutex<D> {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        self.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        self.lock().read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8], _: &dyn Fn() -> bool) -> bool {
-        self.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        self.lock().write(offset, data);
         true
     }
 }
@@ -55,7 +57,7 @@ impl Bus {
     pub fn insert(&self, base: u64, len: u64, device: SharedDevice) -> Result<(), BusError> {
         let error = BusError { name: self.name, base, len };
         let Some(end) = base.checked_add(len).filter(|_| len > 0) else { return Err(error) };
-        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = self.ranges.write();
         let below = ranges.range(..end).next_back();
         if below.is_some_and(|(other, (other_len, _))| other.saturating_add(*other_len) > base) {
             return Err(error);
@@ -66,11 +68,11 @@ impl Bus {
 
     /// Takes away the range that starts at `base`, if there is one.
     pub fn remove(&self, base: u64) {
-        self.ranges.write().unwrap_or_else(PoisonError::into_inner).remove(&base);
+        self.ranges.write().remove(&base);
     }
 
     fn find(&self, addr: u64, len: usize) -> Option<(u64, SharedDevice)> {
-        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let ranges = self.ranges.read();
         let (base, (range_len, device)) = ranges.range(..=addr).next_back()?;
         let offset = addr - base;
         (offset.checked_add(len as u64)? <= *range_len).then(|| (offset, device.clone()))

@@ -7,9 +7,10 @@
 //! that stands there is at most the access that was under way.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// How often a vCPU that waits looks whether it is wanted elsewhere.
 const LOOK: Duration = Duration::from_millis(1);
@@ -55,7 +56,7 @@ struct GivenOn<'a> {
 
 impl Drop for GivenOn<'_> {
     fn drop(&mut self) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).holder = None;
+        self.queue.lock().holder = None;
         self.changed.notify_all();
     }
 }
@@ -68,14 +69,14 @@ impl<T> Turn<T> {
 
 impl<T: ?Sized> Turn<T> {
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock()
     }
 
     fn take(&self, mut queue: MutexGuard<'_, Queue>) -> TurnGuard<'_, T> {
         queue.holder = Some(Holder { thread: std::thread::current(), since: Instant::now() });
         drop(queue);
-        // Every change of a device is whole for each register; a poisoned lock must not stop the guest.
-        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        // A panic of who had it does not poison it: every change of a device is whole for each register.
+        let value = self.value.lock();
         TurnGuard { value, _given_on: GivenOn { queue: &self.queue, changed: &self.changed } }
     }
 
@@ -87,7 +88,7 @@ impl<T: ?Sized> Turn<T> {
             if is_wanted() {
                 return None;
             }
-            queue = self.changed.wait_timeout(queue, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut queue, LOOK);
             if is_wanted() {
                 return None;
             }
@@ -97,9 +98,9 @@ impl<T: ?Sized> Turn<T> {
 
     /// For a vCPU that cannot give up.
     pub fn lock(&self) -> TurnGuard<'_, T> {
-        let queue = self.queue();
-        let waits = |queue: &mut Queue| queue.holder.is_some() || queue.first > 0;
-        self.take(self.changed.wait_while(queue, waits).unwrap_or_else(PoisonError::into_inner))
+        let mut queue = self.queue();
+        self.changed.wait_while(&mut queue, |queue| queue.holder.is_some() || queue.first > 0);
+        self.take(queue)
     }
 
     /// For the VMM itself: before all vCPUs. The error says who has the device, and does not give it back `within` that
@@ -107,9 +108,7 @@ impl<T: ?Sized> Turn<T> {
     pub fn lock_first(&self, within: Duration) -> Result<TurnGuard<'_, T>, Held> {
         let mut queue = self.queue();
         queue.first += 1;
-        let waits = |queue: &mut Queue| queue.holder.is_some();
-        let waited = self.changed.wait_timeout_while(queue, within, waits);
-        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        self.changed.wait_while_for(&mut queue, |queue| queue.holder.is_some(), within);
         queue.first -= 1;
         match held(&queue) {
             None => Ok(self.take(queue)),

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
-use std::sync::{MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
+use parking_lot::MutexGuard;
 use theseus_resources::layout::FIRST_MSI_GSI;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -55,7 +55,7 @@ impl Routing {
 
 impl Vm {
     fn routing(&self) -> MutexGuard<'_, Routing> {
-        self.routing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.routing.lock()
     }
 
     /// `count` GSIs that are nobody's yet. They have no route until [`Vm::route_msi`].

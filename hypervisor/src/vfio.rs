@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL, kvm_create_device, kvm_device_attr,
     kvm_device_type_KVM_DEV_TYPE_VFIO,
 };
 use kvm_ioctls::DeviceFd;
+use parking_lot::Mutex;
 
 use crate::{Error, Result, Vm};
 
@@ -26,7 +26,7 @@ impl Vm {
     /// Adds a group. On first boot: only after a device of it was opened (kernel.md: a VM reference would leak
     /// otherwise).
     pub fn vfio_add(&self, group: BorrowedFd<'_>) -> Result<()> {
-        let mut state = self.vfio.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.vfio.0.lock();
         if state.device.is_none() {
             let mut request = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
             let device = self.fd().create_device(&mut request).map_err(Error::call("create the KVM-VFIO device"))?;
@@ -42,7 +42,7 @@ impl Vm {
     /// Takes all groups off, at the end of the process: this VM holds their files as long as a vCPU's run page is
     /// mapped.
     pub fn vfio_forget(&self) {
-        if let Ok(mut state) = self.vfio.0.try_lock() {
+        if let Some(mut state) = self.vfio.0.try_lock() {
             for file in std::mem::take(&mut state.files) {
                 let _ = change(&state, KVM_DEV_VFIO_FILE_DEL, file);
             }
@@ -52,7 +52,7 @@ impl Vm {
     /// Takes a group off this VM: a late release of an old VM would otherwise clear the group's VM pointer under the
     /// new one.
     pub fn vfio_del(&self, group: BorrowedFd<'_>) -> Result<()> {
-        let mut state = self.vfio.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.vfio.0.lock();
         if state.files.contains(&group.as_raw_fd()) {
             change(&state, KVM_DEV_VFIO_FILE_DEL, group.as_raw_fd())?;
             state.files.remove(&group.as_raw_fd());

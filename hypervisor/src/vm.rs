@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_msi, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use parking_lot::{Mutex, MutexGuard};
 use theseus_resources::layout;
 
 use crate::routing::Routing;
@@ -86,7 +87,7 @@ impl Vm {
     }
 
     fn slots(&self) -> MutexGuard<'_, BTreeMap<u32, Range<u64>>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slots.lock()
     }
 
     /// Shows `size` bytes of this process at `hva` to the guest at `gpa`. Returns the slot's number.

@@ -1,7 +1,8 @@
 //! How often something may be done that somebody else can provoke without end: log lines, reboots, tries.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// `burst` times at once, and then one time each `each`, on average.
 #[derive(Debug)]
@@ -30,7 +31,7 @@ impl Rate {
     }
 
     fn take_at(&self, now: Instant) -> Result<u64, Duration> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let full = state.full.map_or(now, |full| full.max(now));
         let before = self.each.saturating_mul(self.burst.saturating_sub(1));
         let wait = full.duration_since(now).saturating_sub(before);

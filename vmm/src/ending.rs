@@ -4,8 +4,9 @@
 //! A process gives up its memory before its files (do_exit), and a guest's memory takes long: so files go first, and
 //! before them what would keep a device in use beyond its file.
 
-use std::sync::{Mutex, PoisonError, Weak};
+use std::sync::Weak;
 
+use parking_lot::Mutex;
 use theseus_hypervisor::Vm;
 
 /// The VM of this process.
@@ -13,7 +14,7 @@ static VM: Mutex<Weak<Vm>> = Mutex::new(Weak::new());
 
 /// What is to be let go at the end.
 pub fn remember(vm: Weak<Vm>) {
-    *VM.lock().unwrap_or_else(PoisonError::into_inner) = vm;
+    *VM.lock() = vm;
 }
 
 /// The guest is another VMM's: nothing of it is touched.
@@ -30,7 +31,7 @@ pub fn abandon(code: i32) -> ! {
 
 fn leave(code: i32) -> ! {
     // If somebody is in the middle of it, the kernel does it later.
-    if let Ok(vm) = VM.try_lock()
+    if let Some(vm) = VM.try_lock()
         && let Some(vm) = vm.upgrade()
     {
         vm.vfio_forget();

@@ -10,10 +10,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use theseus_resources::threads::{self, Role};
@@ -90,8 +91,8 @@ fn builder(level: log::LevelFilter, target: Box<dyn Write + Send>) -> env_logger
 /// Why an update has to wait for the log: what has waited for the one before is still not written. The thread that
 /// tries to could hold an exec up for as long.
 pub fn stands_still() -> Option<String> {
-    let (sink, _) =
-        FLUSHED.wait_timeout_while(sink(), PATIENCE, |sink| sink.flushing).unwrap_or_else(PoisonError::into_inner);
+    let mut sink = sink();
+    FLUSHED.wait_while_for(&mut sink, |sink| sink.flushing, PATIENCE);
     let log = IN_USE.get().and_then(|config| config.file.as_deref()).unwrap_or(Path::new("standard error"));
     sink.flushing.then(|| format!("the log takes nothing: is whoever reads or stores {} gone?", log.display()))
 }
@@ -144,7 +145,7 @@ pub fn finish() {
 
 /// Before the end of the process.
 pub fn settle() {
-    drop(FLUSHED.wait_timeout_while(sink(), PATIENCE, |sink| sink.flushing));
+    FLUSHED.wait_while_for(&mut sink(), |sink| sink.flushing, PATIENCE);
 }
 
 /// Writes what has waited.
@@ -242,7 +243,7 @@ impl Sink {
 
 /// Never held for longer than memory takes.
 fn sink() -> MutexGuard<'static, Sink> {
-    SINK.lock().unwrap_or_else(PoisonError::into_inner)
+    SINK.lock()
 }
 
 /// What the logger writes to, a record at a time.

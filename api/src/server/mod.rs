@@ -13,11 +13,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use theseus_resources::rate::Rate;
 use theseus_resources::socket::{self, Peer};
 use theseus_resources::threads::{self, Role};
@@ -115,7 +116,7 @@ struct Shared {
 
 impl Shared {
     fn conns(&self) -> MutexGuard<'_, HashMap<ConnId, Arc<Conn>>> {
-        self.conns.lock().unwrap_or_else(PoisonError::into_inner)
+        self.conns.lock()
     }
 
     /// Takes a new connection, if its client may use the API.

@@ -9,8 +9,9 @@ pub mod serial;
 mod test_parts {
     //! The machine around a legacy device, in its unit tests.
 
-    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use parking_lot::Mutex;
 
     use crate::interrupt::{GuestRequest, GuestRequests, IrqLine};
 
@@ -36,17 +37,17 @@ mod test_parts {
     impl Asked {
         /// What was asked for since it was last asked.
         pub fn take(&self) -> Vec<GuestRequest> {
-            std::mem::take(&mut self.0.lock().unwrap())
+            std::mem::take(&mut self.0.lock())
         }
     }
 
     impl GuestRequests for Asked {
         fn ask(&self, request: GuestRequest) {
-            self.0.lock().unwrap().push(request);
+            self.0.lock().push(request);
         }
 
         fn pending(&self) -> bool {
-            !self.0.lock().unwrap().is_empty()
+            !self.0.lock().is_empty()
         }
     }
 }

@@ -1,6 +1,8 @@
 //! PCI bus 0: 32 slots with one function each. Both configuration mechanisms come through here.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
+
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::PciDevice;
 use crate::turn::Turn;
@@ -41,11 +43,11 @@ impl PciBus {
     }
 
     fn lock(&self) -> RwLockReadGuard<'_, [Option<SharedPciDevice>; SLOTS]> {
-        self.slots.read().unwrap_or_else(PoisonError::into_inner)
+        self.slots.read()
     }
 
     fn lock_mut(&self) -> RwLockWriteGuard<'_, [Option<SharedPciDevice>; SLOTS]> {
-        self.slots.write().unwrap_or_else(PoisonError::into_inner)
+        self.slots.write()
     }
 
     /// Puts `device` into `slot`, or into the first free one. Returns the slot.

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::sync::Mutex;
+
+use parking_lot::Mutex;
 
 use super::*;
 
@@ -35,20 +36,20 @@ impl Inner {
 
 impl FakeMsi {
     pub fn injected(&self) -> Vec<u32> {
-        std::mem::take(&mut self.0.lock().unwrap().injected).iter().map(|message| message.data).collect()
+        std::mem::take(&mut self.0.lock().injected).iter().map(|message| message.data).collect()
     }
 
     pub fn attached(&self) -> usize {
-        self.0.lock().unwrap().attached.len()
+        self.0.lock().attached.len()
     }
 
     /// From now on; `""`: nothing.
     pub fn refuse(&self, name: &'static str, errno: i32) {
-        self.0.lock().unwrap().refused = Some((name, errno));
+        self.0.lock().refused = Some((name, errno));
     }
 
     fn calls(&self) -> Vec<&'static str> {
-        std::mem::take(&mut self.0.lock().unwrap().calls)
+        std::mem::take(&mut self.0.lock().calls)
     }
 }
 
@@ -59,23 +60,23 @@ impl Msi for FakeMsi {
 
     fn adopt(&self, gsis: &[(u32, Option<MsiMessage>)]) -> Result<(), MsiError> {
         let routed = gsis.iter().filter_map(|(gsi, message)| Some((*gsi, (*message)?)));
-        self.0.lock().unwrap().routes.extend(routed);
+        self.0.lock().routes.extend(routed);
         Ok(())
     }
 
     fn free(&self, gsis: &[u32]) {
-        self.0.lock().unwrap().freed += gsis.len();
+        self.0.lock().freed += gsis.len();
     }
 
     fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), MsiError> {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.0.lock();
         inner.call("route")?;
         inner.routes.insert(gsi, message);
         Ok(())
     }
 
     fn attach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.0.lock();
         inner.call("attach")?;
         assert!(inner.attached.insert(gsi, eventfd.as_raw_fd()).is_none(), "EBUSY");
         if readable(eventfd) {
@@ -86,7 +87,7 @@ impl Msi for FakeMsi {
     }
 
     fn detach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.0.lock();
         inner.call("detach")?;
         assert_eq!(inner.attached.remove(&gsi), Some(eventfd.as_raw_fd()));
         let _ = rustix::io::read(eventfd, &mut [0; 8]);
@@ -172,7 +173,7 @@ fn disabling_forgets_what_is_pending() {
     msix.set_control(0);
     assert_eq!((msi.attached(), pba(&msix)), (0, 0));
     msix.release();
-    assert_eq!(msi.0.lock().unwrap().freed, 3);
+    assert_eq!(msi.0.lock().freed, 3);
 }
 
 #[test]

@@ -8,9 +8,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use theseus_resources::rate::Rate;
@@ -56,7 +57,7 @@ impl Mapping {
 static MAPPED: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 
 fn mapped() -> MutexGuard<'static, BTreeMap<u64, u64>> {
-    MAPPED.lock().unwrap_or_else(PoisonError::into_inner)
+    MAPPED.lock()
 }
 
 /// At the end of the process: while a BAR is mapped its device stays in use, and the mapping ends only with all of the

@@ -5,8 +5,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use theseus_resources::vault::{Claims, VaultError};
 use theseus_resources::{KeptFd, Purpose, Slot, Vault};
@@ -156,7 +156,7 @@ impl Container {
 
     fn lock(&self) -> MutexGuard<'_, Vec<DmaMap>> {
         // The list is changed in single steps, so a panic elsewhere leaves it whole.
-        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+        self.maps.lock()
     }
 
     fn os(&self, what: impl Into<String>, source: io::Error) -> ContainerError {

@@ -45,8 +45,8 @@ impl Drop for Invalidated {
 mod tests {
     use std::collections::BTreeMap;
     use std::io;
-    use std::sync::Mutex;
 
+    use parking_lot::Mutex;
     use theseus_resources::{Purpose, Vault};
     use vfio_bindings::bindings::vfio::{
         VFIO_DMA_MAP_FLAG_VADDR, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_DMA_UNMAP_FLAG_VADDR, VFIO_UNMAP_ALL,
@@ -72,7 +72,7 @@ mod tests {
         }
 
         unsafe fn map(&self, flags: u32, vaddr: u64, iova: u64, size: u64) -> io::Result<()> {
-            let mut maps = self.maps.lock().unwrap();
+            let mut maps = self.maps.lock();
             if flags & VFIO_DMA_MAP_FLAG_VADDR == 0 {
                 maps.insert(iova, (size, Some(vaddr)));
                 return Ok(());
@@ -89,7 +89,7 @@ mod tests {
         }
 
         fn unmap(&self, flags: u32, iova: u64, size: u64) -> io::Result<u64> {
-            let mut maps = self.maps.lock().unwrap();
+            let mut maps = self.maps.lock();
             if flags & VFIO_DMA_UNMAP_FLAG_VADDR == 0 {
                 return maps.remove(&iova).map(|(size, _)| size).ok_or(error(libc::ENOENT));
             }
@@ -120,7 +120,7 @@ mod tests {
     }
 
     fn vaddrs(kernel: &Kernel) -> Vec<Option<u64>> {
-        kernel.maps.lock().unwrap().values().map(|(_, vaddr)| *vaddr).collect()
+        kernel.maps.lock().values().map(|(_, vaddr)| *vaddr).collect()
     }
 
     const OLD: [Option<u64>; 2] = [Some(0x7000_0000), Some(0x7010_0000)];

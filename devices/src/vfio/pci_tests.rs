@@ -1,9 +1,9 @@
 //! The whole device over a memfd that stands for a VFIO device: BARs can be mapped from it, requests to VFIO fail.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use parking_lot::Mutex;
 use theseus_resources::{Purpose, StateReader, StateWriter, Vault};
 
 use super::super::container::{MapSource, Type1};
@@ -20,7 +20,7 @@ pub struct FakeMemslots(Mutex<BTreeMap<u32, (u64, u64, u64)>>, AtomicU32, Atomic
 
 impl FakeMemslots {
     pub fn count(&self) -> usize {
-        self.0.lock().unwrap().len()
+        self.0.lock().len()
     }
 
     fn refuse(&self, refused: bool) {
@@ -35,7 +35,7 @@ impl FakeMemslots {
 impl Memslots for FakeMemslots {
     unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32> {
         self.check()?;
-        let mut slots = self.0.lock().unwrap();
+        let mut slots = self.0.lock();
         if slots.values().any(|(other, len, _)| gpa < other + len && *other < gpa + size) {
             return Err(std::io::Error::from_raw_os_error(libc::EEXIST));
         }
@@ -46,7 +46,7 @@ impl Memslots for FakeMemslots {
 
     fn remove(&self, slot: u32) -> std::io::Result<()> {
         self.check()?;
-        self.0.lock().unwrap().remove(&slot).map(drop).ok_or(std::io::ErrorKind::NotFound.into())
+        self.0.lock().remove(&slot).map(drop).ok_or(std::io::ErrorKind::NotFound.into())
     }
 }
 
@@ -166,7 +166,7 @@ impl Rig {
 
     /// (gpa, size) of all memslots.
     fn slots(&self) -> Vec<(u64, u64)> {
-        let mut slots: Vec<_> = self.memslots.0.lock().unwrap().values().map(|(gpa, size, _)| (*gpa, *size)).collect();
+        let mut slots: Vec<_> = self.memslots.0.lock().values().map(|(gpa, size, _)| (*gpa, *size)).collect();
         slots.sort();
         slots
     }
@@ -392,7 +392,7 @@ fn a_moved_and_running_device_goes_over_whole() {
     let msix_fd = rig.pci.msix().eventfds().unwrap()[0].try_clone_to_owned().unwrap();
     let asked = rig.irqs.asked.load(Ordering::Relaxed);
     let mut new = carried(rig);
-    assert_eq!(memslots.0.lock().unwrap().len(), 0, "no memslot outlives its mapping");
+    assert_eq!(memslots.0.lock().len(), 0, "no memslot outlives its mapping");
     assert_eq!(new.passthrough.containers()[0].maps().len(), 3, "but DMA does");
     rustix::io::write(&msix_fd, &1u64.to_ne_bytes()).unwrap();
     assert_eq!((new.slots(), new.dma()), (slots, dma));

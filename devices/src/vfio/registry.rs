@@ -1,8 +1,9 @@
 //! All containers and groups of a VM: who shares what, and the steps of an update over all of them.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
 use theseus_resources::vault::Claims;
@@ -81,7 +82,7 @@ impl Passthrough {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Containers and groups enter the lists whole, so a panic elsewhere does not spoil them.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 
     /// Lets all devices reach the guest's RAM: those there are, and those that are attached later. Call it once, at
@@ -268,7 +269,7 @@ impl Carried for Passthrough {
     fn save(&self) -> Result<PassthroughState, CarryError> {
         let Self { vault: _, inner } = self;
         // `ram` is this image's addresses: the next one gives its own at remap.
-        let Inner { containers, groups, ram: _ } = &*inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let Inner { containers, groups, ram: _ } = &*inner.lock();
         Ok(PassthroughState {
             containers: containers.iter().map(|container| container.save()).collect(),
             groups: groups.iter().map(|group| group.save()).collect(),

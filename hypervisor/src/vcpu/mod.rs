@@ -8,13 +8,14 @@ mod refused;
 mod state;
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use parking_lot::{Mutex, MutexGuard};
 
 pub use refused::reasons;
 pub use state::{OwedWrite, VcpuShape, VcpuState, XsaveBytes};
@@ -49,7 +50,7 @@ unsafe impl Send for FlagAddr {}
 
 impl ExitFlag {
     fn lock(&self) -> MutexGuard<'_, FlagAddr> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     pub fn raise(&self) {

@@ -12,11 +12,9 @@ mod trace;
 mod tty;
 mod vectors;
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
+use parking_lot::Mutex;
 use rewriter::Rewriter;
 use serde::Serialize;
 
@@ -46,11 +44,6 @@ struct Agent {
     answers: Mutex<BTreeMap<u64, Option<Answer>>>,
 }
 
-/// A lock whose holder panicked still guards usable data here: every value is replaced whole.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Serves requests from the serial device at `path` until the machine goes down.
 pub fn run(path: &str) -> std::io::Result<()> {
     let tty = Arc::new(tty::Tty::open(path)?);
@@ -70,7 +63,7 @@ pub fn run(path: &str) -> std::io::Result<()> {
 
 fn receive(agent: &Arc<Agent>, tty: &Arc<tty::Tty>, id: u64, json: &str) -> std::io::Result<()> {
     {
-        let mut answers = lock(&agent.answers);
+        let mut answers = agent.answers.lock();
         match answers.get(&id) {
             Some(Some(answer)) => return tty.write(id, answer),
             Some(None) => return Ok(()),
@@ -107,7 +100,7 @@ fn forget_old(answers: &mut BTreeMap<u64, Option<Answer>>) {
 }
 
 fn finish(agent: &Agent, tty: &tty::Tty, id: u64, answer: Answer) -> std::io::Result<()> {
-    lock(&agent.answers).insert(id, Some(answer.clone()));
+    agent.answers.lock().insert(id, Some(answer.clone()));
     tty.write(id, &answer)
 }
 
@@ -157,24 +150,24 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::Counters { name } => value(counters::of(&name)?),
         Request::Stillness { name } => value(stillness::report(Some(&name))?),
         Request::SendStart { flow, from, to, rate, credit } => {
-            value(lock(&agent.streams).send_start(flow, from.parse()?, to.parse()?, rate, credit)?)
+            value(agent.streams.lock().send_start(flow, from.parse()?, to.parse()?, rate, credit)?)
         }
-        Request::Credit { limits } => value(lock(&agent.streams).credit(&limits)?),
-        Request::SendStop { flow } => value(lock(&agent.streams).send_stop(flow)?),
-        Request::SendStats { flow } => value(lock(&agent.streams).send_stats(flow)?),
-        Request::RecvStart { flow, at } => value(lock(&agent.streams).recv_start(flow, at.parse()?)?),
-        Request::RecvStats { flow } => value(lock(&agent.streams).recv_stats(flow)?),
+        Request::Credit { limits } => value(agent.streams.lock().credit(&limits)?),
+        Request::SendStop { flow } => value(agent.streams.lock().send_stop(flow)?),
+        Request::SendStats { flow } => value(agent.streams.lock().send_stats(flow)?),
+        Request::RecvStart { flow, at } => value(agent.streams.lock().recv_start(flow, at.parse()?)?),
+        Request::RecvStats { flow } => value(agent.streams.lock().recv_stats(flow)?),
         Request::RecvStop { flow, expected } => {
-            let receiver = lock(&agent.streams).recv_take(flow)?;
+            let receiver = agent.streams.lock().recv_take(flow)?;
             value(receiver.stop(expected).0)
         }
-        Request::WatchOpen { port } => value(lock(&agent.watches).open(port)?),
+        Request::WatchOpen { port } => value(agent.watches.lock().open(port)?),
         Request::WatchWait { port } => {
-            let watch = lock(&agent.watches).of(port)?;
+            let watch = agent.watches.lock().of(port)?;
             value(watch.wait()?)
         }
         Request::MemoryStart { mib, seed } => {
-            let mut memory = lock(&agent.memory);
+            let mut memory = agent.memory.lock();
             if memory.is_some() {
                 return Err("a memory job is running".into());
             }
@@ -182,33 +175,33 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
             value(())
         }
         Request::DiskStart { path, mib, seed } => {
-            let mut disk = lock(&agent.disk);
+            let mut disk = agent.disk.lock();
             if disk.is_some() {
                 return Err("a disk job is running".into());
             }
             *disk = Some(Rewriter::of_disk(&path, mib, seed)?);
             value(())
         }
-        Request::DiskStats => value(lock(&agent.disk).as_ref().ok_or("no disk job")?.stats()),
-        Request::DiskStop => value(lock(&agent.disk).take().ok_or("no disk job")?.stop()),
-        Request::MemoryStats => value(lock(&agent.memory).as_ref().ok_or("no memory job")?.stats()),
-        Request::MemoryStop => value(lock(&agent.memory).take().ok_or("no memory job")?.stop()),
+        Request::DiskStats => value(agent.disk.lock().as_ref().ok_or("no disk job")?.stats()),
+        Request::DiskStop => value(agent.disk.lock().take().ok_or("no disk job")?.stop()),
+        Request::MemoryStats => value(agent.memory.lock().as_ref().ok_or("no memory job")?.stats()),
+        Request::MemoryStop => value(agent.memory.lock().take().ok_or("no memory job")?.stop()),
         Request::BusyStart { cpus } => {
-            let mut busy = lock(&agent.busy);
+            let mut busy = agent.busy.lock();
             if busy.is_some() {
                 return Err("busy threads are running".into());
             }
             *busy = Some(jobs::Busy::start(&cpus)?);
             value(())
         }
-        Request::BusyStats => value(lock(&agent.busy).as_ref().ok_or("no busy threads")?.counts()),
-        Request::BusyStop => value(lock(&agent.busy).take().ok_or("no busy threads")?.stop()),
+        Request::BusyStats => value(agent.busy.lock().as_ref().ok_or("no busy threads")?.counts()),
+        Request::BusyStop => value(agent.busy.lock().take().ok_or("no busy threads")?.stop()),
         Request::TimersArm { after_ms } => {
-            *lock(&agent.timers) = Some(jobs::Timers::arm(&after_ms)?);
+            *agent.timers.lock() = Some(jobs::Timers::arm(&after_ms)?);
             value(())
         }
         Request::TimersWait => {
-            let timers = lock(&agent.timers).take().ok_or("no timers are armed")?;
+            let timers = agent.timers.lock().take().ok_or("no timers are armed")?;
             value(timers.wait()?)
         }
         Request::Clock { cpu } => value(machine::on_cpu(cpu, || clock::sample(200))?),
@@ -216,25 +209,25 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::CpuidRemember => {
             let leaves = machine::cpuid_of_all()?;
             let counts: Vec<usize> = leaves.iter().map(Vec::len).collect();
-            *lock(&agent.cpuid) = leaves;
+            *agent.cpuid.lock() = leaves;
             value(counts)
         }
-        Request::CpuidChanges => value(machine::changes(&lock(&agent.cpuid), &machine::cpuid_of_all()?)),
+        Request::CpuidChanges => value(machine::changes(&agent.cpuid.lock(), &machine::cpuid_of_all()?)),
         Request::Pci => value(machine::pci()?),
         Request::VectorsOn { bdf } => value(vectors::on(&bdf)?),
         Request::ConfigRead { bdf, offset } => value(resets::config_read(&bdf, offset)?),
         Request::ConfigWrite { bdf, offset, value: word } => value(resets::config_write(&bdf, offset, word)?),
         Request::ResetsStart { bdf, cpus } => {
-            let mut resets = lock(&agent.resets);
+            let mut resets = agent.resets.lock();
             if resets.is_some() {
                 return Err("a device is being reset".into());
             }
             *resets = Some(resets::Resets::start(&bdf, &cpus)?);
             value(())
         }
-        Request::ResetsStats => value(lock(&agent.resets).as_ref().ok_or("no device is being reset")?.counts()),
+        Request::ResetsStats => value(agent.resets.lock().as_ref().ok_or("no device is being reset")?.counts()),
         Request::ResetsStop => {
-            let resets = lock(&agent.resets).take().ok_or("no device is being reset")?;
+            let resets = agent.resets.lock().take().ok_or("no device is being reset")?;
             value(resets.stop())
         }
         Request::Interrupts { name } => value(machine::interrupts(&name)?),
@@ -247,17 +240,17 @@ fn carry_out(agent: &Agent, request: Request) -> Outcome {
         Request::PageHold => {
             let page = page::Held::new()?;
             let address = page.address()?;
-            *lock(&agent.page) = Some(page);
+            *agent.page.lock() = Some(page);
             value(address)
         }
-        Request::PageTouch => value(lock(&agent.page).as_ref().ok_or("no page is held")?.touch()?),
+        Request::PageTouch => value(agent.page.lock().as_ref().ok_or("no page is held")?.touch()?),
         Request::Machine => value(machine::info()?),
         Request::PowerButtonOpen => {
-            *lock(&agent.power_button) = Some(machine::PowerButton::open()?);
+            *agent.power_button.lock() = Some(machine::PowerButton::open()?);
             value(())
         }
         Request::PowerButtonWait => {
-            let button = lock(&agent.power_button).take().ok_or("the power button is not open")?;
+            let button = agent.power_button.lock().take().ok_or("the power button is not open")?;
             value(button.wait()?)
         }
         Request::PowerOff { after_ms } => value(machine::reboot(libc::RB_POWER_OFF, after_ms)?),

@@ -4,9 +4,9 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
-    sync::{Mutex, PoisonError},
 };
 
+use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::proto::encode_line;
@@ -49,6 +49,6 @@ impl Tty {
     pub fn write<T: Serialize>(&self, id: u64, body: &T) -> io::Result<()> {
         // The newline in front ends whatever the kernel left there.
         let line = format!("\n{}", encode_line(id, body));
-        self.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes())
+        self.output.lock().write_all(line.as_bytes())
     }
 }

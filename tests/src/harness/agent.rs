@@ -13,13 +13,14 @@ use std::{
     os::unix::net::UnixStream,
     path::Path,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc,
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use parking_lot::{Condvar, Mutex};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -54,18 +55,14 @@ struct Shared {
     writer: Mutex<UnixStream>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Shared {
     fn write(&self, line: &str) -> Result<()> {
-        lock(&self.writer).write_all(line.as_bytes()).context("writing to the serial socket")
+        self.writer.lock().write_all(line.as_bytes()).context("writing to the serial socket")
     }
 
     fn ask_all_again(&self) {
         let lines: Vec<String> = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.asked_again += state.pending.len() as u64;
             state.pending.values().map(|p| p.line.clone()).collect()
         };
@@ -117,7 +114,7 @@ impl<T: DeserializeOwned> Ticket<T> {
                 }
                 Err(RecvTimeoutError::Disconnected) => bail!("agent: {}: the serial line was closed", self.what),
                 Err(RecvTimeoutError::Timeout) if left > ASK_AGAIN => {
-                    let mut state = lock(&self.shared.state);
+                    let mut state = self.shared.state.lock();
                     state.asked_again += 1;
                     let line = state.pending.get(&self.id).map(|p| p.line.clone());
                     drop(state);
@@ -135,7 +132,7 @@ impl Asker {
     /// Asks without waiting.
     pub fn start<T: DeserializeOwned>(&self, request: &Request) -> Result<Ticket<T>> {
         let (sender, receiver) = mpsc::channel();
-        let mut state = lock(&self.shared.state);
+        let mut state = self.shared.state.lock();
         anyhow::ensure!(!state.closed, "agent: {request:?}: the serial line was closed");
         let id = state.next_id;
         state.next_id += 1;
@@ -165,7 +162,7 @@ impl Asker {
 
 impl<T> Drop for Ticket<T> {
     fn drop(&mut self) {
-        lock(&self.shared.state).pending.remove(&self.id);
+        self.shared.state.lock().pending.remove(&self.id);
     }
 }
 
@@ -193,12 +190,8 @@ impl Agent {
 
     /// Waits until the agent says that it is up.
     pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
-        let state = lock(&self.shared.state);
-        let (state, _) = self
-            .shared
-            .changed
-            .wait_timeout_while(state, deadline, |s| !s.ready && !s.closed)
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.shared.state.lock();
+        self.shared.changed.wait_while_for(&mut state, |s| !s.ready && !s.closed, deadline);
         if state.closed {
             bail!("the serial line was closed before the agent was ready");
         }
@@ -208,7 +201,7 @@ impl Agent {
 
     /// Requests that had to be sent more than once.
     pub fn asked_again(&self) -> u64 {
-        lock(&self.shared.state).asked_again
+        self.shared.state.lock().asked_again
     }
 
     pub fn ping(&self) -> Result<()> {
@@ -268,7 +261,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         // The reader thread holds the other half; this ends it.
-        let _ = lock(&self.shared.writer).shutdown(std::net::Shutdown::Both);
+        let _ = self.shared.writer.lock().shutdown(std::net::Shutdown::Both);
     }
 }
 
@@ -281,7 +274,7 @@ fn read_all(mut stream: UnixStream, shared: &Shared, mut console: File) {
             match line {
                 Line::Message { id: proto::UNASKED, json } => match serde_json::from_str(&json) {
                     Ok(Notice::Ready) => {
-                        lock(&shared.state).ready = true;
+                        shared.state.lock().ready = true;
                         shared.changed.notify_all();
                     }
                     Ok(Notice::Garbled) => shared.ask_all_again(),
@@ -292,7 +285,7 @@ fn read_all(mut stream: UnixStream, shared: &Shared, mut console: File) {
                 Line::Message { id, json } => {
                     let answer = serde_json::from_str(&json).unwrap_or_else(|e| Answer::Err(format!("{json}: {e}")));
                     // Nobody waits for an answer that came twice.
-                    if let Some(pending) = lock(&shared.state).pending.remove(&id) {
+                    if let Some(pending) = shared.state.lock().pending.remove(&id) {
                         let _ = pending.answer.send((answer, now));
                     }
                 }
@@ -307,7 +300,7 @@ fn read_all(mut stream: UnixStream, shared: &Shared, mut console: File) {
             }
         }
     }
-    let mut state = lock(&shared.state);
+    let mut state = shared.state.lock();
     state.closed = true;
     state.pending.clear();
     drop(state);

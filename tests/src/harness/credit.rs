@@ -9,7 +9,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         mpsc::{self, RecvTimeoutError},
     },
     thread::JoinHandle,
@@ -17,6 +17,7 @@ use std::{
 };
 
 use anyhow::Result;
+use parking_lot::Mutex;
 
 use crate::{
     harness::agent::Asker,
@@ -51,7 +52,7 @@ impl Ledger {
     /// Tells the guest how far its senders may go, hears from its receivers, and tells ours. Different numbers received
     /// so far: into the guest and out of it, for each wire.
     fn exchange(&self) -> Result<Vec<[u64; 2]>> {
-        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let _busy = self.busy.lock();
         let out: Vec<_> = self.ways.iter().map(|ways| ways.tally.stats()).collect();
         let limits = self.ways.iter().zip(&out).map(|(ways, got)| (ways.outward, got.next + ways.window)).collect();
         let heard: Vec<Heard> = self.asker.call(&Request::Credit { limits })?;

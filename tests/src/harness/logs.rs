@@ -4,10 +4,10 @@ use std::{
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result};
+use parking_lot::Mutex;
 
 use crate::harness::lab;
 
@@ -19,13 +19,13 @@ const TAIL: usize = 30;
 
 /// A test begins. Logs of a VM that it takes over from the test before are named again with [`add`].
 pub fn begin(test: &str) {
-    LOGS.lock().unwrap_or_else(PoisonError::into_inner).clear();
-    *TEST.lock().unwrap_or_else(PoisonError::into_inner) = test.to_string();
+    LOGS.lock().clear();
+    *TEST.lock() = test.to_string();
 }
 
 /// A new log file named after the running test.
 pub fn create(name: &str) -> Result<PathBuf> {
-    let test = TEST.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let test = TEST.lock().clone();
     let dir = lab::results()?.join(if test.is_empty() { "other".to_string() } else { test });
     fs::create_dir_all(&dir).with_context(|| format!("{}", dir.display()))?;
     let path = (0..)
@@ -33,19 +33,19 @@ pub fn create(name: &str) -> Result<PathBuf> {
         .find(|p| !p.exists())
         .context("no free log name")?;
     fs::write(&path, "").with_context(|| format!("{}", path.display()))?;
-    LOGS.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
+    LOGS.lock().push(path.clone());
     Ok(path)
 }
 
 /// `path` belongs to the running test as well.
 pub fn add(path: &Path) {
-    LOGS.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_path_buf());
+    LOGS.lock().push(path.to_path_buf());
 }
 
 /// The ends of all logs of the test.
 pub fn tails() -> String {
     let mut text = String::new();
-    for path in LOGS.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+    for path in LOGS.lock().drain(..) {
         let _ = writeln!(text, "--- end of {} ---\n{}", path.display(), tail(&path));
     }
     text

@@ -1,8 +1,7 @@
 //! A guest with passed-through NICs whose wires are up. The common one is kept from test to test: a boot takes long.
 
-use std::sync::{Mutex, PoisonError};
-
 use anyhow::Result;
+use parking_lot::Mutex;
 
 use crate::harness::{
     agent::Agent,
@@ -53,7 +52,7 @@ static SHARED: Mutex<Option<Rig>> = Mutex::new(None);
 
 /// Runs `body` with the common guest: 2 vCPUs, 256 MiB, one NIC. It outlives the test only if that ends well.
 pub fn shared(body: impl FnOnce(&mut Rig) -> Result<()>) -> Result<()> {
-    let mut slot = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut slot = SHARED.lock();
     let kept = slot.take().and_then(|mut rig| rig.vm.is_running().then_some(rig));
     let mut rig = match kept {
         Some(rig) => {
@@ -69,5 +68,5 @@ pub fn shared(body: impl FnOnce(&mut Rig) -> Result<()>) -> Result<()> {
 
 /// Ends the common guest, so that its NIC is free.
 pub fn drop_shared() {
-    SHARED.lock().unwrap_or_else(PoisonError::into_inner).take();
+    SHARED.lock().take();
 }

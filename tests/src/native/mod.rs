@@ -217,7 +217,7 @@ impl Counter {
 struct Sampler {
     started: Instant,
     stop: Arc<AtomicBool>,
-    samples: Arc<std::sync::Mutex<Vec<(u64, u64)>>>,
+    samples: Arc<parking_lot::Mutex<Vec<(u64, u64)>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -225,13 +225,13 @@ impl Sampler {
     fn start(counter: Counter) -> Self {
         let started = Instant::now();
         let stop = Arc::new(AtomicBool::new(false));
-        let samples = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let samples = Arc::new(parking_lot::Mutex::new(Vec::new()));
         let thread = std::thread::spawn({
             let (stop, samples) = (stop.clone(), samples.clone());
             move || {
                 while !stop.load(Ordering::Relaxed) {
                     let sample = (started.elapsed().as_micros() as u64, counter.get());
-                    samples.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(sample);
+                    samples.lock().push(sample);
                     sleep(Duration::from_millis(1));
                 }
             }
@@ -244,7 +244,7 @@ impl Sampler {
     }
 
     fn samples(&self) -> Vec<(u64, u64)> {
-        self.samples.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.samples.lock().clone()
     }
 
     /// How long after the pause, which was asked for at `asked`, the guest was back at its speed, µs; None if not

@@ -12,9 +12,10 @@ mod vm;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use parking_lot::Mutex;
 use theseus_api::access::Peers;
 use theseus_api::server::Server;
 use theseus_devices::legacy::serial::SerialDevice;
@@ -22,7 +23,6 @@ use theseus_devices::legacy::serial::SerialDevice;
 use crate::events::EventStream;
 use crate::keeper::Keeper;
 use crate::machine::Host;
-use crate::machine::devices::lock;
 use crate::main_thread::MainThread;
 use crate::signals::Signals;
 use crate::supervisor::Supervisor;
@@ -137,7 +137,7 @@ impl Control {
             report(ops.remove(Events::empty(&old.poll)));
         }
         let Some(serial) = serial else { return };
-        match lock(serial).poll_fd().try_clone_to_owned() {
+        match serial.lock().poll_fd().try_clone_to_owned() {
             Ok(poll) => {
                 report(ops.add(Events::with_data(&poll, CONSOLE, EventSet::IN)));
                 self.watched = Some(WatchedConsole { device: Arc::downgrade(serial), poll });
@@ -189,7 +189,7 @@ impl MutEventSubscriber for Control {
             SIGNAL => self.signalled(),
             CONSOLE => {
                 if let Some(serial) = self.vm.machine().and_then(|machine| machine.devices.serial.as_ref()) {
-                    lock(serial).handle_ready();
+                    serial.lock().handle_ready();
                 }
             }
             RESET => {

@@ -1,10 +1,11 @@
 //! The ways into the control thread: a queue for the API's requests, and a latch for what the guest asks of its
 //! machine.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use parking_lot::{Mutex, MutexGuard};
 use theseus_api::server::{Backend, ReplyTo};
 use theseus_api::{ApiError, Request};
 use theseus_devices::interrupt::{GuestRequest, GuestRequests};
@@ -21,7 +22,7 @@ struct Latch {
 
 impl Latch {
     fn lock(&self) -> MutexGuard<'_, Option<GuestRequest>> {
-        self.request.lock().unwrap_or_else(PoisonError::into_inner)
+        self.request.lock()
     }
 
     /// Whether `request` is the first.

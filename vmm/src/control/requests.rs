@@ -11,7 +11,6 @@ use super::admit::admit;
 use super::{Control, Vm, Wish};
 use crate::boot;
 use crate::build_info;
-use crate::machine::devices::lock;
 use crate::machine::{Machine, MachineError};
 
 /// How long vm.pause waits for the vCPUs.
@@ -83,7 +82,7 @@ impl Control {
             }),
             Request::Nmi => self.on_machine(|machine| machine.nmi()),
             Request::PowerButton => self.on_machine(|machine| {
-                lock(&machine.devices.pm).press_power_button();
+                machine.devices.pm.lock().press_power_button();
                 Ok(())
             }),
             Request::Counters => self.counters(),
@@ -138,7 +137,7 @@ impl Control {
     }
 
     fn counters(&self) -> Reply {
-        let dropped = self.vm.machine().and_then(|machine| Some(lock(machine.devices.serial.as_ref()?).dropped()));
+        let dropped = self.vm.machine().and_then(|machine| Some(machine.devices.serial.as_ref()?.lock().dropped()));
         Ok(Body::Json(json!({
             "serial": { "dropped_bytes": dropped.unwrap_or(0) },
             "log": { "dropped_bytes": crate::logging::dropped() },

@@ -1,7 +1,8 @@
 //! The devices of a machine that are always there: serial port, CMOS, reset, power management, PCI.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use theseus_api::types::{SerialConfig, SerialMode};
 use theseus_devices::bus::{Bus, Target};
 use theseus_devices::carried::Carried;
@@ -44,10 +45,6 @@ pub struct Devices {
     pub config_access: Arc<PciConfigAccess>,
     pub host_bridge: Arc<Turn<HostBridge>>,
     pub pci: Arc<PciBus>,
-}
-
-pub fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn shared<T>(device: T) -> Arc<Mutex<T>> {
@@ -164,7 +161,7 @@ fn device(name: &'static str) -> impl FnOnce(theseus_devices::carried::CarryErro
 }
 
 fn save<T: Carried>(writer: &mut StateWriter, name: &'static str, carried: &Mutex<T>) -> Result<(), MachineError> {
-    add(writer, name, &*lock(carried))
+    add(writer, name, &*carried.lock())
 }
 
 fn add<T: Carried>(writer: &mut StateWriter, name: &'static str, carried: &T) -> Result<(), MachineError> {

@@ -139,6 +139,6 @@ impl Machine {
     /// The terminal that the serial port has made.
     pub fn pty(&self) -> Option<PathBuf> {
         let serial = self.devices.serial.as_ref()?;
-        devices::lock(serial).pty_path().map(Path::to_path_buf)
+        serial.lock().pty_path().map(Path::to_path_buf)
     }
 }

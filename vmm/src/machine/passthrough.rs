@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
 use theseus_devices::carried::Carried;
@@ -20,7 +21,7 @@ use theseus_resources::alloc::Windows;
 use theseus_resources::{Claims, GuestRam, StateReader, StateWriter, Vault};
 
 use super::MachineError;
-use super::devices::{Buses, lock};
+use super::devices::Buses;
 use super::glue::{VmMemslots, VmMsi};
 
 /// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
@@ -255,7 +256,7 @@ impl PassthroughDevices {
 
     /// The orderly end: devices quiet and given back.
     pub fn release(&self, vm: &Vm) {
-        let mut windows = lock(&self.windows);
+        let mut windows = self.windows.lock();
         for plugged in &self.plugged {
             plugged.device.lock().release(&mut windows);
         }

@@ -1,7 +1,8 @@
 //! Machine checks on their way to vCPUs: KVM takes one only from the vCPU's own thread, which any other may ask.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
+use parking_lot::{Mutex, MutexGuard};
 use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
 
@@ -19,7 +20,7 @@ struct Mailbox {
 
 impl Mailbox {
     fn lock(&self) -> MutexGuard<'_, Vec<Check>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 }
 

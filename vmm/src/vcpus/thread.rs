@@ -262,9 +262,10 @@ impl Body {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
-    use std::sync::{Arc, Mutex};
 
+    use parking_lot::Mutex;
     use theseus_devices::bus::Target;
 
     use super::*;
@@ -283,7 +284,7 @@ mod tests {
             if self.busy.load(Ordering::SeqCst) && is_wanted() {
                 return false;
             }
-            self.written.lock().unwrap().push((offset, data.to_vec()));
+            self.written.lock().push((offset, data.to_vec()));
             true
         }
     }
@@ -299,14 +300,14 @@ mod tests {
         device.busy.store(false, Ordering::SeqCst);
         // The second half of an access that crosses a page: free by now, but not its turn.
         owed.write(&mmio, false, 0x1008, &[2, 3], &|| true);
-        assert!(device.written.lock().unwrap().is_empty());
+        assert!(device.written.lock().is_empty());
         let carried = owed.0.clone();
         device.busy.store(true, Ordering::SeqCst);
         assert!(!owed.pay(&pio, &mmio, &|| true), "wanted again");
         assert_eq!(owed.0, carried);
         device.busy.store(false, Ordering::SeqCst);
         assert!(owed.pay(&pio, &mmio, &|| true));
-        assert_eq!(*device.written.lock().unwrap(), [(4, vec![1]), (8, vec![2, 3])]);
+        assert_eq!(*device.written.lock(), [(4, vec![1]), (8, vec![2, 3])]);
         assert!(owed.0.is_empty());
     }
 }
