@@ -1,9 +1,9 @@
 //! Every kind of device there is, in one place: what this build can take over is derived from it.
 //!
-//! An entry is a type that implements [`Carried`]: a device that cannot be saved does not compile into the catalogue.
+//! An entry is a type that implements [`Migratable`]: a device that cannot be saved does not compile into the catalogue.
 
-use crate::carried::Carried;
 use crate::legacy::{cmos::Cmos, i8042::I8042, pm::Pm, serial::SerialDevice};
+use crate::migratable::Migratable;
 use crate::pci::{config_access::PciConfigAccess, host_bridge::HostBridge};
 use crate::vfio::{Passthrough, VfioPci};
 
@@ -15,7 +15,7 @@ pub struct Entry {
     pub version: u16,
 }
 
-const fn entry<D: Carried>() -> Entry {
+const fn entry<D: Migratable>() -> Entry {
     Entry { kind: D::KIND, version: D::VERSION }
 }
 

@@ -21,7 +21,7 @@ pub enum GuestRequest {
 
 /// Where such requests go. Called on a vCPU thread: must not block.
 pub trait GuestRequests: Send + Sync {
-    fn ask(&self, request: GuestRequest);
+    fn notify(&self, request: GuestRequest);
     /// Whether something was asked for that nobody has acted on. No vCPU goes on until somebody has.
     fn pending(&self) -> bool;
 }

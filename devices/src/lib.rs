@@ -1,10 +1,10 @@
 //! All that the guest sees on a bus: legacy devices, PCI, VFIO passthrough. A folder (or file) per device.
 
 pub mod bus;
-pub mod carried;
 pub mod catalogue;
 pub mod interrupt;
 pub mod legacy;
+pub mod migratable;
 pub mod pci;
 pub mod turn;
 pub mod vfio;

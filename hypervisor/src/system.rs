@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
-use theseus_resources::{KeptFd, Purpose, Vault};
+use theseus_resources::{FdKind, FdStore, StoredFd};
 
 use crate::{Error, Result};
 
@@ -26,21 +26,21 @@ const NEEDED: [(Cap, &str); 12] = [
 ];
 
 pub struct Hypervisor {
-    // The vault's fd is the owner; this is a view of it that must not close it.
+    // The fd_store's fd is the owner; this is a view of it that must not close it.
     kvm: ManuallyDrop<Kvm>,
-    fd: KeptFd,
+    fd: StoredFd,
 }
 
 impl Hypervisor {
     /// Opens `/dev/kvm` and checks that it can do what an update needs.
-    pub fn open(vault: &Vault) -> Result<Self> {
+    pub fn open(fd_store: &FdStore) -> Result<Self> {
         let path = rustix::fs::open(
             "/dev/kvm",
             rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
             rustix::fs::Mode::empty(),
         );
         let fd: OwnedFd = path.map_err(|error| Error::Open(error.into()))?;
-        let this = Self::from_kept(vault.keep("/dev/kvm", Purpose::Kvm, fd));
+        let this = Self::from_kept(fd_store.keep("/dev/kvm", FdKind::Kvm, fd));
         for (cap, name) in NEEDED {
             if !this.kvm.check_extension(cap) {
                 return Err(Error::MissingCapability(name));
@@ -50,13 +50,13 @@ impl Hypervisor {
     }
 
     /// In the new image: the fd that came through exec.
-    pub fn from_kept(fd: KeptFd) -> Self {
+    pub fn from_kept(fd: StoredFd) -> Self {
         // SAFETY: a valid fd that `fd` keeps open for as long as this lives; ManuallyDrop never closes it.
         let kvm = ManuallyDrop::new(unsafe { Kvm::from_raw_fd(fd.as_raw_fd()) });
         Self { kvm, fd }
     }
 
-    pub fn kept(&self) -> &KeptFd {
+    pub fn kept(&self) -> &StoredFd {
         &self.fd
     }
 

@@ -1,9 +1,10 @@
-//! What a VM owns that outlives one process image: kept file descriptors ([`vault`]), guest memory ([`ram`]), the saved
+//! What a VM owns that outlives one process image: kept file descriptors ([`fd_store`]), guest memory ([`ram`]), the saved
 //! state's envelope ([`state`]), how both travel ([`channel`]), and the layout of the guest's physical address space
 //! ([`layout`], [`alloc`]). Beside it [`rate`], [`socket`] and [`threads`], which several crates use.
 
 pub mod alloc;
 pub mod channel;
+pub mod fd_store;
 pub mod hugepages;
 pub mod layout;
 pub mod ram;
@@ -11,9 +12,8 @@ pub mod rate;
 pub mod socket;
 pub mod state;
 pub mod threads;
-pub mod vault;
 
 pub use channel::Channel;
+pub use fd_store::{Claims, FdKind, FdStore, Slot, StoredFd};
 pub use ram::{GuestRam, Pages, RamRange};
 pub use state::{StateReader, StateWriter};
-pub use vault::{Claims, KeptFd, Purpose, Slot, Vault};

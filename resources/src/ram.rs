@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::fd_store::{Claims, FdKind, FdStore, FdStoreError, Slot, StoredFd};
 use crate::hugepages::Pool;
 use crate::layout;
-use crate::vault::{Claims, KeptFd, Purpose, Slot, Vault, VaultError};
 
 /// KVM maps a huge page only where guest address, host address and file offset agree modulo its size.
 const HUGE: u64 = 2 << 20;
@@ -42,7 +42,7 @@ pub enum RamError {
     #[error("guest RAM: {0}")]
     Layout(String),
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    FdStore(#[from] FdStoreError),
 }
 
 /// A piece of RAM as seen from all sides.
@@ -69,7 +69,7 @@ pub struct GuestRam {
     size: u64,
     pages: Pages,
     ranges: Vec<RamRange>,
-    memfd: KeptFd,
+    memfd: StoredFd,
     memory: GuestMemoryMmap,
     _mappings: Vec<Mapping>,
 }
@@ -85,7 +85,7 @@ fn no_memfd(error: Errno, pages: Pages) -> &'static str {
 }
 
 impl GuestRam {
-    pub fn new(vault: &Vault, size: u64, pages: Pages) -> Result<Self, RamError> {
+    pub fn new(fd_store: &FdStore, size: u64, pages: Pages) -> Result<Self, RamError> {
         let create = |source: Errno, remedy| RamError::Create { size, source: source.into(), remedy };
         let flags = match pages {
             Pages::Huge(bytes) => MemfdFlags::HUGETLB | huge_flag(bytes)?,
@@ -102,12 +102,12 @@ impl GuestRam {
             ranges.push(RamRange { gpa, size, offset, hva: 0 });
             offset += size;
         }
-        Self::map(vault.keep("guest RAM", Purpose::GuestMemory, fd), size, pages, ranges, Reserve::Now)
+        Self::map(fd_store.keep("guest RAM", FdKind::GuestMemory, fd), size, pages, ranges, Reserve::Now)
     }
 
     pub fn restore(state: RamState, claims: &mut Claims) -> Result<Self, RamError> {
         let RamState { size, pages, ranges, memfd } = state;
-        Self::map(claims.claim(memfd, Purpose::GuestMemory)?, size, pages, ranges, Reserve::Done)
+        Self::map(claims.claim(memfd, FdKind::GuestMemory)?, size, pages, ranges, Reserve::Done)
     }
 
     pub fn save(&self) -> RamState {
@@ -116,7 +116,7 @@ impl GuestRam {
     }
 
     fn map(
-        memfd: KeptFd,
+        memfd: StoredFd,
         size: u64,
         pages: Pages,
         mut ranges: Vec<RamRange>,
@@ -317,7 +317,7 @@ mod tests {
 
     #[test]
     fn small_ram_is_one_range_aligned_for_huge_pages() {
-        let ram = GuestRam::new(&Vault::new(), 128 << 20, Pages::Small).unwrap();
+        let ram = GuestRam::new(&FdStore::new(), 128 << 20, Pages::Small).unwrap();
         assert_eq!(ram.ranges().len(), 1);
         assert_eq!(ram.ranges()[0].hva % HUGE, 0);
         ram.memory().write_obj(0x1234_5678u32, GuestAddress(0x1000)).unwrap();
@@ -334,15 +334,15 @@ mod tests {
 
     #[test]
     fn big_ram_leaves_the_hole() {
-        let ram = GuestRam::new(&Vault::new(), 6 << 30, Pages::Small).unwrap();
+        let ram = GuestRam::new(&FdStore::new(), 6 << 30, Pages::Small).unwrap();
         let ranges: Vec<_> = ram.ranges().iter().map(|r| (r.gpa, r.size, r.offset)).collect();
         assert_eq!(ranges, [(0, 3 << 30, 0), (4 << 30, 3 << 30, 3 << 30)]);
     }
 
     #[test]
     fn a_second_mapping_sees_the_same_pages() {
-        let vault = Vault::new();
-        let old = GuestRam::new(&vault, 128 << 20, Pages::Small).unwrap();
+        let fd_store = FdStore::new();
+        let old = GuestRam::new(&fd_store, 128 << 20, Pages::Small).unwrap();
         old.memory().write_obj(7u64, GuestAddress(0x10_0000)).unwrap();
         let state = old.save();
         let new = GuestRam::map(old.memfd.clone(), state.size, state.pages, state.ranges, Reserve::Done).unwrap();
@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn huge_pages_that_are_not_there_are_not_promised() {
-        let all = GuestRam::new(&Vault::new(), 1 << 40, Pages::Huge(HUGE));
+        let all = GuestRam::new(&FdStore::new(), 1 << 40, Pages::Huge(HUGE));
         let error = all.err().expect("nobody has a TiB of them").to_string();
         // The second: this kernel has none at all.
         assert!(
@@ -364,7 +364,7 @@ mod tests {
 
     #[test]
     fn population_allocates_nothing() {
-        let ram = GuestRam::new(&Vault::new(), 128 << 20, Pages::Small).unwrap();
+        let ram = GuestRam::new(&FdStore::new(), 128 << 20, Pages::Small).unwrap();
         let blocks = || rustix::fs::fstat(&ram.memfd).unwrap().st_blocks;
         ram.populate_page_tables(|| true).unwrap();
         assert_eq!(blocks(), 0);

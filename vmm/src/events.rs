@@ -12,8 +12,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use serde_json::{Value, json};
 use theseus_api::args::ApiSocket;
-use theseus_resources::vault::VaultError;
-use theseus_resources::{Claims, KeptFd, Purpose, Slot, Vault};
+use theseus_resources::fd_store::FdStoreError;
+use theseus_resources::{Claims, FdKind, FdStore, Slot, StoredFd};
 
 /// Linux's, bytes (pipe(7)).
 const PIPE_BUF: usize = 4096;
@@ -27,11 +27,11 @@ pub fn lost() -> u64 {
 
 /// Cheap to clone; says nothing where no stream was asked for.
 #[derive(Clone, Default)]
-pub struct EventStream(Option<KeptFd>);
+pub struct EventStream(Option<StoredFd>);
 
 impl EventStream {
     /// `target`: a file that is appended to, a FIFO, or an fd that whoever started us has opened.
-    pub fn open(target: Option<&ApiSocket>, vault: &Vault) -> anyhow::Result<Self> {
+    pub fn open(target: Option<&ApiSocket>, fd_store: &FdStore) -> anyhow::Result<Self> {
         let fd: OwnedFd = match target {
             None => return Ok(Self(None)),
             // Reading too: a FIFO then opens, whether or not somebody reads it yet.
@@ -46,15 +46,15 @@ impl EventStream {
                 .into(),
             Some(ApiSocket::Fd(fd)) => crate::inherited(*fd).with_context(|| format!("event stream: fd={fd}"))?,
         };
-        Ok(Self(Some(vault.keep("event stream", Purpose::Log, fd))))
+        Ok(Self(Some(fd_store.keep("event stream", FdKind::Log, fd))))
     }
 
     pub fn slot(&self) -> Option<Slot> {
-        self.0.as_ref().map(KeptFd::slot)
+        self.0.as_ref().map(StoredFd::slot)
     }
 
-    pub fn claim(slot: Option<Slot>, claims: &mut Claims) -> Result<Self, VaultError> {
-        Ok(Self(slot.map(|slot| claims.claim(slot, Purpose::Log)).transpose()?))
+    pub fn claim(slot: Option<Slot>, claims: &mut Claims) -> Result<Self, FdStoreError> {
+        Ok(Self(slot.map(|slot| claims.claim(slot, FdKind::Log)).transpose()?))
     }
 
     pub fn say(&self, source: &str, event: &str, properties: Value) {
@@ -90,7 +90,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events");
         std::fs::write(&path, "before\n").unwrap();
-        let events = EventStream::open(Some(&ApiSocket::Path(path.clone())), &Vault::new()).unwrap();
+        let events = EventStream::open(Some(&ApiSocket::Path(path.clone())), &FdStore::new()).unwrap();
         events.say("vm", "booted", json!({}));
         events.say("update", "updated", json!({ "pid": 7 }));
         let text = std::fs::read_to_string(&path).unwrap();
@@ -98,13 +98,13 @@ mod tests {
         assert_eq!((&last["event"], &last["properties"]["pid"]), (&json!("updated"), &json!(7)));
         EventStream::default().say("vm", "nobody hears this", json!({}));
         let nowhere = ApiSocket::Path("/nowhere/events".into());
-        assert!(EventStream::open(Some(&nowhere), &Vault::new()).is_err());
+        assert!(EventStream::open(Some(&nowhere), &FdStore::new()).is_err());
     }
 
     #[test]
     fn a_reader_that_does_not_read_holds_nobody_up() {
         let (_reader, writer) = rustix::pipe::pipe().unwrap();
-        let events = EventStream(Some(Vault::new().keep("pipe", Purpose::Log, writer)));
+        let events = EventStream(Some(FdStore::new().keep("pipe", FdKind::Log, writer)));
         for _ in 0..5000 {
             events.say("vm", "booted", json!({}));
         }

@@ -1,5 +1,6 @@
 //! The VMM process: machine, memory, vCPU threads, control loop, update.
 
+mod available_memory;
 pub mod boot;
 mod build_info;
 mod cli;
@@ -14,7 +15,6 @@ mod main_thread;
 mod memory_errors;
 mod notify;
 mod panics;
-mod room;
 mod signals;
 mod spin;
 mod supervisor;
@@ -43,7 +43,7 @@ use theseus_api::types::VmConfig;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::rate::Rate;
-use theseus_resources::{Channel, Vault, threads};
+use theseus_resources::{Channel, FdStore, threads};
 use vmm_sys_util::eventfd::EventFd;
 
 use cli::{Cli, OnReset};
@@ -246,10 +246,10 @@ impl Parts {
 }
 
 fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
-    let vault = Vault::new();
-    let hypervisor = Arc::new(Hypervisor::open(&vault)?);
+    let fd_store = FdStore::new();
+    let hypervisor = Arc::new(Hypervisor::open(&fd_store)?);
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
-    let host = Host { hypervisor, vault, requests };
+    let host = Host { hypervisor, fd_store, requests };
     let config = cli.vm_config();
     if let Some(config) = &config {
         config.validate().map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;
@@ -264,7 +264,7 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
     let mut supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone(), ends_on_reset);
     supervisor.is_started_from(update::target::started_from());
     supervisor.write_pid_file()?;
-    let events = EventStream::open(cli.event_monitor.as_ref(), &host.vault)?;
+    let events = EventStream::open(cli.event_monitor.as_ref(), &host.fd_store)?;
     let peers = cli.api_socket.as_ref().map(|listen| listen.peers(&cli.api_uid)).unwrap_or_default();
     let mut control = parts.control(host, server, supervisor, events);
     control.peers = peers;

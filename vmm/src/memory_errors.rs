@@ -202,7 +202,7 @@ fn die(signal: libc::c_int, code: libc::c_int, address: u64, gpa: Option<u64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use theseus_resources::{Pages, Vault};
+    use theseus_resources::{FdStore, Pages};
     use vm_memory::{Bytes, GuestAddress};
 
     /// As the kernel would, to this thread.
@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn a_lost_page_is_told_and_replaced_where_the_vmm_needs_it() {
         let wake = install().unwrap();
-        let ram = GuestRam::new(&Vault::new(), 128 << 20, Pages::Small).unwrap();
+        let ram = GuestRam::new(&FdStore::new(), 128 << 20, Pages::Small).unwrap();
         let watched = watch(&ram);
         let hva = ram.ranges()[0].hva;
         let at = GuestAddress(0x40_0000);

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 /// (crate, its modules), each from the lowest to the highest.
 const LAYERS: [(&str, &[&str]); 6] = [
-    ("resources", &["rate", "threads", "socket", "channel", "hugepages", "layout", "alloc", "vault", "ram", "state"]),
+    (
+        "resources",
+        &["rate", "threads", "socket", "channel", "hugepages", "layout", "alloc", "fd_store", "ram", "state"],
+    ),
     ("api", &["types", "args", "access", "request", "server", "client"]),
     ("hypervisor", &["error", "system", "clock", "irqchip", "raw", "routing", "vfio", "vm", "vcpu"]),
     ("devices", &["bus", "carried", "interrupt", "turn", "legacy", "pci", "vfio", "catalogue"]),

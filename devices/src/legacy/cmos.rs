@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
-use crate::carried::{Carried, CarryError};
+use crate::migratable::{Migratable, MigrateError};
 
 /// Ports: index, data.
 pub const CMOS_SIZE: u64 = 2;
@@ -159,21 +159,21 @@ pub struct CmosState {
     ram: Vec<u8>,
 }
 
-impl Carried for Cmos {
+impl Migratable for Cmos {
     const KIND: &'static str = "cmos";
     const VERSION: u16 = 1;
     type State = CmosState;
     type Parts<'a> = ();
 
-    fn save(&self) -> Result<CmosState, CarryError> {
+    fn save(&self) -> Result<CmosState, MigrateError> {
         let Self { index, ram } = self;
         Ok(CmosState { index: *index, ram: ram.to_vec() })
     }
 
-    fn restore(state: CmosState, (): ()) -> Result<Self, CarryError> {
+    fn restore(state: CmosState, (): ()) -> Result<Self, MigrateError> {
         let CmosState { index, ram } = state;
         let ram = <[u8; RAM_SIZE]>::try_from(ram.as_slice())
-            .map_err(|_| CarryError::State(format!("{} bytes of RAM, not {RAM_SIZE}", ram.len())))?;
+            .map_err(|_| MigrateError::State(format!("{} bytes of RAM, not {RAM_SIZE}", ram.len())))?;
         Ok(Self { index: index & 0x7F, ram })
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
-use crate::carried::{Carried, CarryError};
 use crate::interrupt::{GuestRequest, GuestRequests};
+use crate::migratable::{Migratable, MigrateError};
 
 /// Ports 0x60 to 0x64: the bus range.
 pub const I8042_SIZE: u64 = 5;
@@ -59,7 +59,7 @@ impl BusDevice for I8042 {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if offset == COMMAND && data.first() == Some(&COMMAND_RESET) {
-            self.requests.ask(GuestRequest::Reset);
+            self.requests.notify(GuestRequest::Reset);
         }
         for (_, byte) in (offset..=u64::MAX).zip(data).filter(|(port, _)| *port == PORT_B) {
             self.port_b = self.port_b & !WRITABLE | byte & WRITABLE;
@@ -75,18 +75,18 @@ pub struct I8042State {
     port_b: u8,
 }
 
-impl Carried for I8042 {
+impl Migratable for I8042 {
     const KIND: &'static str = "i8042";
     const VERSION: u16 = 1;
     type State = I8042State;
     type Parts<'a> = Arc<dyn GuestRequests>;
 
-    fn save(&self) -> Result<I8042State, CarryError> {
+    fn save(&self) -> Result<I8042State, MigrateError> {
         let Self { requests: _, port_b } = self;
         Ok(I8042State { port_b: *port_b })
     }
 
-    fn restore(state: I8042State, requests: Arc<dyn GuestRequests>) -> Result<Self, CarryError> {
+    fn restore(state: I8042State, requests: Arc<dyn GuestRequests>) -> Result<Self, MigrateError> {
         let I8042State { port_b } = state;
         Ok(Self { requests, port_b: port_b & (WRITABLE | REFRESH) })
     }

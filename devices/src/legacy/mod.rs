@@ -42,7 +42,7 @@ mod test_parts {
     }
 
     impl GuestRequests for Asked {
-        fn ask(&self, request: GuestRequest) {
+        fn notify(&self, request: GuestRequest) {
             self.0.lock().push(request);
         }
 

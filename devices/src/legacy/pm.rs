@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
-use crate::carried::{Carried, CarryError};
 use crate::interrupt::{GuestRequest, GuestRequests, IrqLine};
+use crate::migratable::{Migratable, MigrateError};
 
 /// Registers, relative to `layout::PM_BASE`, one byte each; the ACPI tables name them.
 pub const SLEEP_CONTROL: u64 = 0;
@@ -59,9 +59,9 @@ impl Pm {
     fn write_register(&mut self, register: u64, value: u8) {
         match register {
             SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && (value >> 2) & 7 == SLEEP_TYPE_S5 => {
-                self.requests.ask(GuestRequest::PowerOff);
+                self.requests.notify(GuestRequest::PowerOff);
             }
-            RESET if value == RESET_VALUE => self.requests.ask(GuestRequest::Reset),
+            RESET if value == RESET_VALUE => self.requests.notify(GuestRequest::Reset),
             _ => {}
         }
     }
@@ -104,18 +104,18 @@ pub struct PmParts {
     pub ged: Arc<dyn IrqLine>,
 }
 
-impl Carried for Pm {
+impl Migratable for Pm {
     const KIND: &'static str = "acpi-pm";
     const VERSION: u16 = 1;
     type State = PmState;
     type Parts<'a> = PmParts;
 
-    fn save(&self) -> Result<PmState, CarryError> {
+    fn save(&self) -> Result<PmState, MigrateError> {
         let Self { requests: _, ged: _, ged_status } = self;
         Ok(PmState { ged_status: *ged_status })
     }
 
-    fn restore(state: PmState, parts: PmParts) -> Result<Self, CarryError> {
+    fn restore(state: PmState, parts: PmParts) -> Result<Self, MigrateError> {
         let PmState { ged_status } = state;
         let PmParts { requests, ged } = parts;
         if ged_status != 0 {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bus::{Address, PciBus};
 use crate::bus::Target;
-use crate::carried::{Carried, CarryError};
+use crate::migratable::{Migratable, MigrateError};
 
 /// Ports: address and data, 4 bytes each.
 pub const CONFIG_ACCESS_SIZE: u64 = 8;
@@ -79,18 +79,18 @@ pub struct PciConfigAccessState {
     address: u32,
 }
 
-impl Carried for PciConfigAccess {
+impl Migratable for PciConfigAccess {
     const KIND: &'static str = "pci-config-access";
     const VERSION: u16 = 1;
     type State = PciConfigAccessState;
     type Parts<'a> = &'a Arc<PciBus>;
 
-    fn save(&self) -> Result<PciConfigAccessState, CarryError> {
+    fn save(&self) -> Result<PciConfigAccessState, MigrateError> {
         let Self { bus: _, address: _ } = self;
         Ok(PciConfigAccessState { address: self.address() })
     }
 
-    fn restore(state: PciConfigAccessState, bus: &Arc<PciBus>) -> Result<Self, CarryError> {
+    fn restore(state: PciConfigAccessState, bus: &Arc<PciBus>) -> Result<Self, MigrateError> {
         let PciConfigAccessState { address } = state;
         Ok(Self { bus: Arc::downgrade(bus), address: AtomicU32::new(address & ADDRESS_BITS) })
     }

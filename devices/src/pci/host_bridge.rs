@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::PciDevice;
 use super::config::{CLASS_CODE, CONFIG_SIZE, ConfigSpace, DEVICE_ID, REVISION_ID, VENDOR_ID};
-use crate::carried::{Carried, CarryError};
+use crate::migratable::{Migratable, MigrateError};
 
 const INTEL: u16 = 0x8086;
 /// "Virtual PCIe host" in Intel's list of identities.
@@ -43,21 +43,21 @@ pub struct HostBridgeState {
     config: ConfigSpace,
 }
 
-impl Carried for HostBridge {
+impl Migratable for HostBridge {
     const KIND: &'static str = "pci-host-bridge";
     const VERSION: u16 = 1;
     type State = HostBridgeState;
     type Parts<'a> = ();
 
-    fn save(&self) -> Result<HostBridgeState, CarryError> {
+    fn save(&self) -> Result<HostBridgeState, MigrateError> {
         let Self { config } = self;
         Ok(HostBridgeState { config: config.clone() })
     }
 
-    fn restore(state: HostBridgeState, (): ()) -> Result<Self, CarryError> {
+    fn restore(state: HostBridgeState, (): ()) -> Result<Self, MigrateError> {
         let HostBridgeState { config } = state;
         if !config.is_whole() {
-            return Err(CarryError::State("the configuration space is not whole".to_owned()));
+            return Err(MigrateError::State("the configuration space is not whole".to_owned()));
         }
         Ok(Self { config })
     }

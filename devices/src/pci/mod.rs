@@ -1,12 +1,12 @@
 //! PCI: the bus, its two configuration mechanisms, the host bridge, MSI-X.
 
 pub mod bus;
-pub mod complaints;
 pub mod config;
 pub mod config_access;
 pub mod ecam;
 pub mod host_bridge;
 pub mod msix;
+pub mod rate_limited_log;
 
 /// A function on the PCI bus as its configuration space.
 pub trait PciDevice: Send {

@@ -15,10 +15,10 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
-use theseus_resources::vault::{Claims, VaultError};
-use theseus_resources::{KeptFd, Purpose, Slot, Vault};
+use theseus_resources::fd_store::{Claims, FdStoreError};
+use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
 
-use super::complaints::Complaints;
+use super::rate_limited_log::RateLimitedLog;
 use crate::interrupt::{Msi, MsiError, MsiMessage};
 
 /// Message control (6.8.2.3): all vectors are masked.
@@ -34,7 +34,7 @@ const VECTOR_MASK: u8 = 1;
 /// What a vector needs of the host; made when the guest first enables MSI-X.
 #[derive(Debug)]
 struct Wire {
-    eventfd: KeptFd,
+    eventfd: StoredFd,
     gsi: u32,
     /// The message the GSI is routed to.
     routed: Option<MsiMessage>,
@@ -54,7 +54,7 @@ impl Wire {
 pub struct Msix {
     name: String,
     msi: Arc<dyn Msi>,
-    vault: Vault,
+    fd_store: FdStore,
     /// As the guest reads it, [`ENTRY`] bytes a vector.
     table: Vec<u8>,
     control: u16,
@@ -63,7 +63,7 @@ pub struct Msix {
     quiesced: bool,
     /// The host has refused something: [`Msix::settle`] tries again.
     dirty: bool,
-    complaints: Complaints,
+    complaints: RateLimitedLog,
 }
 
 /// Saved state of [`Msix`].
@@ -89,7 +89,7 @@ pub enum MsixError {
     #[error("MSI-X: {0}")]
     Msi(#[from] MsiError),
     #[error("MSI-X: {0}")]
-    Vault(#[from] VaultError),
+    FdStore(#[from] FdStoreError),
     #[error("MSI-X: the saved state has {wires} eventfds and a table of {table} bytes")]
     State { wires: usize, table: usize },
     #[error("MSI-X: the saved state has other vectors than the one before it")]
@@ -98,19 +98,19 @@ pub enum MsixError {
 
 impl Msix {
     /// `vectors` vectors, all masked, MSI-X off. `name` is the device's, for errors.
-    pub fn new(name: &str, vectors: u16, msi: Arc<dyn Msi>, vault: Vault) -> Self {
+    pub fn new(name: &str, vectors: u16, msi: Arc<dyn Msi>, fd_store: FdStore) -> Self {
         let mut table = vec![0; usize::from(vectors) * ENTRY];
         table.chunks_exact_mut(ENTRY).for_each(|entry| entry[VECTOR_CONTROL] = VECTOR_MASK);
         Self {
             name: name.to_owned(),
             msi,
-            vault,
+            fd_store,
             table,
             control: 0,
             wires: Vec::new(),
             quiesced: false,
             dirty: false,
-            complaints: Complaints::default(),
+            complaints: RateLimitedLog::default(),
         }
     }
 
@@ -153,7 +153,7 @@ impl Msix {
     fn wire(&self, vector: usize, gsi: u32) -> Result<Wire, MsixError> {
         let eventfd = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|e| MsixError::Eventfd { vector, source: e.into() })?;
-        let eventfd = self.vault.keep(format!("{} msix {vector}", self.name), Purpose::Interrupt, eventfd);
+        let eventfd = self.fd_store.keep(format!("{} msix {vector}", self.name), FdKind::Interrupt, eventfd);
         Ok(Wire { eventfd, gsi, routed: None, attached: false })
     }
 
@@ -313,7 +313,7 @@ impl Msix {
     }
 
     pub fn save(&self) -> MsixState {
-        let Self { name: _, msi: _, vault: _, table, control, wires, quiesced: _, dirty: _, complaints: _ } = self;
+        let Self { name: _, msi: _, fd_store: _, table, control, wires, quiesced: _, dirty: _, complaints: _ } = self;
         let wires = wires.iter().map(|wire| {
             let Wire { eventfd, gsi, routed, attached: _ } = wire;
             WireState { slot: eventfd.slot(), gsi: *gsi, routed: *routed }
@@ -326,19 +326,19 @@ impl Msix {
         name: &str,
         state: MsixState,
         msi: Arc<dyn Msi>,
-        vault: Vault,
+        fd_store: FdStore,
         claims: &mut Claims,
     ) -> Result<Self, MsixError> {
         let mut this = Self {
             name: name.to_owned(),
             msi,
-            vault,
+            fd_store,
             table: vec![0; state.table.len()],
             control: 0,
             wires: Vec::new(),
             quiesced: true,
             dirty: false,
-            complaints: Complaints::default(),
+            complaints: RateLimitedLog::default(),
         };
         this.mend(state, claims)?;
         Ok(this)
@@ -363,7 +363,7 @@ impl Msix {
             old.routed = new.routed;
         }
         for WireState { slot, gsi, routed } in wires.into_iter().skip(self.wires.len()) {
-            let eventfd = claims.claim(slot, Purpose::Interrupt)?;
+            let eventfd = claims.claim(slot, FdKind::Interrupt)?;
             self.wires.push(Wire { eventfd, gsi, routed, attached: false });
         }
         self.table = table;

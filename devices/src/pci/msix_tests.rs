@@ -111,22 +111,22 @@ fn pba(msix: &Msix) -> u64 {
     u64::from_le_bytes(data)
 }
 
-fn enabled() -> (Msix, Arc<FakeMsi>, Vault) {
-    let (msi, vault) = (Arc::new(FakeMsi::default()), Vault::new());
-    let mut msix = Msix::new("nic0", 3, msi.clone(), vault.clone());
+fn enabled() -> (Msix, Arc<FakeMsi>, FdStore) {
+    let (msi, fd_store) = (Arc::new(FakeMsi::default()), FdStore::new());
+    let mut msix = Msix::new("nic0", 3, msi.clone(), fd_store.clone());
     program(&mut msix, 0, 0x40, false);
     program(&mut msix, 1, 0x41, false);
-    assert!(msi.calls().is_empty() && vault.manifest().is_empty(), "nothing before MSI-X is on");
+    assert!(msi.calls().is_empty() && fd_store.manifest().is_empty(), "nothing before MSI-X is on");
     assert_eq!(msix.eventfds().unwrap().len(), 3);
     msix.set_control(ENABLE);
-    (msix, msi, vault)
+    (msix, msi, fd_store)
 }
 
 #[test]
 fn enabling_routes_all_then_attaches_the_unmasked() {
-    let (_msix, msi, vault) = enabled();
+    let (_msix, msi, fd_store) = enabled();
     assert_eq!(msi.calls(), ["route", "route", "attach", "attach"]);
-    assert_eq!(vault.manifest().len(), 3);
+    assert_eq!(fd_store.manifest().len(), 3);
 }
 
 #[test]
@@ -187,22 +187,22 @@ fn a_refused_update_loses_nothing() {
 }
 
 /// The same in a new image.
-fn carried(msix: &mut Msix, vault: &Vault) -> (Msix, Arc<FakeMsi>) {
+fn carried(msix: &mut Msix, fd_store: &FdStore) -> (Msix, Arc<FakeMsi>) {
     let state = msix.save();
     assert_eq!(state, msix.save(), "save is pure");
-    let (vault, mut claims) = vault.handed_over().unwrap();
+    let (fd_store, mut claims) = fd_store.handed_over().unwrap();
     let msi = Arc::new(FakeMsi::default());
-    let new = Msix::restore("nic0", state, msi.clone(), vault, &mut claims).unwrap();
+    let new = Msix::restore("nic0", state, msi.clone(), fd_store, &mut claims).unwrap();
     claims.finish().unwrap();
     (new, msi)
 }
 
 #[test]
 fn an_event_in_the_pause_is_injected_in_the_new_image() {
-    let (mut msix, _, vault) = enabled();
+    let (mut msix, _, fd_store) = enabled();
     program(&mut msix, 2, 0x42, true);
     msix.quiesce_irqfds().unwrap();
-    let (mut new, msi) = carried(&mut msix, &vault);
+    let (mut new, msi) = carried(&mut msix, &fd_store);
     signal(&mut msix, 0);
     assert!(msi.calls().is_empty(), "routes are staged, irqfds wait");
     assert_eq!(pba(&new), 1);
@@ -291,12 +291,12 @@ fn a_message_that_cannot_be_is_the_guest_s_own_fault() {
 /// A save between the failure and the next try: the table is what the guest wants, and the new image makes it true.
 #[test]
 fn what_is_refused_still_goes_over() {
-    let (mut msix, msi, vault) = enabled();
+    let (mut msix, msi, fd_store) = enabled();
     msi.refuse("route", libc::ENOMEM);
     program(&mut msix, 0, 0x50, false);
     signal(&mut msix, 0);
     msix.quiesce_irqfds().unwrap();
-    let (new, msi) = carried(&mut msix, &vault);
+    let (new, msi) = carried(&mut msix, &fd_store);
     let mut new = new;
     assert_eq!(pba(&new), 1);
     new.resume_irqfds().unwrap();

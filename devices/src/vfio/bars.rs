@@ -23,8 +23,8 @@ use super::pci_regs::*;
 use super::signals;
 use super::wiring::Wiring;
 use crate::bus::{SharedDevice, Target as BusTarget};
-use crate::pci::complaints::Complaints;
 use crate::pci::msix::Msix;
+use crate::pci::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
 
 /// A guest moves its BARs as often as it likes.
@@ -272,7 +272,7 @@ impl Bar {
     }
 
     /// Lets the other devices of the container reach the BAR (peer-to-peer). Not all IOMMUs can: then they do not.
-    pub fn map_dma(&mut self, device: &str, container: &Container, complaints: &mut Complaints) {
+    pub fn map_dma(&mut self, device: &str, container: &Container, complaints: &mut RateLimitedLog) {
         let Some(active) = &mut self.active else { return };
         for (offset, mapping) in &self.direct {
             let iova = active.address.saturating_add(*offset);

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
-use theseus_resources::vault::{Claims, VaultError};
-use theseus_resources::{KeptFd, Purpose, Slot, Vault};
+use theseus_resources::fd_store::{Claims, FdStoreError};
+use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
 use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_VADDR, VFIO_DMA_MAP_FLAG_WRITE,
     VFIO_DMA_UNMAP_FLAG_ALL, VFIO_DMA_UNMAP_FLAG_VADDR, VFIO_TYPE1v2_IOMMU, VFIO_UNMAP_ALL, VFIO_UPDATE_VADDR,
@@ -65,7 +65,7 @@ pub enum ContainerError {
     #[error("container '{name}': no memory in this image for the DMA mapping {iova:#x}+{size:#x} ({source_of:?})")]
     NoMemory { name: String, iova: u64, size: u64, source_of: MapSource },
     #[error("container '{name}': its saved state is wrong: {source}")]
-    Vault { name: String, source: VaultError },
+    FdStore { name: String, source: FdStoreError },
 }
 
 /// What an operator can do about the usual errors of the DMA ioctls.
@@ -90,7 +90,7 @@ pub(super) trait Type1: Send + Sync {
     fn unmap(&self, flags: u32, iova: u64, size: u64) -> io::Result<u64>;
 }
 
-impl Type1 for KeptFd {
+impl Type1 for StoredFd {
     fn has_extension(&self, extension: u32) -> io::Result<bool> {
         ioctl::has_extension(self.as_fd(), extension)
     }
@@ -108,7 +108,7 @@ impl Type1 for KeptFd {
 /// See the module. Dropping it only closes the fd: a device that the next image has adopted goes on.
 pub struct Container {
     name: String,
-    fd: KeptFd,
+    fd: StoredFd,
     type1: Box<dyn Type1>,
     maps: Mutex<Vec<DmaMap>>,
 }
@@ -123,10 +123,10 @@ pub struct ContainerState {
 
 impl Container {
     /// Opens a new container; it is of use once a group is in it and [`Container::set_iommu`] was called.
-    pub(super) fn open(vault: &Vault, name: &str) -> Result<Self, ContainerError> {
+    pub(super) fn open(fd_store: &FdStore, name: &str) -> Result<Self, ContainerError> {
         let file =
             std::fs::File::options().read(true).write(true).open("/dev/vfio/vfio").map_err(ContainerError::Open)?;
-        let fd = vault.keep(format!("container {name}"), Purpose::VfioContainer, OwnedFd::from(file));
+        let fd = fd_store.keep(format!("container {name}"), FdKind::VfioContainer, OwnedFd::from(file));
         let this = Self { name: name.to_owned(), type1: Box::new(fd.clone()), fd, maps: Mutex::default() };
         let version = ioctl::api_version(this.fd.as_fd()).map_err(|e| this.os("VFIO_GET_API_VERSION", e))?;
         if version != VFIO_API_VERSION {
@@ -145,7 +145,7 @@ impl Container {
         &self.name
     }
 
-    pub fn fd(&self) -> &KeptFd {
+    pub fn fd(&self) -> &StoredFd {
         &self.fd
     }
 
@@ -275,9 +275,9 @@ impl Container {
     /// Touches nothing in the kernel: the container is in use.
     pub(super) fn restore(state: ContainerState, claims: &mut Claims) -> Result<Self, ContainerError> {
         let ContainerState { name, slot, maps } = state;
-        match claims.claim(slot, Purpose::VfioContainer) {
+        match claims.claim(slot, FdKind::VfioContainer) {
             Ok(fd) => Ok(Self { name, type1: Box::new(fd.clone()), fd, maps: Mutex::new(maps) }),
-            Err(source) => Err(ContainerError::Vault { name, source }),
+            Err(source) => Err(ContainerError::FdStore { name, source }),
         }
     }
 
@@ -292,7 +292,7 @@ impl Container {
     }
 
     #[cfg(test)]
-    pub(super) fn with(name: &str, fd: KeptFd, type1: Box<dyn Type1>) -> Self {
+    pub(super) fn with(name: &str, fd: StoredFd, type1: Box<dyn Type1>) -> Self {
         Self { name: name.to_owned(), fd, type1, maps: Mutex::default() }
     }
 }

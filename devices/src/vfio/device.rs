@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
-use theseus_resources::vault::{Claims, VaultError};
-use theseus_resources::{KeptFd, Purpose, Slot, Vault};
+use theseus_resources::fd_store::{Claims, FdStoreError};
+use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
 use vfio_bindings::bindings::vfio::*;
 
 use super::ioctl;
@@ -45,7 +45,7 @@ pub(super) trait Irqs: Send + Sync {
     fn set(&self, index: u32, eventfds: &[BorrowedFd<'_>]) -> io::Result<u32>;
 }
 
-impl Irqs for KeptFd {
+impl Irqs for StoredFd {
     fn set(&self, index: u32, eventfds: &[BorrowedFd<'_>]) -> io::Result<u32> {
         ioctl::set_irqs(self.as_fd(), index, eventfds)
     }
@@ -55,7 +55,7 @@ impl Irqs for KeptFd {
 pub struct VfioDevice {
     bdf: String,
     irqs: Box<dyn Irqs>,
-    fd: KeptFd,
+    fd: StoredFd,
     /// Regions 0 to 5.
     bars: Vec<Region>,
     config: Region,
@@ -79,8 +79,8 @@ fn os(what: &str) -> impl FnOnce(io::Error) -> DeviceError {
 
 impl VfioDevice {
     /// Takes a new device fd, resets the device if it can be reset, and asks what it has.
-    pub(super) fn new(vault: &Vault, bdf: &str, fd: OwnedFd) -> Result<Self, DeviceError> {
-        let fd = vault.keep(format!("device {bdf}"), Purpose::VfioDevice, fd);
+    pub(super) fn new(fd_store: &FdStore, bdf: &str, fd: OwnedFd) -> Result<Self, DeviceError> {
+        let fd = fd_store.keep(format!("device {bdf}"), FdKind::VfioDevice, fd);
         let info = ioctl::device_info(fd.as_fd()).map_err(os("VFIO_DEVICE_GET_INFO"))?;
         if info.flags & VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(os("not a PCI device")(io::ErrorKind::Unsupported.into()));
@@ -106,7 +106,7 @@ impl VfioDevice {
         &self.bdf
     }
 
-    pub fn fd(&self) -> &KeptFd {
+    pub fn fd(&self) -> &StoredFd {
         &self.fd
     }
 
@@ -209,7 +209,7 @@ impl VfioDevice {
     #[cfg(test)]
     pub(super) fn with(
         bdf: &str,
-        fd: KeptFd,
+        fd: StoredFd,
         irqs: Box<dyn Irqs>,
         bars: Vec<Region>,
         config: Region,
@@ -246,9 +246,9 @@ impl VfioDevice {
     }
 
     /// Touches nothing in the kernel: the device is in use. `enabled`: whether the guest has MSI-X on.
-    pub(super) fn restore(state: DeviceState, enabled: bool, claims: &mut Claims) -> Result<Self, VaultError> {
+    pub(super) fn restore(state: DeviceState, enabled: bool, claims: &mut Claims) -> Result<Self, FdStoreError> {
         let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
-        let fd = claims.claim(slot, Purpose::VfioDevice)?;
+        let fd = claims.claim(slot, FdKind::VfioDevice)?;
         let signals = AtomicBool::new(signals.unwrap_or(enabled));
         Ok(Self { bdf, irqs: Box::new(fd.clone()), fd, bars, config, vectors, signals })
     }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use theseus_resources::vault::{Claims, VaultError};
-use theseus_resources::{KeptFd, Purpose, Slot, Vault};
+use theseus_resources::fd_store::{Claims, FdStoreError};
+use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
 use super::container::Container;
@@ -46,7 +46,7 @@ pub enum GroupError {
     )]
     OtherContainer { number: u32, is: String, wanted: String },
     #[error("group {number}: its saved state is wrong: {source}")]
-    Vault { number: u32, source: VaultError },
+    FdStore { number: u32, source: FdStoreError },
     #[error("group {number}: its saved state names container '{container}', which is not there")]
     NoContainer { number: u32, container: String },
 }
@@ -55,7 +55,7 @@ pub enum GroupError {
 /// fd.
 pub struct Group {
     number: u32,
-    fd: KeptFd,
+    fd: StoredFd,
     container: Arc<Container>,
 }
 
@@ -85,14 +85,14 @@ fn open_when_free(path: &str) -> io::Result<File> {
 
 impl Group {
     /// Opens the group and puts it into `container`.
-    pub(super) fn open(vault: &Vault, number: u32, container: Arc<Container>) -> Result<Self, GroupError> {
+    pub(super) fn open(fd_store: &FdStore, number: u32, container: Arc<Container>) -> Result<Self, GroupError> {
         let file = open_when_free(&format!("/dev/vfio/{number}"));
         let file = file.map_err(|source| match source.raw_os_error() {
             Some(libc::EBUSY) => GroupError::Busy { number },
             Some(libc::ENOENT) => GroupError::Absent { number, devices: devices(number) },
             _ => GroupError::Os { number, what: format!("cannot open /dev/vfio/{number}"), source },
         })?;
-        let fd = vault.keep(format!("group {number}"), Purpose::VfioGroup, OwnedFd::from(file));
+        let fd = fd_store.keep(format!("group {number}"), FdKind::VfioGroup, OwnedFd::from(file));
         let os = |what: &str, source| GroupError::Os { number, what: what.to_owned(), source };
         let flags = ioctl::group_status(fd.as_fd()).map_err(|e| os("VFIO_GROUP_GET_STATUS", e))?;
         if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
@@ -112,7 +112,7 @@ impl Group {
     }
 
     /// For KVM_DEV_VFIO_FILE_ADD, after the group's devices are open.
-    pub fn fd(&self) -> &KeptFd {
+    pub fn fd(&self) -> &StoredFd {
         &self.fd
     }
 
@@ -127,7 +127,7 @@ impl Group {
     }
 
     #[cfg(test)]
-    pub(super) fn with(number: u32, fd: KeptFd, container: Arc<Container>) -> Self {
+    pub(super) fn with(number: u32, fd: StoredFd, container: Arc<Container>) -> Self {
         Self { number, fd, container }
     }
 
@@ -150,7 +150,7 @@ impl Group {
     ) -> Result<Self, GroupError> {
         let GroupState { number, slot, container } = state;
         let container = find(&container).ok_or(GroupError::NoContainer { number, container })?;
-        let fd = claims.claim(slot, Purpose::VfioGroup).map_err(|source| GroupError::Vault { number, source })?;
+        let fd = claims.claim(slot, FdKind::VfioGroup).map_err(|source| GroupError::FdStore { number, source })?;
         Ok(Self { number, fd, container })
     }
 }

@@ -47,7 +47,7 @@ mod tests {
     use std::io;
 
     use parking_lot::Mutex;
-    use theseus_resources::{Purpose, Vault};
+    use theseus_resources::{FdKind, FdStore};
     use vfio_bindings::bindings::vfio::{
         VFIO_DMA_MAP_FLAG_VADDR, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_DMA_UNMAP_FLAG_VADDR, VFIO_UNMAP_ALL,
     };
@@ -107,10 +107,10 @@ mod tests {
         }
     }
 
-    fn container(vault: &Vault, name: &str, mdev: bool) -> (Arc<Container>, Arc<Kernel>) {
+    fn container(fd_store: &FdStore, name: &str, mdev: bool) -> (Arc<Container>, Arc<Kernel>) {
         let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let kernel = Arc::new(Kernel { mdev, ..Default::default() });
-        let fd = vault.keep(name, Purpose::VfioContainer, fd);
+        let fd = fd_store.keep(name, FdKind::VfioContainer, fd);
         let container = Arc::new(Container::with(name, fd, Box::new(kernel.clone())));
         for iova in [0, 0x10_0000] {
             // SAFETY: this kernel maps nothing.
@@ -127,8 +127,8 @@ mod tests {
 
     #[test]
     fn drop_maps_all_back() {
-        let vault = Vault::new();
-        let ((a, ka), (b, kb)) = (container(&vault, "a", false), container(&vault, "b", false));
+        let fd_store = FdStore::new();
+        let ((a, ka), (b, kb)) = (container(&fd_store, "a", false), container(&fd_store, "b", false));
         let guard = invalidate_all(&[a, b]).unwrap();
         assert_eq!((vaddrs(&ka), vaddrs(&kb)), (vec![None; 2], vec![None; 2]));
         drop(guard);
@@ -137,8 +137,8 @@ mod tests {
 
     #[test]
     fn a_second_container_that_refuses_leaves_both_whole() {
-        let vault = Vault::new();
-        let ((a, ka), (b, kb)) = (container(&vault, "a", false), container(&vault, "b", false));
+        let fd_store = FdStore::new();
+        let ((a, ka), (b, kb)) = (container(&fd_store, "a", false), container(&fd_store, "b", false));
         Type1::unmap(&kb, VFIO_DMA_UNMAP_FLAG_VADDR, 0x10_0000, 0x1000).unwrap();
         let refused = invalidate_all(&[a.clone(), b.clone()]).err().unwrap();
         assert_eq!(refused.container, "b");
@@ -148,8 +148,8 @@ mod tests {
 
     #[test]
     fn a_mediated_device_is_named_and_left_alone() {
-        let vault = Vault::new();
-        let ((a, ka), (b, kb)) = (container(&vault, "a", false), container(&vault, "b", true));
+        let fd_store = FdStore::new();
+        let ((a, ka), (b, kb)) = (container(&fd_store, "a", false), container(&fd_store, "b", true));
         assert!(a.probe().is_empty());
         assert_eq!(b.probe().len(), 1);
         let refused = invalidate_all(&[a, b]).err().unwrap();
@@ -159,8 +159,8 @@ mod tests {
 
     #[test]
     fn remap_covers_every_container_and_ranges_done_already() {
-        let vault = Vault::new();
-        let (a, kernel) = container(&vault, "a", false);
+        let fd_store = FdStore::new();
+        let (a, kernel) = container(&fd_store, "a", false);
         std::mem::forget(invalidate_all(std::slice::from_ref(&a)).unwrap());
         // SAFETY: this kernel maps nothing.
         unsafe { Type1::map(&kernel, VFIO_DMA_MAP_FLAG_VADDR, 0xBAD0_0000, 0, 0x1000) }.unwrap();
@@ -174,8 +174,8 @@ mod tests {
 
     #[test]
     fn unmap_forgets() {
-        let vault = Vault::new();
-        let (a, kernel) = container(&vault, "a", false);
+        let fd_store = FdStore::new();
+        let (a, kernel) = container(&fd_store, "a", false);
         a.unmap(0).unwrap();
         a.unmap(0).unwrap();
         assert_eq!(a.maps().len(), 1);

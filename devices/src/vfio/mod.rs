@@ -12,7 +12,7 @@
 //! | [`signals`] | its MSI-X and VFIO's in line |
 //! | [`wiring`] | what a device is wired to in this process |
 //!
-//! The fds are the device: a group can be opened only once, so they go over to the new VMM in the Vault, and it builds
+//! The fds are the device: a group can be opened only once, so they go over to the new VMM in the FdStore, and it builds
 //! its objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
 //!
 //! Written on raw ioctls: the objects of the `vfio-ioctls` crate cannot be built again from fds, and detach when

@@ -8,7 +8,7 @@
 //!
 //! The device must have MSI-X: INTx and MSI are not supported yet, and hidden.
 //!
-//! In an update the device is in use when its object is built again: [`Carried::restore`] makes no request to VFIO but
+//! In an update the device is in use when its object is built again: [`Migratable::restore`] makes no request to VFIO but
 //! mmap, and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
 
 use std::ops::Range;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
-use theseus_resources::vault::Claims;
+use theseus_resources::fd_store::Claims;
 
 use super::bars::{Active, Bar, BarAddress, BarParts};
 use super::config::{BarRegister, ConfigError, ConfigFilter, ConfigSpace, MsixLayout};
@@ -27,10 +27,10 @@ use super::pci_regs::*;
 use super::placement::{Decoded, discover_bars, place, reserve, vacate};
 use super::signals;
 use super::wiring::{PassthroughError, Wiring};
-use crate::carried::{Carried, CarryError};
+use crate::migratable::{Migratable, MigrateError};
 use crate::pci::PciDevice;
-use crate::pci::complaints::Complaints;
 use crate::pci::msix::{Msix, MsixError, MsixState};
+use crate::pci::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
 
 /// How long a save waits for a vCPU that is in an access to the device. Else a guest could block whoever saves.
@@ -49,13 +49,13 @@ pub struct VfioPci {
     /// COMMAND as the guest last wrote it: its decode bits say which BARs are mapped.
     command: u16,
     /// In D3hot, where the device decodes nothing whatever COMMAND says (PCI PM 1.2, 5.4.1).
-    asleep: bool,
+    in_d3hot: bool,
     /// Memslots or mappings of BARs that were refused: tried again by [`VfioPci::settle`].
     dirty: bool,
     /// Of a build that has left DisINTx to the guest.
     is_loud: bool,
     wiring: Wiring,
-    complaints: Complaints,
+    complaints: RateLimitedLog,
 }
 
 /// Saved state of [`VfioPci`].
@@ -70,7 +70,7 @@ pub struct VfioPciState {
     bars: Vec<BarState>,
     decoded: Decoded,
     command: u16,
-    asleep: bool,
+    in_d3hot: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -129,7 +129,7 @@ impl VfioPci {
         place(windows, &mut registers)?;
         filter.set_bars(&registers);
         let device = Arc::new(device);
-        let msix = Msix::new(id, layout.vectors, wiring.msi.clone(), wiring.vault.clone());
+        let msix = Msix::new(id, layout.vectors, wiring.msi.clone(), wiring.fd_store.clone());
         let msix = Arc::new(Turn::new(msix));
         let parts = BarParts { device: &device, msix: &msix, layout: &layout };
         let regions =
@@ -147,11 +147,11 @@ impl VfioPci {
             bars,
             decoded,
             command: 0,
-            asleep: false,
+            in_d3hot: false,
             dirty: false,
             is_loud: false,
             wiring,
-            complaints: Complaints::default(),
+            complaints: RateLimitedLog::default(),
         })
     }
 
@@ -220,7 +220,7 @@ impl VfioPci {
     fn wanted(&self, bar: &Bar) -> Option<u64> {
         let decodes = if bar.register.is_io() { COMMAND_IO } else { COMMAND_MEMORY };
         let address = self.filter.bar_address(&bar.register);
-        let on = self.command & decodes != 0 && !self.asleep;
+        let on = self.command & decodes != 0 && !self.in_d3hot;
         (on && self.decoded.covers(&bar.register, address)).then_some(address)
     }
 
@@ -295,7 +295,7 @@ impl PciDevice for VfioPci {
         self.command = merged(self.command, COMMAND, offset, data);
         let power = self.filter.power_register().filter(|at| covers(*at, offset, data));
         if let Some(at) = power {
-            self.asleep = merged(0, at, offset, data) as u8 & PM_STATE == PM_D3HOT;
+            self.in_d3hot = merged(0, at, offset, data) as u8 & PM_STATE == PM_D3HOT;
         }
         // Off before the device stops decoding, on after it has started: a guest access in between would find the
         // mapping there and nothing behind it, and KVM_RUN would fail.
@@ -306,7 +306,7 @@ impl PciDevice for VfioPci {
         if let Some(at) = power {
             let mut state = [0];
             ConfigSpace::read(&*self.device, at, &mut state);
-            self.asleep = state[0] & PM_STATE == PM_D3HOT;
+            self.in_d3hot = state[0] & PM_STATE == PM_D3HOT;
         }
         self.map_missing();
         if self.filter.msix_control() != control {
@@ -315,13 +315,13 @@ impl PciDevice for VfioPci {
     }
 }
 
-impl Carried for VfioPci {
+impl Migratable for VfioPci {
     const KIND: &'static str = "vfio-pci";
     const VERSION: u16 = 1;
     type State = VfioPciState;
     type Parts<'a> = VfioPciParts<'a>;
 
-    fn save(&self) -> Result<VfioPciState, CarryError> {
+    fn save(&self) -> Result<VfioPciState, MigrateError> {
         let Self {
             id,
             group,
@@ -332,7 +332,7 @@ impl Carried for VfioPci {
             bars,
             decoded,
             command,
-            asleep,
+            in_d3hot,
             dirty: _,
             is_loud: _,
             wiring: _,
@@ -344,7 +344,7 @@ impl Carried for VfioPci {
             active: bar.active().clone(),
             leftover_dma: bar.leftover_dma().to_vec(),
         });
-        let msix = self.msix.lock_first(SOON).map_err(|held| CarryError::State(held.to_string()))?;
+        let msix = self.msix.lock_first(SOON).map_err(|held| MigrateError::State(held.to_string()))?;
         Ok(VfioPciState {
             id: id.clone(),
             group: group.number(),
@@ -355,20 +355,20 @@ impl Carried for VfioPci {
             bars: bars.collect(),
             decoded: decoded.clone(),
             command: *command,
-            asleep: *asleep,
+            in_d3hot: *in_d3hot,
         })
     }
 
     /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
-    fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, CarryError> {
-        let VfioPciState { id, group, device, mut filter, layout, msix, bars, decoded, command, asleep } = state;
+    fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, MigrateError> {
+        let VfioPciState { id, group, device, mut filter, layout, msix, bars, decoded, command, in_d3hot } = state;
         let VfioPciParts { claims, groups, windows, wiring } = parts;
-        let wrong = |what: String| CarryError::State(what);
+        let wrong = |what: String| MigrateError::State(what);
         let group = groups(group).ok_or_else(|| wrong(format!("group {group} is not in the saved state")))?;
         let enabled = filter.msix_control() & MSIX_ENABLE != 0;
         let device = Arc::new(VfioDevice::restore(device, enabled, claims)?);
         let is_loud = filter.adopt_intx_disable(&*device);
-        let msix = Msix::restore(&id, msix, wiring.msi.clone(), wiring.vault.clone(), claims);
+        let msix = Msix::restore(&id, msix, wiring.msi.clone(), wiring.fd_store.clone(), claims);
         let msix = Arc::new(Turn::new(msix.map_err(|e| wrong(e.to_string()))?));
         let mut this = Self {
             id,
@@ -380,11 +380,11 @@ impl Carried for VfioPci {
             bars: Vec::new(),
             decoded,
             command,
-            asleep,
+            in_d3hot,
             dirty: true,
             is_loud,
             wiring,
-            complaints: Complaints::default(),
+            complaints: RateLimitedLog::default(),
         };
         let parts = BarParts { device: &device, msix: &msix, layout: &layout };
         for BarState { register, region: index, active, leftover_dma } in bars {
@@ -392,7 +392,7 @@ impl Carried for VfioPci {
             let region = device.bars().iter().find(|region| region.index == index);
             let region = region.ok_or_else(|| wrong(format!("BAR {index} has no region")))?;
             let mut bar = Bar::new(register, region, &parts)
-                .map_err(|DeviceError { what, source }| CarryError::Os { what, source })?;
+                .map_err(|DeviceError { what, source }| MigrateError::Os { what, source })?;
             if let Some(active) = active {
                 bar.map_again(active, &this.wiring).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
             }
@@ -406,9 +406,9 @@ impl Carried for VfioPci {
 impl VfioPci {
     /// Brings a device that was restored from an earlier state of its guest to `state`, before anything of it is in
     /// use. Returns which BARs had to be put elsewhere: that takes time.
-    pub fn mend(&mut self, state: VfioPciState, claims: &mut Claims) -> Result<Vec<u8>, CarryError> {
-        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, asleep } = state;
-        let wrong = |what: String| CarryError::State(what);
+    pub fn mend(&mut self, state: VfioPciState, claims: &mut Claims) -> Result<Vec<u8>, MigrateError> {
+        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, in_d3hot } = state;
+        let wrong = |what: String| MigrateError::State(what);
         let is_same = id == self.id && group == self.group.number() && layout == self.layout && decoded == self.decoded;
         if !is_same || bars.len() != self.bars.len() {
             return Err(wrong("it is another device than the one that was made ready".into()));
@@ -418,7 +418,7 @@ impl VfioPci {
         self.filter = filter;
         self.is_loud = self.filter.adopt_intx_disable(&*self.device);
         self.msix().mend(msix, claims).map_err(|e| wrong(e.to_string()))?;
-        (self.command, self.asleep) = (command, asleep);
+        (self.command, self.in_d3hot) = (command, in_d3hot);
         let mut moved = Vec::new();
         for (bar, BarState { register, region, active, leftover_dma }) in self.bars.iter_mut().zip(bars) {
             if register != bar.register || region != bar.region() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
-use theseus_resources::{Purpose, StateReader, StateWriter, Vault};
+use theseus_resources::{FdKind, FdStore, StateReader, StateWriter};
 
 use super::super::container::{MapSource, Type1};
 use super::super::device::{Irqs, Region};
@@ -105,10 +105,10 @@ struct Rig {
     wiring: Wiring,
 }
 
-pub fn wiring(vault: &Vault) -> (Wiring, Arc<FakeMemslots>, Arc<FakeMsi>) {
+pub fn wiring(fd_store: &FdStore) -> (Wiring, Arc<FakeMemslots>, Arc<FakeMsi>) {
     let (memslots, msi) = (Arc::new(FakeMemslots::default()), Arc::new(FakeMsi::default()));
     let wiring = Wiring {
-        vault: vault.clone(),
+        fd_store: fd_store.clone(),
         msi: msi.clone(),
         memslots: memslots.clone(),
         mmio: Arc::new(Bus::new("mmio")),
@@ -120,7 +120,7 @@ pub fn wiring(vault: &Vault) -> (Wiring, Arc<FakeMemslots>, Arc<FakeMsi>) {
 /// BAR 0: 64 KiB, BAR 1: 256 bytes, BAR 2: 32 ports, BAR 3: 64-bit, 16 KiB with table at 0 and PBA at 0x2000, 3
 /// vectors.
 fn rig() -> Rig {
-    let vault = Vault::new();
+    let fd_store = FdStore::new();
     let file = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, CONFIG + 0x1000).unwrap();
     let put = |offset: u64, value: u32| rustix::io::pwrite(&file, &value.to_le_bytes(), CONFIG + offset).unwrap();
@@ -142,11 +142,11 @@ fn rig() -> Rig {
         small(4, 0, 0),
         small(5, 0, 0),
     ];
-    let fd = vault.keep("device 0000:01:00.0", Purpose::VfioDevice, file.try_clone().unwrap());
+    let fd = fd_store.keep("device 0000:01:00.0", FdKind::VfioDevice, file.try_clone().unwrap());
     let irqs = Arc::new(FakeIrqs { file: Some(file.try_clone().unwrap()), ..Default::default() });
     let device = VfioDevice::with("0000:01:00.0", fd, Box::new(irqs.clone()), bars, small(7, 0x1000, CONFIG), 3);
-    let passthrough = Passthrough::with(&vault, Box::new(AnyType1));
-    let (wiring, memslots, msi) = wiring(&vault);
+    let passthrough = Passthrough::with(&fd_store, Box::new(AnyType1));
+    let (wiring, memslots, msi) = wiring(&fd_store);
     let mut windows = Windows::new(1 << 30, 40);
     let group = passthrough.group(7).unwrap();
     let pci = VfioPci::new("nic0", device, group, wiring.clone(), &mut windows).unwrap();
@@ -280,10 +280,10 @@ fn carried(mut rig: Rig) -> Rig {
 
 fn carried_untouched(rig: Rig) -> Rig {
     let (vfio, state) = read(&saved(&rig));
-    let (vault, mut claims) = rig.wiring.vault.handed_over().unwrap();
+    let (fd_store, mut claims) = rig.wiring.fd_store.handed_over().unwrap();
     drop(rig.pci);
-    let (wiring, memslots, msi) = wiring(&vault);
-    let passthrough = Passthrough::restore(vfio, (vault.clone(), &mut claims)).unwrap();
+    let (wiring, memslots, msi) = wiring(&fd_store);
+    let passthrough = Passthrough::restore(vfio, (fd_store.clone(), &mut claims)).unwrap();
     let mut windows = Windows::new(1 << 30, 40);
     let parts = VfioPciParts {
         claims: &mut claims,
@@ -336,16 +336,16 @@ fn a_device_that_was_made_ready_is_mended() {
         let (name, last, wanted) = &changes[at];
         changes[..at].iter().for_each(|(_, change, _)| change(&mut rig));
         let early = saved(&rig);
-        let (vault, mut claims) = (Vault::new(), Claims::default());
-        let again = |fds: Vec<theseus_resources::KeptFd>| -> Vec<_> {
+        let (fd_store, mut claims) = (FdStore::new(), Claims::default());
+        let again = |fds: Vec<theseus_resources::StoredFd>| -> Vec<_> {
             fds.iter().map(|fd| std::os::fd::AsFd::as_fd(fd).try_clone_to_owned().unwrap()).collect()
         };
-        let (records, fds) = rig.wiring.vault.offer(&Default::default());
+        let (records, fds) = rig.wiring.fd_store.offer(&Default::default());
         let known = records.iter().map(|record| record.slot).collect();
-        vault.receive(&mut claims, records, again(fds)).unwrap();
-        let (wiring, memslots, msi) = wiring(&vault);
+        fd_store.receive(&mut claims, records, again(fds)).unwrap();
+        let (wiring, memslots, msi) = wiring(&fd_store);
         let (vfio, state) = read(&early);
-        let passthrough = Passthrough::restore(vfio, (vault.clone(), &mut claims)).unwrap();
+        let passthrough = Passthrough::restore(vfio, (fd_store.clone(), &mut claims)).unwrap();
         let mut windows = Windows::new(1 << 30, 40);
         let (groups, device) = (&|n| passthrough.group(n), wiring.clone());
         let parts = VfioPciParts { claims: &mut claims, groups, windows: &mut windows, wiring: device };
@@ -354,8 +354,8 @@ fn a_device_that_was_made_ready_is_mended() {
         last(&mut rig);
         rig.pci.quiesce_irqfds().unwrap();
         let late = saved(&rig);
-        let (records, fds) = rig.wiring.vault.offer(&known);
-        vault.receive(&mut claims, records, again(fds)).unwrap();
+        let (records, fds) = rig.wiring.fd_store.offer(&known);
+        fd_store.receive(&mut claims, records, again(fds)).unwrap();
         let (vfio, state) = read(&late);
         passthrough.mend(vfio).unwrap();
         moved.extend(pci.mend(state, &mut claims).unwrap());

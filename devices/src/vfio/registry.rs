@@ -6,8 +6,8 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
-use theseus_resources::vault::Claims;
-use theseus_resources::{KeptFd, Vault};
+use theseus_resources::fd_store::Claims;
+use theseus_resources::{FdStore, StoredFd};
 
 use super::container::{Container, ContainerError, ContainerState, DmaMap, MapSource, RamRange};
 use super::device::VfioDevice;
@@ -16,7 +16,7 @@ use super::invalidate::{InvalidateError, Invalidated, invalidate_all};
 use super::pci::VfioPci;
 use super::pci_regs::{COMMAND, DISABLE_INTX, INTERRUPT_PIN};
 use super::wiring::{PassthroughError, Wiring};
-use crate::carried::{Carried, CarryError};
+use crate::migratable::{Migratable, MigrateError};
 use crate::turn::Turn;
 
 /// The container of devices that name none.
@@ -64,7 +64,7 @@ struct Inner {
 
 /// See the module.
 pub struct Passthrough {
-    vault: Vault,
+    fd_store: FdStore,
     inner: Mutex<Inner>,
 }
 
@@ -76,8 +76,8 @@ pub struct PassthroughState {
 }
 
 impl Passthrough {
-    pub fn new(vault: Vault) -> Self {
-        Self { vault, inner: Mutex::default() }
+    pub fn new(fd_store: FdStore) -> Self {
+        Self { fd_store, inner: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -140,7 +140,7 @@ impl Passthrough {
             }
         };
         let fd = group.open_device(&bdf)?;
-        let device = VfioDevice::new(&self.vault, &bdf, fd).map_err(PassthroughError::from)?;
+        let device = VfioDevice::new(&self.fd_store, &bdf, fd).map_err(PassthroughError::from)?;
         let device = VfioPci::new(&config.id, device, group, wiring, windows)?;
         if can_storm(&config.path) {
             log::warn!(
@@ -154,10 +154,10 @@ impl Passthrough {
 
     fn open_group(&self, inner: &mut Inner, number: u32, name: &str) -> Result<Arc<Group>, AttachReason> {
         if let Some(container) = inner.containers.iter().find(|container| container.name() == name) {
-            return Ok(Arc::new(Group::open(&self.vault, number, container.clone())?));
+            return Ok(Arc::new(Group::open(&self.fd_store, number, container.clone())?));
         }
-        let container = Arc::new(Container::open(&self.vault, name)?);
-        let group = Arc::new(Group::open(&self.vault, number, container.clone())?);
+        let container = Arc::new(Container::open(&self.fd_store, name)?);
+        let group = Arc::new(Group::open(&self.fd_store, number, container.clone())?);
         container.set_iommu()?;
         // SAFETY: what map_ram was promised.
         unsafe { map_ranges(&container, &inner.ram) }?;
@@ -167,14 +167,14 @@ impl Passthrough {
 
     /// A container over `type1` with group 7 in it, without a kernel.
     #[cfg(test)]
-    pub(super) fn with(vault: &Vault, type1: Box<dyn super::container::Type1>) -> Self {
-        use theseus_resources::Purpose;
+    pub(super) fn with(fd_store: &FdStore, type1: Box<dyn super::container::Type1>) -> Self {
+        use theseus_resources::FdKind;
         let fd = || rustix::fs::memfd_create("vfio", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let container_fd = vault.keep("container", Purpose::VfioContainer, fd());
+        let container_fd = fd_store.keep("container", FdKind::VfioContainer, fd());
         let container = Arc::new(Container::with(DEFAULT_CONTAINER, container_fd, type1));
-        let group = Group::with(7, vault.keep("group 7", Purpose::VfioGroup, fd()), container.clone());
+        let group = Group::with(7, fd_store.keep("group 7", FdKind::VfioGroup, fd()), container.clone());
         let inner = Inner { containers: vec![container], groups: vec![Arc::new(group)], ram: Vec::new() };
-        Self { vault: vault.clone(), inner: Mutex::new(inner) }
+        Self { fd_store: fd_store.clone(), inner: Mutex::new(inner) }
     }
 
     /// Closes groups and containers that no device uses any more; call it after a device was released and dropped.
@@ -191,7 +191,7 @@ impl Passthrough {
     }
 
     /// The groups' fds, for KVM_DEV_VFIO_FILE_ADD.
-    pub fn group_fds(&self) -> Vec<KeptFd> {
+    pub fn group_fds(&self) -> Vec<StoredFd> {
         self.lock().groups.iter().map(|group| group.fd().clone()).collect()
     }
 
@@ -230,14 +230,14 @@ impl Passthrough {
     }
 
     /// Takes a later state of the same guest: what is mapped may have changed.
-    pub fn mend(&self, state: PassthroughState) -> Result<(), CarryError> {
+    pub fn mend(&self, state: PassthroughState) -> Result<(), MigrateError> {
         let PassthroughState { containers, groups } = state;
         let inner = self.lock();
         let same_number = containers.len() == inner.containers.len() && groups.len() == inner.groups.len();
         let is_same = same_number
             && inner.groups.iter().zip(&groups).all(|(group, state)| group.is(state))
             && inner.containers.iter().zip(containers).all(|(container, state)| container.mend(state));
-        let other = || CarryError::State("containers or groups are others than those that were made ready".into());
+        let other = || MigrateError::State("containers or groups are others than those that were made ready".into());
         is_same.then_some(()).ok_or_else(other)
     }
 
@@ -260,14 +260,14 @@ impl Inner {
     }
 }
 
-impl Carried for Passthrough {
+impl Migratable for Passthrough {
     const KIND: &'static str = "vfio";
     const VERSION: u16 = 1;
     type State = PassthroughState;
-    type Parts<'a> = (Vault, &'a mut Claims);
+    type Parts<'a> = (FdStore, &'a mut Claims);
 
-    fn save(&self) -> Result<PassthroughState, CarryError> {
-        let Self { vault: _, inner } = self;
+    fn save(&self) -> Result<PassthroughState, MigrateError> {
+        let Self { fd_store: _, inner } = self;
         // `ram` is this image's addresses: the next one gives its own at remap.
         let Inner { containers, groups, ram: _ } = &*inner.lock();
         Ok(PassthroughState {
@@ -277,19 +277,19 @@ impl Carried for Passthrough {
     }
 
     /// Touches nothing in the kernel. Restore the devices next, then [`Passthrough::remap`].
-    fn restore(state: PassthroughState, (vault, claims): Self::Parts<'_>) -> Result<Self, CarryError> {
+    fn restore(state: PassthroughState, (fd_store, claims): Self::Parts<'_>) -> Result<Self, MigrateError> {
         let PassthroughState { containers, groups } = state;
         let mut inner = Inner::default();
         for state in containers {
-            let container = Container::restore(state, claims).map_err(|e| CarryError::State(e.to_string()))?;
+            let container = Container::restore(state, claims).map_err(|e| MigrateError::State(e.to_string()))?;
             inner.containers.push(Arc::new(container));
         }
         for state in groups {
             let find = |name: &str| inner.containers.iter().find(|container| container.name() == name).cloned();
-            let group = Group::restore(state, claims, find).map_err(|e| CarryError::State(e.to_string()))?;
+            let group = Group::restore(state, claims, find).map_err(|e| MigrateError::State(e.to_string()))?;
             inner.groups.push(Arc::new(group));
         }
-        Ok(Self { vault, inner: Mutex::new(inner) })
+        Ok(Self { fd_store, inner: Mutex::new(inner) })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use theseus_resources::Vault;
+use theseus_resources::FdStore;
 
 use super::config::ConfigError;
 use super::device::DeviceError;
@@ -12,7 +12,7 @@ use crate::interrupt::{Memslots, Msi};
 /// What a device is wired to in this image.
 #[derive(Clone)]
 pub struct Wiring {
-    pub vault: Vault,
+    pub fd_store: FdStore,
     pub msi: Arc<dyn Msi>,
     pub memslots: Arc<dyn Memslots>,
     pub mmio: Arc<Bus>,

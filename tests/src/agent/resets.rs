@@ -56,7 +56,7 @@ unsafe impl Send for Register {}
 unsafe impl Sync for Register {}
 
 impl Register {
-    /// Needs iomem=relaxed.
+    /// Requirements iomem=relaxed.
     fn map(bdf: &str, offset: u64) -> io::Result<Self> {
         // PCI Firmware 3.3, 4.1.2: the base address of the first allocation.
         let table = std::fs::read("/sys/firmware/acpi/tables/MCFG")?;

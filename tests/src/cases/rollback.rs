@@ -44,7 +44,7 @@ pub struct Shown {
 }
 
 /// The guest of the matrix: 2 vCPUs, two containers, and a job that checks its memory.
-pub struct Subject {
+pub struct UpdateContext {
     rig: Rig,
     ram: GuestRam,
     vector: (String, u8),
@@ -54,7 +54,7 @@ pub struct Subject {
     first: proc::Facts,
 }
 
-impl Subject {
+impl UpdateContext {
     pub fn boot() -> Result<Self> {
         let nics = [(Nic::IgbA, None), (Nic::E1000e, Some("second"))];
         let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
@@ -214,9 +214,9 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
         let kept = subject.take();
         let result = if *end == End::Crash {
             // Its devices are needed.
-            kept.map_or(Ok(()), Subject::finish).and_then(|()| crash(cell)).map(|()| None)
+            kept.map_or(Ok(()), UpdateContext::finish).and_then(|()| crash(cell)).map(|()| None)
         } else {
-            kept.map_or_else(Subject::boot, Ok).and_then(|mut kept: Subject| {
+            kept.map_or_else(UpdateContext::boot, Ok).and_then(|mut kept: UpdateContext| {
                 let shown = kept.survive(cell)?;
                 subject = Some(kept);
                 Ok(Some(shown))
@@ -244,7 +244,7 @@ pub fn matrix(cells: &[Cell]) -> Result<()> {
             }
         }
     }
-    if let Some(Err(error)) = subject.map(Subject::finish) {
+    if let Some(Err(error)) = subject.map(UpdateContext::finish) {
         failures.push(format!("at the end: {error:#}"));
     }
     println!("{table}");
@@ -267,7 +267,7 @@ pub fn some_cells() -> Result<()> {
 /// With no irqfd attached again by the old VMM, the packet that came in the pause must be missing: or the check above
 /// shows nothing.
 pub fn red_without_irqfds() -> Result<()> {
-    let mut subject = Subject::boot()?;
+    let mut subject = UpdateContext::boot()?;
     let _hook = Switch::on(&subject.rig.vm.dir, "skip-irqfds")?;
     let seen = subject.silent_packet(&Cell::new("commit", "error"))?;
     subject.rig.agent()?.ping()?;

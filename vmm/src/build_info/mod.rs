@@ -21,14 +21,14 @@ const TAG: &str = match option_env!("THESEUS_BUILD_TAG") {
 
 /// Build B writes the section `machine` as a later release would, one version on and with a field that A has never
 /// heard of: every update between the two goes over a step of the saved state, there and back.
-pub const IS_B: bool = cfg!(later_build);
+pub const IS_LATER: bool = cfg!(later_build);
 
 /// Revision register of the host bridge at a guest's boot.
-pub const HOST_BRIDGE_REVISION: u8 = IS_B as u8;
+pub const HOST_BRIDGE_REVISION: u8 = IS_LATER as u8;
 
 /// CPUID features that this build does not show to a guest it boots: for build B, MOVBE (leaf 1, ECX bit 22).
 pub const HIDDEN_CPUID: &[Hidden] =
-    if IS_B { &[Hidden { function: 1, index: 0, register: Register::Ecx, bits: 1 << 22 }] } else { &[] };
+    if IS_LATER { &[Hidden { function: 1, index: 0, register: Register::Ecx, bits: 1 << 22 }] } else { &[] };
 
 /// An ELF note by which a build is told to be Theseus without running it (owner "Theseus", type 1, the version as
 /// text).

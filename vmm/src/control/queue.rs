@@ -99,7 +99,7 @@ impl Backend for Queue {
 }
 
 impl GuestRequests for Queue {
-    fn ask(&self, request: GuestRequest) {
+    fn notify(&self, request: GuestRequest) {
         let said = format!("the guest asks: {request:?}");
         if self.guest.set(request) {
             log::info!("{said}");
@@ -141,14 +141,14 @@ mod tests {
     fn a_flood_of_requests_is_one_request() {
         let (queue, inbox) = queue().unwrap();
         assert!(!queue.pending() && !inbox.guest_has_asked());
-        queue.ask(GuestRequest::Reset);
+        queue.notify(GuestRequest::Reset);
         std::thread::scope(|scope| {
             for vcpu in 0..4 {
                 let queue = queue.clone();
                 scope.spawn(move || {
                     for _ in 0..10_000 {
-                        queue.ask(GuestRequest::PowerOff);
-                        queue.ask(GuestRequest::Failed(format!("vCPU {vcpu}")));
+                        queue.notify(GuestRequest::PowerOff);
+                        queue.notify(GuestRequest::Failed(format!("vCPU {vcpu}")));
                     }
                 });
             }
@@ -158,7 +158,7 @@ mod tests {
         assert_eq!(inbox.guest_request(), Some(GuestRequest::Reset));
         inbox.forget_guest();
         assert!(!queue.pending() && inbox.guest_request().is_none() && inbox.call().is_none());
-        queue.ask(GuestRequest::PowerOff);
+        queue.notify(GuestRequest::PowerOff);
         assert_eq!((inbox.guest_request(), inbox.wake.read().unwrap()), (Some(GuestRequest::PowerOff), 1));
     }
 }

@@ -21,7 +21,7 @@ use theseus_resources::threads::{self, Role};
 use super::queue::update_under_way;
 use super::{Control, Vm};
 use crate::panics::panic_text;
-use crate::update::{self, NotUpdated, Order, Ready, Subject};
+use crate::update::{self, NotUpdated, Order, Ready, UpdateContext};
 
 type Outcome = Result<Ready, NotUpdated>;
 
@@ -99,7 +99,7 @@ impl Control {
         }
     }
 
-    fn on_subject<T>(&mut self, act: impl FnOnce(Subject<'_>) -> T) -> T {
+    fn on_subject<T>(&mut self, act: impl FnOnce(UpdateContext<'_>) -> T) -> T {
         let was_shut_down = matches!(self.vm, Vm::ShutDown(_));
         let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
         let inbox = &self.inbox;
@@ -109,7 +109,7 @@ impl Control {
             }
             inbox.guest_has_asked()
         };
-        act(Subject {
+        act(UpdateContext {
             host: &self.host,
             keeper: &self.keeper,
             main: &self.main,

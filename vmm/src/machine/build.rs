@@ -34,7 +34,7 @@ impl Machine {
             .ok_or_else(|| MachineError::Config("no kernel: give payload.kernel".into()))?;
         super::fits::check(&config).map_err(MachineError::Config)?;
         let vcpu_count = config.cpus.boot_vcpus;
-        let ram = Arc::new(GuestRam::new(&host.vault, config.memory.size, pages(&config.memory))?);
+        let ram = Arc::new(GuestRam::new(&host.fd_store, config.memory.size, pages(&config.memory))?);
         let watched = memory_errors::watch(&ram);
         if config.memory.prefault {
             ram.prefault()?;
@@ -59,10 +59,17 @@ impl Machine {
 
         let buses = Buses::new();
         let revision = build_info::HOST_BRIDGE_REVISION;
-        let devices = Devices::build(&config.serial, ram.size(), revision, &vm, &host.vault, &host.requests)?;
+        let devices = Devices::build(&config.serial, ram.size(), revision, &vm, &host.fd_store, &host.requests)?;
         devices.plug(&buses)?;
-        let passthrough =
-            PassthroughDevices::build(&config.devices, window64.clone(), &vm, &buses, &devices.pci, &ram, &host.vault)?;
+        let passthrough = PassthroughDevices::build(
+            &config.devices,
+            window64.clone(),
+            &vm,
+            &buses,
+            &devices.pci,
+            &ram,
+            &host.fd_store,
+        )?;
 
         let shape = MachineShape {
             ram_size: ram.size(),

@@ -5,19 +5,19 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use theseus_api::types::{SerialConfig, SerialMode};
 use theseus_devices::bus::{Bus, Target};
-use theseus_devices::carried::Carried;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_devices::legacy::cmos::Cmos;
 use theseus_devices::legacy::i8042::I8042;
 use theseus_devices::legacy::pm::{Pm, PmParts};
 use theseus_devices::legacy::serial::{Console, ConsoleConfig, SerialDevice, SerialParts};
+use theseus_devices::migratable::Migratable;
 use theseus_devices::pci::bus::PciBus;
 use theseus_devices::pci::config_access::PciConfigAccess;
 use theseus_devices::pci::ecam::Ecam;
 use theseus_devices::pci::host_bridge::HostBridge;
 use theseus_devices::turn::Turn;
 use theseus_hypervisor::Vm;
-use theseus_resources::{Claims, StateReader, StateWriter, Vault, layout};
+use theseus_resources::{Claims, FdStore, StateReader, StateWriter, layout};
 
 use super::MachineError;
 use super::glue::Pin;
@@ -72,11 +72,11 @@ impl Devices {
         ram_size: u64,
         revision: u8,
         vm: &Arc<Vm>,
-        vault: &Vault,
+        fd_store: &FdStore,
         requests: &Arc<dyn GuestRequests>,
     ) -> Result<Self, MachineError> {
         let console =
-            Console::open(&console_config(serial)?, vault).map_err(|e| MachineError::Config(e.to_string()))?;
+            Console::open(&console_config(serial)?, fd_store).map_err(|e| MachineError::Config(e.to_string()))?;
         let serial = console
             .map(|console| SerialDevice::new(console, pin(vm, layout::SERIAL_GSI)).map(shared))
             .transpose()
@@ -108,10 +108,10 @@ impl Devices {
     /// The IRQ chip must be restored before: pending interrupts are raised again.
     pub fn restore(state: DevicesState, pci: Arc<PciBus>, parts: RestoreParts<'_>) -> Result<Self, MachineError> {
         let DevicesState { serial, cmos, i8042, pm, config_access, host_bridge } = state;
-        let RestoreParts { vm, vault, claims, requests } = parts;
+        let RestoreParts { vm, fd_store, claims, requests } = parts;
         let serial = serial
             .map(|state| {
-                SerialDevice::restore(state, SerialParts { irq: pin(vm, layout::SERIAL_GSI), claims, vault })
+                SerialDevice::restore(state, SerialParts { irq: pin(vm, layout::SERIAL_GSI), claims, fd_store })
                     .map(shared)
             })
             .transpose()
@@ -156,27 +156,27 @@ fn plug<T: Target + 'static>(bus: &Bus, base: u64, len: u64, device: &Arc<T>) ->
     Ok(bus.insert(base, len, device.clone())?)
 }
 
-fn device(name: &'static str) -> impl FnOnce(theseus_devices::carried::CarryError) -> MachineError {
+fn device(name: &'static str) -> impl FnOnce(theseus_devices::migratable::MigrateError) -> MachineError {
     move |source| MachineError::Device { name: name.into(), source }
 }
 
-fn save<T: Carried>(writer: &mut StateWriter, name: &'static str, carried: &Mutex<T>) -> Result<(), MachineError> {
+fn save<T: Migratable>(writer: &mut StateWriter, name: &'static str, carried: &Mutex<T>) -> Result<(), MachineError> {
     add(writer, name, &*carried.lock())
 }
 
-fn add<T: Carried>(writer: &mut StateWriter, name: &'static str, carried: &T) -> Result<(), MachineError> {
+fn add<T: Migratable>(writer: &mut StateWriter, name: &'static str, carried: &T) -> Result<(), MachineError> {
     let state = carried.save().map_err(device(name))?;
     Ok(writer.add(name, T::KIND, T::VERSION, &state)?)
 }
 
 /// The decoded states; nothing is claimed or created yet.
 pub struct DevicesState {
-    serial: Option<<SerialDevice as Carried>::State>,
-    cmos: <Cmos as Carried>::State,
-    i8042: <I8042 as Carried>::State,
-    pm: <Pm as Carried>::State,
-    config_access: <PciConfigAccess as Carried>::State,
-    host_bridge: <HostBridge as Carried>::State,
+    serial: Option<<SerialDevice as Migratable>::State>,
+    cmos: <Cmos as Migratable>::State,
+    i8042: <I8042 as Migratable>::State,
+    pm: <Pm as Migratable>::State,
+    config_access: <PciConfigAccess as Migratable>::State,
+    host_bridge: <HostBridge as Migratable>::State,
 }
 
 impl DevicesState {
@@ -192,13 +192,13 @@ impl DevicesState {
     }
 }
 
-fn take<T: Carried>(reader: &mut StateReader<'_>, name: &str) -> Result<T::State, MachineError> {
+fn take<T: Migratable>(reader: &mut StateReader<'_>, name: &str) -> Result<T::State, MachineError> {
     Ok(reader.take(name, T::KIND, T::VERSION)?)
 }
 
 pub struct RestoreParts<'a> {
     pub vm: &'a Arc<Vm>,
-    pub vault: &'a Vault,
+    pub fd_store: &'a FdStore,
     pub claims: &'a mut Claims,
     pub requests: &'a Arc<dyn GuestRequests>,
 }

@@ -8,7 +8,7 @@ use std::{fs, io};
 use rustix::process::{Resource, getrlimit};
 use theseus_api::types::VmConfig;
 
-use crate::room::{Room, field};
+use crate::available_memory::{AvailableMemory, field};
 
 /// For the VMM itself beside the guest's RAM: binary, stacks, heap, BARs of devices not counted.
 const OWN: u64 = 64 << 20;
@@ -26,9 +26,9 @@ struct Available {
     /// All memory that is not set aside for huge pages, and swap.
     total: u64,
     swap: u64,
-    room: Room,
+    room: AvailableMemory,
     /// What a cgroup leaves of huge pages.
-    huge_room: Option<Room>,
+    huge_room: Option<AvailableMemory>,
     max_file: Option<u64>,
     max_mapped: Option<u64>,
     mapped: u64,
@@ -74,7 +74,7 @@ fn judge(wanted: &Wanted, available: &Available) -> Result<Option<String>, Strin
     }
     if huge {
         return match huge_room {
-            Some(Room { free, of }) if *free < ram => Err(format!(
+            Some(AvailableMemory { free, of }) if *free < ram => Err(format!(
                 "the guest's {} MiB of RAM are huge pages, and {of} has {} MiB of them left: raise it, or take hugepages=off",
                 mib(ram),
                 mib(*free)
@@ -113,8 +113,8 @@ impl Available {
         Ok(Self {
             total: get("MemTotal:").saturating_sub(get("Hugetlb:")),
             swap: get("SwapTotal:"),
-            room: Room::of_this_process()?,
-            huge_room: Room::in_huge_pages(),
+            room: AvailableMemory::of_this_process()?,
+            huge_room: AvailableMemory::in_huge_pages(),
             max_file: getrlimit(Resource::Fsize).current,
             max_mapped: getrlimit(Resource::As).current,
             mapped: of(&status, "VmSize:").unwrap_or(0),
@@ -129,7 +129,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn host() -> Available {
-        let room = Room { free: 8 * GIB, of: "the host".into() };
+        let room = AvailableMemory { free: 8 * GIB, of: "the host".into() };
         Available { total: 16 * GIB, swap: GIB, room, huge_room: None, max_file: None, max_mapped: None, mapped: 0 }
     }
 
@@ -145,7 +145,7 @@ mod tests {
         assert!(error.contains("9216 MiB of RAM are needed at once (why)"), "{error}");
         let huge = || Wanted { ram: 99 * GIB, huge: true, at_once: Some("why") };
         assert_eq!(judge(huge(), &host()), Ok(None), "the pool says itself what it has");
-        let bound = Available { huge_room: Some(Room { free: GIB, of: "the cgroup".into() }), ..host() };
+        let bound = Available { huge_room: Some(AvailableMemory { free: GIB, of: "the cgroup".into() }), ..host() };
         assert!(judge(huge(), &bound).unwrap_err().contains("the cgroup has 1024 MiB of them left"));
     }
 

@@ -16,10 +16,10 @@ use std::sync::Arc;
 
 use theseus_api::types::{DeviceNode, Resource, VmConfig};
 use theseus_hypervisor::{ClockAnchor, Hypervisor, ReadyVm};
+use theseus_resources::fd_store::FdStoreError;
 use theseus_resources::ram::RamError;
 use theseus_resources::state::StateError;
-use theseus_resources::vault::VaultError;
-use theseus_resources::{GuestRam, Vault, layout};
+use theseus_resources::{FdStore, GuestRam, layout};
 
 use crate::boot::BootError;
 use crate::memory_errors::Watched;
@@ -48,9 +48,9 @@ pub enum MachineError {
     #[error(transparent)]
     State(#[from] StateError),
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    FdStore(#[from] FdStoreError),
     #[error("{name}: {source}")]
-    Device { name: String, source: theseus_devices::carried::CarryError },
+    Device { name: String, source: theseus_devices::migratable::MigrateError },
     #[error("{0}")]
     Passthrough(String),
     #[error("{source}{}", held.iter().map(|held| format!("; {held}")).collect::<String>())]
@@ -63,13 +63,13 @@ pub enum MachineError {
 #[derive(Clone)]
 pub struct Host {
     pub hypervisor: Arc<Hypervisor>,
-    pub vault: Vault,
+    pub fd_store: FdStore,
     pub requests: Arc<dyn theseus_devices::interrupt::GuestRequests>,
 }
 
 impl Host {
     fn for_vcpus(&self, buses: &Buses) -> Shared {
-        let Self { hypervisor, vault: _, requests } = self.clone();
+        let Self { hypervisor, fd_store: _, requests } = self.clone();
         Shared { hypervisor, pio: buses.pio.clone(), mmio: buses.mmio.clone(), requests }
     }
 }

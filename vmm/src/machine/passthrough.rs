@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
-use theseus_devices::carried::Carried;
+use theseus_devices::migratable::Migratable;
 use theseus_devices::pci::bus::PciBus;
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::turn::Turn;
@@ -18,7 +18,7 @@ use theseus_devices::vfio::{
 };
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
-use theseus_resources::{Claims, GuestRam, StateReader, StateWriter, Vault};
+use theseus_resources::{Claims, FdStore, GuestRam, StateReader, StateWriter};
 
 use super::MachineError;
 use super::devices::Buses;
@@ -68,17 +68,17 @@ pub const LAYOUT: (&str, u16) = ("vfio-layout", 1);
 /// Decoded; nothing is claimed yet.
 pub struct PassthroughState {
     layout: Layout,
-    registry: <Passthrough as Carried>::State,
-    devices: Vec<<VfioPci as Carried>::State>,
+    registry: <Passthrough as Migratable>::State,
+    devices: Vec<<VfioPci as Migratable>::State>,
 }
 
 fn failed(error: impl std::fmt::Display) -> MachineError {
     MachineError::Passthrough(error.to_string())
 }
 
-fn wiring(vm: &Arc<Vm>, buses: &Buses, vault: &Vault) -> Wiring {
+fn wiring(vm: &Arc<Vm>, buses: &Buses, fd_store: &FdStore) -> Wiring {
     Wiring {
-        vault: vault.clone(),
+        fd_store: fd_store.clone(),
         msi: Arc::new(VmMsi(vm.clone())),
         memslots: Arc::new(VmMemslots(vm.clone())),
         mmio: buses.mmio.clone(),
@@ -99,16 +99,16 @@ impl PassthroughDevices {
         buses: &Buses,
         pci: &PciBus,
         ram: &GuestRam,
-        vault: &Vault,
+        fd_store: &FdStore,
     ) -> Result<Self, MachineError> {
-        let registry = Passthrough::new(vault.clone());
+        let registry = Passthrough::new(fd_store.clone());
         // SAFETY: guest RAM stays mapped as long as the machine, whose `shut_down` unmaps it from the containers first.
         unsafe { registry.map_ram(&ranges(ram)) }.map_err(failed)?;
         let mut windows = Windows::with_window64(window64.clone());
         let mut plugged: Vec<Plugged> = Vec::new();
         for (config, id) in configs.iter().zip(ids(configs)) {
             let config = vfio::DeviceConfig { path: config.path.clone(), id, container: config.container.clone() };
-            let device = registry.attach(&config, wiring(vm, buses, vault), &mut windows).map_err(failed)?;
+            let device = registry.attach(&config, wiring(vm, buses, fd_store), &mut windows).map_err(failed)?;
             let slot = pci.add(None, device.clone()).map_err(failed)?;
             plugged.push(Plugged::new(slot, device));
         }
@@ -293,11 +293,11 @@ impl PassthroughDevices {
         vm: &BareVm,
         buses: &Buses,
         pci: &PciBus,
-        vault: &Vault,
+        fd_store: &FdStore,
         claims: &mut Claims,
     ) -> Result<Self, MachineError> {
         let PassthroughState { layout, registry, devices } = state;
-        let registry = Passthrough::restore(registry, (vault.clone(), claims))
+        let registry = Passthrough::restore(registry, (fd_store.clone(), claims))
             .map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
         let window64 = layout.window64.0..layout.window64.1;
         let mut windows = Windows::with_window64(window64.clone());
@@ -307,7 +307,7 @@ impl PassthroughDevices {
                 claims,
                 groups: &|number| registry.group(number),
                 windows: &mut windows,
-                wiring: wiring(vm.handle(), buses, vault),
+                wiring: wiring(vm.handle(), buses, fd_store),
             };
             let device =
                 VfioPci::restore(state, parts).map_err(|source| MachineError::Device { name: section(&id), source })?;

@@ -8,7 +8,7 @@ use theseus_resources::GuestRam;
 use theseus_resources::threads::{self, Role};
 
 /// Ends the thread when dropped: it must not keep the RAM of a machine that is gone, whose fd the next update would
-/// find in the vault.
+/// find in the fd store.
 pub struct Populating {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,

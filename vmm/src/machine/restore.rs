@@ -75,7 +75,7 @@ impl Prewarmed {
         let starts = shapes.into_iter().map(|(shape, placement)| Start::Prewarm(Box::new(shape), placement)).collect();
         let threads = Vcpus::start(&host.for_vcpus(&buses), starts)?;
         let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
-        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.vault, claims)?;
+        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.fd_store, claims)?;
 
         let vm = vm.create_irqchip()?;
         crate::ending::remember(Arc::downgrade(&vm));
@@ -116,7 +116,7 @@ impl Prewarmed {
 
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
-        let parts = RestoreParts { vm: &vm, vault: &host.vault, claims, requests: &host.requests };
+        let parts = RestoreParts { vm: &vm, fd_store: &host.fd_store, claims, requests: &host.requests };
         let devices = Devices::restore(devices, pci, parts)?;
         devices.plug(&buses)?;
         passed(Phase::Devices)?;

@@ -14,7 +14,7 @@ use crate::vcpus::Saving;
 use crate::vcpus::placement::Placement;
 use crate::vcpus::saved::{self, EncodedVcpu};
 
-const MACHINE: (&str, u16) = ("machine", 1 + build_info::IS_B as u16);
+const MACHINE: (&str, u16) = ("machine", 1 + build_info::IS_LATER as u16);
 const RAM: (&str, u16) = ("guest-ram", 1);
 const IRQCHIP: (&str, u16) = ("kvm-irqchip", 1);
 const CLOCK: (&str, u16) = ("kvm-clock", 1);
@@ -35,7 +35,7 @@ struct MachineSection {
     /// In a dry run: what each vCPU is, and where and how its thread is scheduled.
     shapes: Vec<VcpuShape>,
     placements: Vec<Placement>,
-    /// See [`build_info::IS_B`].
+    /// See [`build_info::IS_LATER`].
     #[cfg(later_build)]
     #[serde(default)]
     of_a_later_version: Option<u16>,
@@ -56,7 +56,7 @@ pub struct MachineState {
 }
 
 /// How much of the machine is saved.
-pub enum Depth<'a> {
+pub enum SaveScope<'a> {
     /// No vCPU states, as the guest is running, but where and how each vCPU's thread is scheduled.
     DryRun(Vec<Placement>),
     /// With those that are being saved.
@@ -65,11 +65,11 @@ pub enum Depth<'a> {
 
 impl Machine {
     /// Pure. `was_running`: whether the guest is to run again.
-    pub fn save(&self, writer: &mut StateWriter, depth: Depth<'_>, was_running: bool) -> Result<(), MachineError> {
+    pub fn save(&self, writer: &mut StateWriter, depth: SaveScope<'_>, was_running: bool) -> Result<(), MachineError> {
         let Self { config, vcpus, passthrough, devices, vm, ram, clock, unfilled: _, populating: _, _watched } = self;
         let (saving, shapes, placements) = match depth {
-            Depth::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
-            Depth::DryRun(placements) => (None, vcpus.shapes(), placements),
+            SaveScope::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
+            SaveScope::DryRun(placements) => (None, vcpus.shapes(), placements),
         };
         let section = MachineSection {
             config: config.clone(),

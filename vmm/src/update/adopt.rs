@@ -15,7 +15,7 @@ use theseus_api::{Body, Reply};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::channel::ChannelError;
-use theseus_resources::{Channel, Claims, KeptFd, Purpose, StateReader, Vault};
+use theseus_resources::{Channel, Claims, FdKind, FdStore, StateReader, StoredFd};
 
 use super::dispensable::Dispensable;
 use super::saved::{self, ApiSlots, Handover, Opened, Saved};
@@ -52,7 +52,7 @@ pub struct AdoptedApi {
 /// What comes from the old VMM.
 struct Inbox<'a> {
     channel: &'a Channel,
-    vault: Vault,
+    fd_store: FdStore,
     claims: Claims,
     spin: Spin,
 }
@@ -85,8 +85,8 @@ impl Inbox<'_> {
     /// Decodes it, and gets the rest of the descriptors. `fds`: those that came with it.
     fn decode(&mut self, state: Opened<'_>, mut fds: Vec<OwnedFd>) -> Result<Saved, String> {
         let mut saved = state.decode().map_err(|error| error.to_string())?;
-        let records = std::mem::take(&mut saved.handover.vault);
-        let missing = self.vault.missing(&records);
+        let records = std::mem::take(&mut saved.handover.fd_store);
+        let missing = self.fd_store.missing(&records);
         while fds.len() < missing {
             say(self.channel, &ToOld::More, &[]).map_err(|error| format!("the old VMM: {error}"))?;
             let more = self.hear(ToNew::Fds)?;
@@ -95,7 +95,7 @@ impl Inbox<'_> {
             }
             fds.extend(more);
         }
-        self.vault.receive(&mut self.claims, records, fds).map_err(|error| error.to_string())?;
+        self.fd_store.receive(&mut self.claims, records, fds).map_err(|error| error.to_string())?;
         Ok(saved)
     }
 }
@@ -113,15 +113,15 @@ pub fn adopt(
     timeline.stamp_at(Phase::Exec, started);
     let dispensable = Dispensable::new();
 
-    let mut inbox = Inbox { channel, vault: Vault::new(), claims: Claims::default(), spin: Spin::of_threads(1) };
+    let mut inbox = Inbox { channel, fd_store: FdStore::new(), claims: Claims::default(), spin: Spin::of_threads(1) };
     let (bytes, fds) = inbox.state(ToNew::Rehearsal)?;
     let Saved { mut handover, machine } = inbox.decode(open(&bytes)?, fds)?;
     if let Err(error) = std::mem::take(&mut handover.log).start_held() {
         crate::say(std::io::stderr(), &format!("after an update: {error:#}"));
     }
-    let kvm = inbox.claims.claim(handover.kvm, Purpose::Kvm).map_err(|error| text(&error))?;
+    let kvm = inbox.claims.claim(handover.kvm, FdKind::Kvm).map_err(|error| text(&error))?;
     let events = EventStream::claim(handover.events, &mut inbox.claims).map_err(|error| text(&error))?;
-    let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), vault: inbox.vault.clone(), requests };
+    let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), fd_store: inbox.fd_store.clone(), requests };
     let prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose();
     let prewarmed = prewarmed.map_err(|error| text(&error))?;
     timeline.pass(Phase::Prewarm)?;
@@ -197,9 +197,9 @@ fn superseded() -> ! {
 
 /// The API's fds, still unused.
 struct ClaimedApi {
-    listener: KeptFd,
-    idle: Vec<KeptFd>,
-    caller: Option<KeptFd>,
+    listener: StoredFd,
+    idle: Vec<StoredFd>,
+    caller: Option<StoredFd>,
 }
 
 impl ClaimedApi {
@@ -207,9 +207,9 @@ impl ClaimedApi {
         let ApiSlots { listener, idle, caller } = slots;
         let mut claim = |slot, purpose| claims.claim(slot, purpose).map_err(|error| error.to_string());
         Ok(Self {
-            listener: claim(listener, Purpose::ApiListener)?,
-            idle: idle.into_iter().map(|slot| claim(slot, Purpose::ApiConnection)).collect::<Result<_, _>>()?,
-            caller: caller.map(|slot| claim(slot, Purpose::ApiConnection)).transpose()?,
+            listener: claim(listener, FdKind::ApiListener)?,
+            idle: idle.into_iter().map(|slot| claim(slot, FdKind::ApiConnection)).collect::<Result<_, _>>()?,
+            caller: caller.map(|slot| claim(slot, FdKind::ApiConnection)).transpose()?,
         })
     }
 
@@ -217,7 +217,7 @@ impl ClaimedApi {
     fn open(self, report: &UpdateReport) -> std::io::Result<AdoptedApi> {
         use std::os::fd::AsFd;
         let Self { listener, idle, caller } = self;
-        let stream = |kept: &KeptFd| kept.as_fd().try_clone_to_owned().map(UnixStream::from);
+        let stream = |kept: &StoredFd| kept.as_fd().try_clone_to_owned().map(UnixStream::from);
         let answer: Reply = Ok(Body::Json(serde_json::to_value(report)?));
         let mut connections = Vec::new();
         let all = idle.iter().map(|kept| (kept, None)).chain(caller.iter().map(|kept| (kept, Some(answer.clone()))));

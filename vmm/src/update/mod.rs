@@ -51,7 +51,7 @@ pub const DEADLINE: Duration = Duration::from_secs(10);
 const GUEST_ASKED: &str = "the guest has just asked for power-off or reset";
 
 /// What an update works on.
-pub struct Subject<'a> {
+pub struct UpdateContext<'a> {
     pub host: &'a Host,
     pub keeper: &'a Arc<Keeper>,
     pub main: &'a MainThread,
@@ -99,7 +99,12 @@ impl NotUpdated {
 
 /// The end of an update's story in the old VMM: the guest goes over to the new one, which is ready. Returns only if
 /// that failed.
-pub fn hand_over(mut subject: Subject<'_>, ready: Ready, caller: Option<ConnId>, deadline: Duration) -> NotUpdated {
+pub fn hand_over(
+    mut subject: UpdateContext<'_>,
+    ready: Ready,
+    caller: Option<ConnId>,
+    deadline: Duration,
+) -> NotUpdated {
     let Ready { to, target, timeline, new, back } = ready;
     let text = |error: crate::machine::MachineError| error.to_string();
     let pause = || {

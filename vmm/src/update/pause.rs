@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use theseus_api::server::{ConnId, Frozen};
-use theseus_resources::{KeptFd, Purpose, Slot, StateReader, StateWriter, Vault};
+use theseus_resources::{FdKind, FdStore, Slot, StateReader, StateWriter, StoredFd};
 
 use super::saved::{self, ApiSlots};
 use super::standby::{End, Standby};
-use super::{GUEST_ASKED, Subject};
+use super::{GUEST_ASKED, UpdateContext};
 use crate::build_info;
 use crate::logging::Held;
-use crate::machine::state::Depth;
+use crate::machine::state::SaveScope;
 use crate::machine::{Machine, MachineError};
 use crate::timeline::{Phase, Timeline};
 
@@ -28,9 +28,9 @@ pub struct Paused<'a> {
     _frozen: Option<Frozen<'a>>,
     handover: saved::Handover,
     /// What the new VMM does not have yet.
-    fds: Vec<KeptFd>,
-    /// Held so that the vault keeps them: their slots are in the handover.
-    _kept_connections: Vec<KeptFd>,
+    fds: Vec<StoredFd>,
+    /// Held so that the fd store keeps them: their slots are in the handover.
+    _kept_connections: Vec<StoredFd>,
     timeline: Arc<Timeline>,
 }
 
@@ -52,7 +52,7 @@ impl Drop for StoppedGuest<'_> {
 
 impl<'a> Paused<'a> {
     pub fn new(
-        subject: &'a mut Subject<'_>,
+        subject: &'a mut UpdateContext<'_>,
         target: PathBuf,
         timeline: Arc<Timeline>,
         new: Standby,
@@ -68,7 +68,7 @@ impl<'a> Paused<'a> {
         let frozen = frozen.map_err(|error| error.to_string())?;
         let mut kept_connections = Vec::new();
         let api =
-            frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.vault, &mut kept_connections)).transpose();
+            frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.fd_store, &mut kept_connections)).transpose();
         let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
         let mut handover = saved::Handover::new(subject, Some(target), Vec::new(), api);
         timeline.start_deadline(deadline);
@@ -90,8 +90,8 @@ impl<'a> Paused<'a> {
             None => None,
         };
         // Only now: a guest that turns MSI-X on has eventfds made for it until its last vCPU stands.
-        let (records, fds) = new.missing(&subject.host.vault);
-        handover.vault = records;
+        let (records, fds) = new.missing(&subject.host.fd_store);
+        handover.fd_store = records;
         timeline.pass(Phase::Pause)?;
         Ok(Self {
             new,
@@ -112,7 +112,7 @@ impl<'a> Paused<'a> {
         let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save()).transpose()?;
         self.handover.encode(&mut writer)?;
         if let (Some(StoppedGuest { machine, was_running }), Some(vcpus)) = (&self.guest, vcpus) {
-            machine.save(&mut writer, Depth::Full(vcpus), *was_running)?;
+            machine.save(&mut writer, SaveScope::Full(vcpus), *was_running)?;
         }
         self.new.soon().map_err(MachineError::Config)?;
         let bytes = writer.finish()?;
@@ -126,22 +126,22 @@ impl<'a> Paused<'a> {
     }
 }
 
-fn keep_api(frozen: &Frozen<'_>, vault: &Vault, kept: &mut Vec<KeptFd>) -> std::io::Result<ApiSlots> {
+fn keep_api(frozen: &Frozen<'_>, fd_store: &FdStore, kept: &mut Vec<StoredFd>) -> std::io::Result<ApiSlots> {
     let mut keep = |name: &str, purpose, fd: std::os::fd::BorrowedFd<'_>| -> std::io::Result<Slot> {
-        let fd = vault.keep(name, purpose, fd.try_clone_to_owned()?);
+        let fd = fd_store.keep(name, purpose, fd.try_clone_to_owned()?);
         let slot = fd.slot();
         kept.push(fd);
         Ok(slot)
     };
     Ok(ApiSlots {
-        listener: keep("API listener", Purpose::ApiListener, frozen.listener())?,
+        listener: keep("API listener", FdKind::ApiListener, frozen.listener())?,
         idle: frozen
             .idle()
-            .map(|(_, fd)| keep("idle API connection", Purpose::ApiConnection, fd))
+            .map(|(_, fd)| keep("idle API connection", FdKind::ApiConnection, fd))
             .collect::<Result<_, _>>()?,
         caller: frozen
             .caller()
-            .map(|fd| keep("API connection of the caller", Purpose::ApiConnection, fd))
+            .map(|fd| keep("API connection of the caller", FdKind::ApiConnection, fd))
             .transpose()?,
     })
 }

@@ -4,7 +4,7 @@ use std::io;
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::room::Room;
+use crate::available_memory::AvailableMemory;
 use crate::vcpus::placement::Placement;
 
 /// An update holds at most so many more fds than the process has between updates: the saved state and its copies for
@@ -20,7 +20,7 @@ const STATE: u64 = 16 << 20;
 
 /// What the guest makes an update need.
 #[derive(Clone, Debug, Default)]
-pub struct Needs {
+pub struct Requirements {
     /// Of each vCPU's thread.
     pub placements: Vec<Placement>,
     /// Bytes of RAM, and whether it is in pages of 4 KiB.
@@ -34,12 +34,12 @@ struct Limits {
     open_fds: u64,
     max_fds: Option<u64>,
     max_file: Option<u64>,
-    room: Room,
-    threads: Option<Room>,
+    room: AvailableMemory,
+    threads: Option<AvailableMemory>,
 }
 
 /// Every reason against an update; empty if there is none.
-pub fn reasons(needs: &Needs) -> Vec<String> {
+pub fn reasons(needs: &Requirements) -> Vec<String> {
     match Limits::of_this_process() {
         Ok(limits) => judge(needs, limits),
         Err(error) => vec![format!("the limits of this process cannot be read: {error}: {}", remedy(&error))],
@@ -56,7 +56,7 @@ pub fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
-fn judge(needs: &Needs, limits: Limits) -> Vec<String> {
+fn judge(needs: &Requirements, limits: Limits) -> Vec<String> {
     let Limits { open_fds, max_fds, max_file, room, threads } = limits;
     let mut reasons = Vec::new();
     if let Some(limit) = max_fds.filter(|limit| *limit < open_fds.saturating_add(MORE_FDS)) {
@@ -98,8 +98,8 @@ impl Limits {
             open_fds: std::fs::read_dir("/proc/self/fd")?.count() as u64,
             max_fds: getrlimit(Resource::Nofile).current,
             max_file: getrlimit(Resource::Fsize).current,
-            room: Room::of_this_process()?,
-            threads: Room::in_threads(),
+            room: AvailableMemory::of_this_process()?,
+            threads: AvailableMemory::in_threads(),
         })
     }
 }
@@ -118,13 +118,13 @@ mod tests {
         }
     }
 
-    fn room(free: u64) -> Room {
-        Room { free, of: "the host".into() }
+    fn room(free: u64) -> AvailableMemory {
+        AvailableMemory { free, of: "the host".into() }
     }
 
     #[test]
     fn all_reasons_at_once() {
-        let needs = &Needs { placements: vec![Placement::default(); 2], ram: 1 << 30, small_pages: true };
+        let needs = &Requirements { placements: vec![Placement::default(); 2], ram: 1 << 30, small_pages: true };
         assert!(judge(needs, good()).is_empty());
         let bad = Limits {
             max_fds: Some(64),

@@ -13,13 +13,13 @@ use std::sync::atomic::AtomicBool;
 use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateRequest};
 use theseus_resources::Pages;
 
-use super::preflight::{self, Needs};
+use super::preflight::{self, Requirements};
 use super::rehearsed::{Rehearsed, rehearse};
 use super::rights::{Image, Wants};
 use super::saved::Blank;
 use super::standby::{NotStarted, Standby};
 use super::target::{self, Rehearsal, Target};
-use super::{NotUpdated, Subject, back_to};
+use super::{NotUpdated, UpdateContext, back_to};
 use crate::build_info;
 use crate::events::EventStream;
 use crate::keeper::watch::MayBeAlone;
@@ -41,7 +41,7 @@ pub struct Order {
     page: OwnedFd,
     /// Reasons against it so far.
     reasons: Vec<String>,
-    needs: Needs,
+    needs: Requirements,
     rehearsed: Result<Rehearsed, String>,
     /// The guest wants its end instead.
     given_up: Arc<AtomicBool>,
@@ -68,7 +68,11 @@ pub struct Ready {
 
 impl Order {
     /// `given_up`: see there.
-    pub fn new(subject: &Subject<'_>, request: &UpdateRequest, given_up: Arc<AtomicBool>) -> Result<Self, NotUpdated> {
+    pub fn new(
+        subject: &UpdateContext<'_>,
+        request: &UpdateRequest,
+        given_up: Arc<AtomicBool>,
+    ) -> Result<Self, NotUpdated> {
         settings::take_over_limits();
         let (timeline, page) = Timeline::new().map_err(cannot_prepare)?;
         timeline.stamp(Phase::Start);
@@ -78,10 +82,10 @@ impl Order {
                 "the keeper of this VMM was killed in an earlier update: there is nobody to start a new one".into(),
             );
         }
-        let mut needs = Needs::default();
+        let mut needs = Requirements::default();
         if let Some(machine) = &subject.machine {
             reasons.extend(machine.passthrough.probe());
-            needs = Needs {
+            needs = Requirements {
                 placements: machine.vcpus.placements(),
                 ram: machine.memory_size(),
                 small_pages: machine.ram.pages() == Pages::Small,

@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
-use theseus_resources::{KeptFd, StateWriter};
+use theseus_resources::{StateWriter, StoredFd};
 
-use super::Subject;
-use super::preflight::Needs;
+use super::UpdateContext;
+use super::preflight::Requirements;
 use super::saved::{self, Handover};
 use crate::build_info;
 use crate::machine::MachineError;
-use crate::machine::state::Depth;
+use crate::machine::state::SaveScope;
 
 /// What the target is rehearsed with, and the new VMM makes itself ready with.
 pub struct Rehearsed {
@@ -18,22 +18,22 @@ pub struct Rehearsed {
     pub bytes: Vec<u8>,
     /// For the true state, in bytes, about.
     pub room: usize,
-    /// The kept fds that the state names, in the same order.
-    pub fds: Vec<KeptFd>,
+    /// The stored fds that the state names, in the same order.
+    pub fds: Vec<StoredFd>,
 }
 
 /// A vCPU's part of a state, in bytes, about.
 const VCPU: usize = 16 << 10;
 
 /// The state as it is now, with the guest running: all of it but the vCPUs.
-pub fn rehearse(subject: &Subject<'_>, needs: &Needs) -> Result<Rehearsed, String> {
+pub fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Rehearsed, String> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
     let mut encode = || -> Result<Rehearsed, MachineError> {
         if let Some(machine) = &subject.machine {
-            machine.save(&mut writer, Depth::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;
+            machine.save(&mut writer, SaveScope::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;
         }
         // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
-        let (records, fds) = subject.host.vault.offer(&BTreeSet::new());
+        let (records, fds) = subject.host.fd_store.offer(&BTreeSet::new());
         Handover::new(subject, None, records, None).encode(&mut writer)?;
         let bytes = writer.finish()?;
         let kept = |error| MachineError::Config(format!("cannot keep it: {error}"));

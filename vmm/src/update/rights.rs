@@ -13,7 +13,7 @@ use rustix::fs::StatVfsMountFlags;
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::CapabilitySet;
 
-use crate::room::field;
+use crate::available_memory::field;
 use crate::vcpus::placement::{Placement, Rights};
 
 /// The inode of the initial user namespace (include/linux/proc_ns.h, PROC_USER_INIT_INO): a capability in another one

@@ -9,10 +9,10 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 use theseus_api::access::Peers;
 use theseus_api::types::{BuildInfo, VmConfig};
-use theseus_resources::vault::Record;
+use theseus_resources::fd_store::Record;
 use theseus_resources::{Slot, StateReader, StateWriter};
 
-use super::Subject;
+use super::UpdateContext;
 use crate::build_info;
 use crate::logging::LogConfig;
 use crate::machine::MachineError;
@@ -25,8 +25,8 @@ const HANDOVER: (&str, u16) = ("handover", 3);
 /// What the new VMM needs beside the machine.
 #[derive(Serialize, Deserialize)]
 pub struct Handover {
-    /// Every kept fd.
-    pub vault: Vec<Record>,
+    /// Every stored fd.
+    pub fd_store: Vec<Record>,
     pub from: BuildInfo,
     /// How the target was named, which is where it looks for the next one.
     #[serde(default)]
@@ -70,9 +70,14 @@ pub struct Saved {
 }
 
 impl Handover {
-    pub fn new(subject: &Subject<'_>, target: Option<PathBuf>, vault: Vec<Record>, api: Option<ApiSlots>) -> Self {
+    pub fn new(
+        subject: &UpdateContext<'_>,
+        target: Option<PathBuf>,
+        fd_store: Vec<Record>,
+        api: Option<ApiSlots>,
+    ) -> Self {
         Self {
-            vault,
+            fd_store,
             from: build_info::this().clone(),
             target,
             supervisor: subject.supervisor.clone(),

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use theseus_resources::channel::{ChannelError, FDS};
-use theseus_resources::vault::Record;
-use theseus_resources::{Channel, KeptFd, Slot, Vault};
+use theseus_resources::fd_store::Record;
+use theseus_resources::{Channel, FdStore, Slot, StoredFd};
 
 use super::GUEST_ASKED;
 use super::rehearsed::Rehearsed;
@@ -33,10 +33,10 @@ pub struct Standby {
     channel: Channel,
     pidfd: OwnedFd,
     timeline: Arc<Timeline>,
-    /// What it has of the vault.
+    /// What it has of the fd store.
     known: RefCell<BTreeSet<Slot>>,
     /// Descriptors that it has not asked for yet.
-    waiting: RefCell<VecDeque<KeptFd>>,
+    waiting: RefCell<VecDeque<StoredFd>>,
     given_up: Arc<AtomicBool>,
     ended: Cell<bool>,
     blank: Blank,
@@ -91,15 +91,15 @@ impl Standby {
         self.converse(Instant::now() + PREWARM, &ToOld::Ready)
     }
 
-    /// The vault as it is now, for the state, and those of its descriptors that the new VMM does not have, for
+    /// The fd_store as it is now, for the state, and those of its descriptors that the new VMM does not have, for
     /// [`Standby::hand_over`].
-    pub fn missing(&self, vault: &Vault) -> (Vec<Record>, Vec<KeptFd>) {
-        vault.offer(&self.known.borrow())
+    pub fn missing(&self, fd_store: &FdStore) -> (Vec<Record>, Vec<StoredFd>) {
+        fd_store.offer(&self.known.borrow())
     }
 
     /// With as many of the descriptors that it names as one message holds; the new VMM asks for the others.
-    fn send_state(&self, word: &ToNew, state: BorrowedFd<'_>, fds: Vec<KeptFd>) -> Result<(), String> {
-        self.known.borrow_mut().extend(fds.iter().map(KeptFd::slot));
+    fn send_state(&self, word: &ToNew, state: BorrowedFd<'_>, fds: Vec<StoredFd>) -> Result<(), String> {
+        self.known.borrow_mut().extend(fds.iter().map(StoredFd::slot));
         self.waiting.borrow_mut().extend(fds);
         self.send(word, Some(state))
     }
@@ -107,7 +107,7 @@ impl Standby {
     fn send(&self, word: &ToNew, first: Option<BorrowedFd<'_>>) -> Result<(), String> {
         let mut waiting = self.waiting.borrow_mut();
         let count = waiting.len().min(FDS - first.iter().len());
-        let next: Vec<KeptFd> = waiting.drain(..count).collect();
+        let next: Vec<StoredFd> = waiting.drain(..count).collect();
         let fds: Vec<_> = first.into_iter().chain(next.iter().map(AsFd::as_fd)).collect();
         say(&self.channel, word, &fds).map_err(|error| format!("the new VMM: {error}"))
     }
@@ -124,7 +124,7 @@ impl Standby {
 
     /// Gives it the state of the guest that stands still, and waits for what becomes of it, until the update's
     /// deadline.
-    pub fn hand_over(&self, fds: Vec<KeptFd>) -> End {
+    pub fn hand_over(&self, fds: Vec<StoredFd>) -> End {
         if let Err(reason) = self.send_state(&ToNew::State, self.blank.as_fd(), fds) {
             return End::Failed(reason);
         }

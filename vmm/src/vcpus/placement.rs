@@ -25,7 +25,7 @@ pub struct Placement {
     pub cgroup: Option<String>,
 }
 
-/// Room for 8192 CPUs.
+/// AvailableMemory for 8192 CPUs.
 const MASK_BYTES: usize = 1024;
 
 impl Placement {

@@ -174,7 +174,7 @@ impl Body {
 
     fn fail(&self, reason: String) {
         log::error!("the guest cannot go on: {reason}");
-        self.shared.requests.ask(GuestRequest::Failed(reason));
+        self.shared.requests.notify(GuestRequest::Failed(reason));
     }
 
     fn tell(&self, event: Event) {
@@ -251,7 +251,7 @@ impl Body {
                 }
                 Ok(Exit::Reset) => {
                     log::info!("vCPU {}: triple fault: the guest resets", self.index);
-                    return self.shared.requests.ask(GuestRequest::Reset);
+                    return self.shared.requests.notify(GuestRequest::Reset);
                 }
                 Ok(Exit::Failed(reason)) => return self.fail(format!("vCPU {}: {reason}", self.index)),
                 Err(error) => return self.fail(error.to_string()),

@@ -12,7 +12,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
-use theseus_resources::vault::{KeptFd, Purpose, Vault};
+use theseus_resources::fd_store::{FdKind, FdStore, StoredFd};
 
 use super::TROUBLE;
 use super::stream::{Input, Stream};
@@ -34,7 +34,7 @@ pub(super) enum Backend {
     /// The slave is held open: the master of a pty whose slave nobody has open only reports a hang-up.
     Pty {
         master: Stream,
-        slave: KeptFd,
+        slave: StoredFd,
         path: PathBuf,
     },
     File {
@@ -42,7 +42,7 @@ pub(super) enum Backend {
     },
     /// One client at a time, the next waits in the backlog. Without a client output is dropped.
     Socket {
-        listener: KeptFd,
+        listener: StoredFd,
         client: Option<Stream>,
         path: PathBuf,
     },
@@ -50,7 +50,7 @@ pub(super) enum Backend {
 
 pub struct Console {
     pub(super) backend: Backend,
-    pub(super) vault: Vault,
+    pub(super) fd_store: FdStore,
     pub(super) unsent: VecDeque<u8>,
     /// Bytes dropped because `unsent` was full, since the device was made.
     pub(super) dropped: u64,
@@ -63,9 +63,9 @@ pub struct Console {
 }
 
 impl Console {
-    pub(super) fn new(backend: Backend, vault: Vault) -> Self {
+    pub(super) fn new(backend: Backend, fd_store: FdStore) -> Self {
         let mut console =
-            Self { backend, vault, unsent: VecDeque::new(), dropped: 0, deaf: false, background: false, look: None };
+            Self { backend, fd_store, unsent: VecDeque::new(), dropped: 0, deaf: false, background: false, look: None };
         console.has_terminal();
         console
     }
@@ -204,7 +204,7 @@ impl Console {
     pub(super) fn accept(&mut self) {
         let Backend::Socket { listener, client: client @ None, path } = &mut self.backend else { return };
         let accepted = rustix::net::accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
-            .map(|fd| self.vault.keep("serial socket client", Purpose::Console, fd));
+            .map(|fd| self.fd_store.keep("serial socket client", FdKind::Console, fd));
         match accepted {
             Ok(fd) => match Stream::new(fd) {
                 Ok(stream) => {

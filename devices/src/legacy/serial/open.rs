@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::pty::OpenptFlags;
+use theseus_resources::fd_store::{FdKind, FdStore};
 use theseus_resources::socket;
-use theseus_resources::vault::{Purpose, Vault};
 
 use super::console::{Backend, Console};
 use super::stream::Stream;
@@ -45,23 +45,23 @@ fn doing<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> 
 
 impl Console {
     /// `None` for [`ConsoleConfig::Off`].
-    pub fn open(config: &ConsoleConfig, vault: &Vault) -> Result<Option<Self>, ConsoleError> {
+    pub fn open(config: &ConsoleConfig, fd_store: &FdStore) -> Result<Option<Self>, ConsoleError> {
         let backend = match config {
             ConsoleConfig::Off => return Ok(None),
             ConsoleConfig::Null => Backend::Null,
-            ConsoleConfig::Tty => open_tty(vault)?,
-            ConsoleConfig::Pty => open_pty(vault).map_err(doing("pty: cannot make one (is /dev/pts mounted?)"))?,
-            ConsoleConfig::File(path) => open_file(path, vault)?,
-            ConsoleConfig::Socket(path) => open_socket(path, vault)?,
+            ConsoleConfig::Tty => open_tty(fd_store)?,
+            ConsoleConfig::Pty => open_pty(fd_store).map_err(doing("pty: cannot make one (is /dev/pts mounted?)"))?,
+            ConsoleConfig::File(path) => open_file(path, fd_store)?,
+            ConsoleConfig::Socket(path) => open_socket(path, fd_store)?,
         };
-        Ok(Some(Self::new(backend, vault.clone())))
+        Ok(Some(Self::new(backend, fd_store.clone())))
     }
 }
 
-fn open_tty(vault: &Vault) -> Result<Backend, ConsoleError> {
+fn open_tty(fd_store: &FdStore) -> Result<Backend, ConsoleError> {
     let keep = |name: &str, fd: BorrowedFd<'_>, access: OFlags| {
         let fd = private(fd, access)?;
-        Stream::new(vault.keep(name, Purpose::Console, fd))
+        Stream::new(fd_store.keep(name, FdKind::Console, fd))
     };
     let output = keep("serial stdout", rustix::stdio::stdout(), OFlags::WRONLY)
         .map_err(doing("tty: standard output cannot be used: is it open?"))?;
@@ -91,7 +91,7 @@ fn private(fd: BorrowedFd<'_>, access: OFlags) -> std::io::Result<OwnedFd> {
     fd.try_clone_to_owned()
 }
 
-fn open_pty(vault: &Vault) -> std::io::Result<Backend> {
+fn open_pty(fd_store: &FdStore) -> std::io::Result<Backend> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = rustix::pty::openpt(flags)?;
     rustix::pty::grantpt(&master)?;
@@ -101,25 +101,25 @@ fn open_pty(vault: &Vault) -> std::io::Result<Backend> {
     // Its echo would come back to the guest as input.
     make_raw(slave.as_fd())?;
     Ok(Backend::Pty {
-        master: Stream::new(vault.keep("serial pty", Purpose::Console, master))?,
-        slave: vault.keep("serial pty slave", Purpose::Console, slave),
+        master: Stream::new(fd_store.keep("serial pty", FdKind::Console, master))?,
+        slave: fd_store.keep("serial pty slave", FdKind::Console, slave),
         path: PathBuf::from(std::ffi::OsStr::from_bytes(path.as_bytes())),
     })
 }
 
-fn open_file(path: &Path, vault: &Vault) -> Result<Backend, ConsoleError> {
+fn open_file(path: &Path, fd_store: &FdStore) -> Result<Backend, ConsoleError> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP;
     rustix::fs::open(path, flags, mode)
         .map_err(std::io::Error::from)
-        .and_then(|fd| Stream::new(vault.keep("serial file", Purpose::Console, fd)))
+        .and_then(|fd| Stream::new(fd_store.keep("serial file", FdKind::Console, fd)))
         .map(|file| Backend::File { file })
         .map_err(doing(format!("file {}: cannot open it for appending", path.display())))
 }
 
 /// Who can connect has the guest's console: nobody but this process' user can.
-fn open_socket(path: &Path, vault: &Vault) -> Result<Backend, ConsoleError> {
+fn open_socket(path: &Path, fd_store: &FdStore) -> Result<Backend, ConsoleError> {
     let listener = socket::listen(path, socket::PRIVATE, None, 8).map_err(doing("socket"))?;
-    let listener = vault.keep("serial socket", Purpose::Console, listener);
+    let listener = fd_store.keep("serial socket", FdKind::Console, listener);
     Ok(Backend::Socket { listener, client: None, path: path.to_owned() })
 }

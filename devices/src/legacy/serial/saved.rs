@@ -1,12 +1,12 @@
 //! The serial port from one image to the next: registers, the FIFO, output that has not gone out, and the console's
-//! fds. Input that has not reached the FIFO is in the kernel, behind the kept fds.
+//! fds. Input that has not reached the FIFO is in the kernel, behind the stored fds.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use theseus_resources::vault::{Claims, KeptFd, Purpose, Slot, Vault};
+use theseus_resources::fd_store::{Claims, FdKind, FdStore, Slot, StoredFd};
 use vm_superio::Serial;
 use vm_superio::serial::NoEvents;
 
@@ -14,8 +14,8 @@ use super::console::{Backend, Console};
 use super::stream::Stream;
 use super::tty::{RawMode, SavedTermios};
 use super::{IIR_NONE, IIR_RECEIVED, Line, SerialDevice};
-use crate::carried::{Carried, CarryError};
 use crate::interrupt::IrqLine;
+use crate::migratable::{Migratable, MigrateError};
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct SerialState {
@@ -73,20 +73,20 @@ pub enum ConsoleState {
 pub struct SerialParts<'a> {
     pub irq: Arc<dyn IrqLine>,
     pub claims: &'a mut Claims,
-    pub vault: &'a Vault,
+    pub fd_store: &'a FdStore,
 }
 
-impl Carried for SerialDevice {
+impl Migratable for SerialDevice {
     const KIND: &'static str = "serial";
     const VERSION: u16 = 1;
     type State = SerialState;
     type Parts<'a> = SerialParts<'a>;
 
-    fn save(&self) -> Result<SerialState, CarryError> {
+    fn save(&self) -> Result<SerialState, MigrateError> {
         // `poller` and `wants_input` follow from the rest.
         let Self { uart, console, poller: _, wants_input: _ } = self;
         // An input that has ended, or that another job has, is found out again.
-        let Console { backend, vault: _, unsent, dropped, deaf: _, background: _, look: _ } = console;
+        let Console { backend, fd_store: _, unsent, dropped, deaf: _, background: _, look: _ } = console;
         Ok(SerialState {
             uart: uart.state(),
             console: save_backend(backend),
@@ -95,17 +95,17 @@ impl Carried for SerialDevice {
         })
     }
 
-    fn restore(state: SerialState, parts: SerialParts<'_>) -> Result<Self, CarryError> {
+    fn restore(state: SerialState, parts: SerialParts<'_>) -> Result<Self, MigrateError> {
         let SerialState { uart, console, unsent, dropped } = state;
-        let SerialParts { irq, claims, vault } = parts;
+        let SerialParts { irq, claims, fd_store } = parts;
         let backend = restore_backend(console, claims)?;
-        let console = Console { unsent: VecDeque::from(unsent), dropped, ..Console::new(backend, vault.clone()) };
+        let console = Console { unsent: VecDeque::from(unsent), dropped, ..Console::new(backend, fd_store.clone()) };
         // Raises what was pending and not yet acknowledged.
         let raised = uart.interrupt_identification & (IIR_NONE | IIR_RECEIVED) == IIR_RECEIVED;
         let uart = Serial::from_state(&uart, Line(irq), NoEvents, Vec::new())
-            .map_err(|error| CarryError::State(format!("UART: {error}")))?;
+            .map_err(|error| MigrateError::State(format!("UART: {error}")))?;
         let device = Self::with_uart(uart, console)
-            .map_err(|source| CarryError::Os { what: "cannot make an epoll instance".to_owned(), source })?;
+            .map_err(|source| MigrateError::Os { what: "cannot make an epoll instance".to_owned(), source })?;
         if device.input_pending() && !raised {
             // Acknowledged, but the guest was stopped before it had read all: once more is legal, once too few is not.
             device.uart.interrupt_evt().0.pulse();
@@ -133,11 +133,11 @@ fn save_backend(backend: &Backend) -> ConsoleState {
     }
 }
 
-fn restore_backend(state: ConsoleState, claims: &mut Claims) -> Result<Backend, CarryError> {
-    let mut claim = |slot: Slot| claims.claim(slot, Purpose::Console);
-    let stream = |kept: KeptFd| {
+fn restore_backend(state: ConsoleState, claims: &mut Claims) -> Result<Backend, MigrateError> {
+    let mut claim = |slot: Slot| claims.claim(slot, FdKind::Console);
+    let stream = |kept: StoredFd| {
         let what = kept.name().to_owned();
-        Stream::new(kept).map_err(|source| CarryError::Os { what, source })
+        Stream::new(kept).map_err(|source| MigrateError::Os { what, source })
     };
     Ok(match state {
         ConsoleState::Null => Backend::Null,

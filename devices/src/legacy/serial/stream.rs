@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use theseus_resources::vault::KeptFd;
+use theseus_resources::fd_store::StoredFd;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -18,7 +18,7 @@ enum Kind {
 
 #[derive(Clone)]
 pub(super) struct Stream {
-    fd: KeptFd,
+    fd: StoredFd,
     kind: Kind,
 }
 
@@ -32,7 +32,7 @@ pub(super) enum Input {
 }
 
 impl Stream {
-    pub(super) fn new(fd: KeptFd) -> std::io::Result<Self> {
+    pub(super) fn new(fd: StoredFd) -> std::io::Result<Self> {
         // No fstat: after an update a guest waits for this, and a file whose server is gone answers none.
         let kind = if rustix::net::sockopt::socket_type(&fd).is_ok() {
             Kind::Socket
@@ -50,7 +50,7 @@ impl Stream {
         Ok(Self { fd, kind })
     }
 
-    pub(super) fn kept(&self) -> &KeptFd {
+    pub(super) fn kept(&self) -> &StoredFd {
         &self.fd
     }
 

@@ -6,20 +6,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use theseus_resources::Vault;
+use theseus_resources::FdStore;
 
 use super::*;
-use crate::carried::Carried;
 use crate::legacy::test_parts::Pulses;
+use crate::migratable::Migratable;
 
 const IER: u64 = 1;
 const IIR: u64 = 2;
 const MCR: u64 = 4;
 const LSR: u64 = 5;
 
-fn device(config: &ConsoleConfig, vault: &Vault) -> (SerialDevice, Arc<Pulses>) {
+fn device(config: &ConsoleConfig, fd_store: &FdStore) -> (SerialDevice, Arc<Pulses>) {
     let irq = Arc::new(Pulses::default());
-    let console = Console::open(config, vault).unwrap().unwrap();
+    let console = Console::open(config, fd_store).unwrap().unwrap();
     (SerialDevice::new(console, irq.clone()).unwrap(), irq)
 }
 
@@ -62,17 +62,17 @@ fn run_loop(device: &mut SerialDevice) {
     }
 }
 
-/// As exec would: everything in `vault` reaches a second image, through real serialisation.
-fn update(old: SerialDevice, vault: &Vault) -> (SerialDevice, Arc<Pulses>, Vault) {
+/// As exec would: everything in `fd_store` reaches a second image, through real serialisation.
+fn update(old: SerialDevice, fd_store: &FdStore) -> (SerialDevice, Arc<Pulses>, FdStore) {
     let bytes = rmp_serde::to_vec_named(&old.save().unwrap()).unwrap();
-    let (vault, mut claims) = vault.handed_over().unwrap();
+    let (fd_store, mut claims) = fd_store.handed_over().unwrap();
     let irq = Arc::new(Pulses::default());
-    let parts = SerialParts { irq: irq.clone(), claims: &mut claims, vault: &vault };
+    let parts = SerialParts { irq: irq.clone(), claims: &mut claims, fd_store: &fd_store };
     let new = SerialDevice::restore(rmp_serde::from_slice(&bytes).unwrap(), parts).unwrap();
     claims.finish().unwrap();
     // The old VMM ends without destructors.
     std::mem::forget(old);
-    (new, irq, vault)
+    (new, irq, fd_store)
 }
 
 fn connect(path: &Path) -> UnixStream {
@@ -81,9 +81,9 @@ fn connect(path: &Path) -> UnixStream {
     client
 }
 
-fn socket_device(dir: &Path, vault: &Vault) -> (SerialDevice, Arc<Pulses>, UnixStream) {
+fn socket_device(dir: &Path, fd_store: &FdStore) -> (SerialDevice, Arc<Pulses>, UnixStream) {
     let path = dir.join("serial.sock");
-    let (mut device, irq) = device(&ConsoleConfig::Socket(path.clone()), vault);
+    let (mut device, irq) = device(&ConsoleConfig::Socket(path.clone()), fd_store);
     let client = connect(&path);
     run_loop(&mut device);
     (device, irq, client)
@@ -95,13 +95,13 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
 
 #[test]
 fn off_is_no_device_and_null_swallows() {
-    let vault = Vault::new();
-    assert!(Console::open(&ConsoleConfig::Off, &vault).unwrap().is_none());
-    let (mut device, _) = device(&ConsoleConfig::Null, &vault);
+    let fd_store = FdStore::new();
+    assert!(Console::open(&ConsoleConfig::Off, &fd_store).unwrap().is_none());
+    let (mut device, _) = device(&ConsoleConfig::Null, &fd_store);
     guest_sends(&mut device, b"gone");
     assert!(!ready(&device, 0));
     assert_eq!(device.dropped(), 0);
-    let (mut device, ..) = update(device, &vault);
+    let (mut device, ..) = update(device, &fd_store);
     assert_eq!(guest_receives(&mut device, 1), b"");
 }
 
@@ -110,20 +110,20 @@ fn a_file_is_appended_to_across_an_update() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("console.log");
     std::fs::write(&path, "before ").unwrap();
-    let vault = Vault::new();
-    let (mut device, _) = device(&ConsoleConfig::File(path.clone()), &vault);
+    let fd_store = FdStore::new();
+    let (mut device, _) = device(&ConsoleConfig::File(path.clone()), &fd_store);
     guest_sends(&mut device, b"one ");
-    let (mut device, _, _vault) = update(device, &vault);
+    let (mut device, _, _vault) = update(device, &fd_store);
     guest_sends(&mut device, b"two");
     assert_eq!(std::fs::read(&path).unwrap(), b"before one two");
     let missing = ConsoleConfig::File(dir.path().join("no/such/dir"));
-    assert!(Console::open(&missing, &vault).err().unwrap().to_string().contains("no/such/dir"));
+    assert!(Console::open(&missing, &fd_store).err().unwrap().to_string().contains("no/such/dir"));
 }
 
 #[test]
 fn a_pty_carries_both_directions_and_an_update() {
-    let vault = Vault::new();
-    let (mut device, irq) = device(&ConsoleConfig::Pty, &vault);
+    let fd_store = FdStore::new();
+    let (mut device, irq) = device(&ConsoleConfig::Pty, &fd_store);
     device.write(IER, &[1]);
     let path = device.pty_path().unwrap().to_owned();
     let mut terminal = std::fs::File::options().read(true).write(true).open(&path).unwrap();
@@ -132,7 +132,7 @@ fn a_pty_carries_both_directions_and_an_update() {
     assert_eq!(irq.take(), 1);
     assert_eq!(guest_receives(&mut device, 100), b"hello\r\x03", "raw: nothing is edited, nothing is a signal");
     guest_sends(&mut device, b"one\n");
-    let (mut device, ..) = update(device, &vault);
+    let (mut device, ..) = update(device, &fd_store);
     assert_eq!(device.pty_path().unwrap(), path);
     guest_sends(&mut device, b"two\n");
     run_loop(&mut device);
@@ -150,18 +150,18 @@ fn a_terminal_is_raw_also_after_an_update_and_whole_at_the_end() {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags).unwrap();
     unlockpt(&master).unwrap();
-    let vault = Vault::new();
+    let fd_store = FdStore::new();
     let [input, output] = ["in", "out"].map(|name| {
         let fd = ioctl_tiocgptpeer(&master, flags).unwrap();
-        stream::Stream::new(vault.keep(name, theseus_resources::vault::Purpose::Console, fd)).unwrap()
+        stream::Stream::new(fd_store.keep(name, theseus_resources::fd_store::FdKind::Console, fd)).unwrap()
     });
     let modes = || rustix::termios::tcgetattr(&master).unwrap().local_modes;
     let before = modes();
     let raw = tty::RawMode::enter(input.kept().clone()).unwrap();
     assert_ne!(modes(), before);
     let backend = console::Backend::Tty { input: Some(input), output, raw: Some(raw) };
-    let device = SerialDevice::new(Console::new(backend, vault.clone()), Arc::new(Pulses::default())).unwrap();
-    let (mut device, _, _vault) = update(device, &vault);
+    let device = SerialDevice::new(Console::new(backend, fd_store.clone()), Arc::new(Pulses::default())).unwrap();
+    let (mut device, _, _vault) = update(device, &fd_store);
     assert_ne!(modes(), before);
     let mut screen = std::fs::File::from(master.try_clone().unwrap());
     screen.write_all(b"keys\x03").unwrap();
@@ -178,9 +178,9 @@ fn a_terminal_is_raw_also_after_an_update_and_whole_at_the_end() {
 #[test]
 fn without_a_client_output_is_dropped_and_clients_come_one_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
-    let vault = Vault::new();
+    let fd_store = FdStore::new();
     let path = dir.path().join("serial.sock");
-    let (mut device, _) = device(&ConsoleConfig::Socket(path.clone()), &vault);
+    let (mut device, _) = device(&ConsoleConfig::Socket(path.clone()), &fd_store);
     guest_sends(&mut device, b"nobody hears this");
     let mut first = connect(&path);
     run_loop(&mut device);
@@ -206,9 +206,9 @@ fn without_a_client_output_is_dropped_and_clients_come_one_at_a_time() {
 #[test]
 fn output_goes_on_without_the_control_loop() {
     let dir = tempfile::tempdir().unwrap();
-    let vault = Vault::new();
+    let fd_store = FdStore::new();
     let path = dir.path().join("serial.sock");
-    let (mut device, _) = device(&ConsoleConfig::Socket(path.clone()), &vault);
+    let (mut device, _) = device(&ConsoleConfig::Socket(path.clone()), &fd_store);
     let mut client = connect(&path);
     let mut sent = pattern(50_000, 7);
     guest_sends(&mut device, &sent);
@@ -229,30 +229,30 @@ fn output_goes_on_without_the_control_loop() {
 #[test]
 fn a_stale_socket_is_replaced_but_nothing_else_is() {
     let dir = tempfile::tempdir().unwrap();
-    let vault = Vault::new();
+    let fd_store = FdStore::new();
     let path = dir.path().join("serial.sock");
     let config = ConsoleConfig::Socket(path.clone());
-    let first = Console::open(&config, &vault).unwrap();
-    assert!(Console::open(&config, &vault).is_err(), "in use");
+    let first = Console::open(&config, &fd_store).unwrap();
+    assert!(Console::open(&config, &fd_store).is_err(), "in use");
     drop(first);
     assert!(path.exists());
-    Console::open(&config, &vault).unwrap();
+    Console::open(&config, &fd_store).unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "precious").unwrap();
-    assert!(Console::open(&ConsoleConfig::Socket(file.clone()), &vault).is_err());
+    assert!(Console::open(&ConsoleConfig::Socket(file.clone()), &fd_store).is_err());
     assert_eq!(std::fs::read(&file).unwrap(), b"precious");
 }
 
 #[test]
 fn a_client_that_does_not_read_loses_nothing_up_to_the_bound() {
     let dir = tempfile::tempdir().unwrap();
-    let vault = Vault::new();
-    let (mut device, _, mut client) = socket_device(dir.path(), &vault);
+    let fd_store = FdStore::new();
+    let (mut device, _, mut client) = socket_device(dir.path(), &fd_store);
     let sent = pattern(300_000, 1);
     guest_sends(&mut device, &sent);
     assert!(!device.console.unsent.is_empty());
     assert!(!ready(&device, 20), "does not spin while the client has no room");
-    let (mut device, ..) = update(device, &vault);
+    let (mut device, ..) = update(device, &fd_store);
     let more = pattern(1000, 2);
     guest_sends(&mut device, &more);
     let reader = std::thread::spawn(move || {
@@ -275,8 +275,8 @@ fn a_client_that_does_not_read_loses_nothing_up_to_the_bound() {
 #[test]
 fn input_waits_in_the_kernel_and_survives_updates() {
     let dir = tempfile::tempdir().unwrap();
-    let mut vault = Vault::new();
-    let (mut device, mut irq, mut client) = socket_device(dir.path(), &vault);
+    let mut fd_store = FdStore::new();
+    let (mut device, mut irq, mut client) = socket_device(dir.path(), &fd_store);
     device.write(IER, &[1]);
     let sent = pattern(20_000, 3);
     client.write_all(&sent).unwrap();
@@ -285,7 +285,7 @@ fn input_waits_in_the_kernel_and_survives_updates() {
     assert_eq!(irq.take(), 1);
     let mut got = guest_receives(&mut device, 10);
     for _ in 0..20 {
-        (device, irq, vault) = update(device, &vault);
+        (device, irq, fd_store) = update(device, &fd_store);
         assert_eq!(irq.take(), 1, "bytes are waiting: raised again");
         assert_eq!(register(&mut device, IIR) & 0x0F, 0x04);
         got.extend(guest_receives(&mut device, 997));
@@ -302,8 +302,8 @@ fn input_waits_in_the_kernel_and_survives_updates() {
 #[test]
 fn a_handler_that_stops_half_way_is_told_of_the_rest() {
     let dir = tempfile::tempdir().unwrap();
-    let vault = Vault::new();
-    let (mut device, irq, mut client) = socket_device(dir.path(), &vault);
+    let fd_store = FdStore::new();
+    let (mut device, irq, mut client) = socket_device(dir.path(), &fd_store);
     device.write(IER, &[1]);
     client.write_all(b"abcdef").unwrap();
     run_loop(&mut device);
@@ -317,28 +317,28 @@ fn a_handler_that_stops_half_way_is_told_of_the_rest() {
 
 #[test]
 fn a_pending_transmit_interrupt_is_raised_again() {
-    let vault = Vault::new();
-    let (mut device, irq) = device(&ConsoleConfig::Null, &vault);
+    let fd_store = FdStore::new();
+    let (mut device, irq) = device(&ConsoleConfig::Null, &fd_store);
     device.write(IER, &[2]);
     assert_eq!(irq.take(), 1);
-    let (mut device, irq, vault) = update(device, &vault);
+    let (mut device, irq, fd_store) = update(device, &fd_store);
     assert_eq!(irq.take(), 1);
     assert_eq!(register(&mut device, IIR) & 0x0F, 0x02);
-    let (_device, irq, _) = update(device, &vault);
+    let (_device, irq, _) = update(device, &fd_store);
     assert_eq!(irq.take(), 0, "acknowledged");
 }
 
 #[test]
 fn loopback_does_not_eat_input() {
     let dir = tempfile::tempdir().unwrap();
-    let vault = Vault::new();
-    let (mut device, _, mut client) = socket_device(dir.path(), &vault);
+    let fd_store = FdStore::new();
+    let (mut device, _, mut client) = socket_device(dir.path(), &fd_store);
     device.write(MCR, &[0x10]);
     client.write_all(b"line").unwrap();
     run_loop(&mut device);
     guest_sends(&mut device, b"loop");
     assert_eq!(guest_receives(&mut device, 100), b"loop");
-    let (mut device, _, _vault) = update(device, &vault);
+    let (mut device, _, _vault) = update(device, &fd_store);
     run_loop(&mut device);
     device.write(MCR, &[0x08]);
     assert_eq!(guest_receives(&mut device, 100), b"line");
@@ -347,8 +347,8 @@ fn loopback_does_not_eat_input() {
 #[test]
 fn save_is_pure_and_reset_keeps_the_client() {
     let dir = tempfile::tempdir().unwrap();
-    let vault = Vault::new();
-    let (mut device, _, mut client) = socket_device(dir.path(), &vault);
+    let fd_store = FdStore::new();
+    let (mut device, _, mut client) = socket_device(dir.path(), &fd_store);
     client.write_all(b"in").unwrap();
     run_loop(&mut device);
     let encode = |device: &SerialDevice| rmp_serde::to_vec_named(&device.save().unwrap()).unwrap();
@@ -364,12 +364,12 @@ fn save_is_pure_and_reset_keeps_the_client() {
 
 #[test]
 fn a_state_that_lies_is_refused() {
-    let vault = Vault::new();
-    let (device, _) = device(&ConsoleConfig::Pty, &vault);
+    let fd_store = FdStore::new();
+    let (device, _) = device(&ConsoleConfig::Pty, &fd_store);
     let state = device.save().unwrap();
-    let other = Vault::new();
+    let other = FdStore::new();
     let (_, mut claims) = other.handed_over().unwrap();
-    let parts = SerialParts { irq: Arc::new(Pulses::default()), claims: &mut claims, vault: &other };
+    let parts = SerialParts { irq: Arc::new(Pulses::default()), claims: &mut claims, fd_store: &other };
     assert!(SerialDevice::restore(state, parts).is_err());
 }
 
@@ -377,8 +377,8 @@ fn a_state_that_lies_is_refused() {
 #[test]
 fn both_directions_at_once_over_updates() {
     let dir = tempfile::tempdir().unwrap();
-    let mut vault = Vault::new();
-    let (mut device, _, client) = socket_device(dir.path(), &vault);
+    let mut fd_store = FdStore::new();
+    let (mut device, _, client) = socket_device(dir.path(), &fd_store);
     let (to_guest, to_client) = (pattern(65_536, 5), pattern(65_536, 6));
     let mut reading = client.try_clone().unwrap();
     let mut writing: UnixStream = OwnedFd::from(client).into();
@@ -396,7 +396,7 @@ fn both_directions_at_once_over_updates() {
         if ready(&device, 0) {
             device.handle_ready();
         }
-        (device, _, vault) = update(device, &vault);
+        (device, _, fd_store) = update(device, &fd_store);
     }
     while received.len() < to_guest.len() {
         assert!(ready(&device, 900) || register(&mut device, LSR) & 1 != 0, "stalled");

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use serde::{Deserialize, Serialize};
-use theseus_resources::vault::KeptFd;
+use theseus_resources::fd_store::StoredFd;
 use vmm_sys_util::signal::{block_signal, unblock_signal};
 
 /// A `termios` that can be serialised (termios(3)).
@@ -23,12 +23,12 @@ pub struct SavedTermios {
 /// A terminal in raw mode; dropping it puts back the settings it had before. An exec does not drop it: the next image
 /// takes it over with the settings to put back.
 pub(super) struct RawMode {
-    fd: KeptFd,
+    fd: StoredFd,
     before: SavedTermios,
 }
 
 impl RawMode {
-    pub(super) fn enter(fd: KeptFd) -> std::io::Result<Self> {
+    pub(super) fn enter(fd: StoredFd) -> std::io::Result<Self> {
         let before = get(fd.as_fd())?;
         make_raw(fd.as_fd())?;
         Ok(Self { fd, before: save(&before) })
@@ -36,7 +36,7 @@ impl RawMode {
 
     /// The terminal is raw already, unless an image that failed to start has put it back. One that has hung up is no
     /// reason for a guest not to go on.
-    pub(super) fn resume(fd: KeptFd, before: SavedTermios) -> Self {
+    pub(super) fn resume(fd: StoredFd, before: SavedTermios) -> Self {
         let this = Self { fd, before };
         this.renew();
         this
@@ -135,14 +135,14 @@ fn load(mut termios: libc::termios, saved: &SavedTermios) -> libc::termios {
 mod tests {
     use super::*;
     use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
-    use theseus_resources::vault::{Purpose, Vault};
+    use theseus_resources::fd_store::{FdKind, FdStore};
 
     #[test]
     fn the_terminal_is_as_before_afterwards() {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = openpt(flags).unwrap();
         unlockpt(&master).unwrap();
-        let tty = Vault::new().keep("tty", Purpose::Console, ioctl_tiocgptpeer(&master, flags).unwrap());
+        let tty = FdStore::new().keep("tty", FdKind::Console, ioctl_tiocgptpeer(&master, flags).unwrap());
         let before = save(&get(tty.as_fd()).unwrap());
         let raw = RawMode::enter(tty.clone()).unwrap();
         assert_eq!(raw.before(), &before);

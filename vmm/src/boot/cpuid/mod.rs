@@ -48,7 +48,7 @@ const KVM_FEATURES: u32 = bits(&[
     24, // CLOCKSOURCE_STABLE
 ]);
 
-/// Needs SGX memory from the VMM, or is host state that is not carried.
+/// Requirements SGX memory from the VMM, or is host state that is not carried.
 const UNSUPPORTED: &[Hidden] = &[
     Hidden { function: 7, index: 0, register: Register::Ebx, bits: bits(&[2, 25]) }, // SGX, Intel PT
     Hidden { function: 7, index: 0, register: Register::Ecx, bits: bits(&[7, 30]) }, // SHSTK (its SSP is no MSR), SGX_LC

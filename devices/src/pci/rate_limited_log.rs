@@ -9,17 +9,17 @@ static ALL: Rate = Rate::new(200, Duration::from_secs(10));
 
 /// Logs the first hundred of a device, then one more that says so.
 #[derive(Debug)]
-pub struct Complaints {
+pub struct RateLimitedLog {
     left: u32,
 }
 
-impl Default for Complaints {
+impl Default for RateLimitedLog {
     fn default() -> Self {
         Self { left: 100 }
     }
 }
 
-impl Complaints {
+impl RateLimitedLog {
     pub fn warn(&mut self, message: impl FnOnce() -> String) {
         match self.left {
             0 => return,

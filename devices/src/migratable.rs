@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use theseus_resources::vault::VaultError;
+use theseus_resources::fd_store::FdStoreError;
 
 /// Why a device could not be saved or restored; the caller adds the device's name.
 #[derive(Debug, thiserror::Error)]
-pub enum CarryError {
+pub enum MigrateError {
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    FdStore(#[from] FdStoreError),
     #[error("{what}: {source}")]
     Os { what: String, source: std::io::Error },
     #[error("{0}")]
@@ -19,16 +19,16 @@ pub enum CarryError {
 ///
 /// `save` names every field of the device (destructure without `..`), so that a new field does not compile until
 /// somebody has decided about it. `restore` is a constructor: there is no half-restored device.
-pub trait Carried: Sized {
+pub trait Migratable: Sized {
     /// The section's kind in the saved state, e.g. "serial".
     const KIND: &'static str;
     /// Readers take the version before and after theirs (new fields `#[serde(default)]`).
     const VERSION: u16;
     type State: Serialize + DeserializeOwned;
-    /// What restore needs from the new image: buses, interrupt lines, claims on kept fds.
+    /// What restore needs from the new image: buses, interrupt lines, claims on stored fds.
     type Parts<'a>;
 
     /// Pure: may be called while the guest runs (a dry run) and any number of times.
-    fn save(&self) -> Result<Self::State, CarryError>;
-    fn restore(state: Self::State, parts: Self::Parts<'_>) -> Result<Self, CarryError>;
+    fn save(&self) -> Result<Self::State, MigrateError>;
+    fn restore(state: Self::State, parts: Self::Parts<'_>) -> Result<Self, MigrateError>;
 }

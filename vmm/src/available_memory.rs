@@ -9,14 +9,14 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// The least there is, and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Room {
+pub struct AvailableMemory {
     /// Bytes, or threads.
     pub free: u64,
     /// "the host", or the cgroup and its limit.
     pub of: String,
 }
 
-impl Room {
+impl AvailableMemory {
     /// The least that a cgroup leaves of huge pages of 2 MiB. Their reservation does not look at that limit, only their
     /// use (mm/hugetlb_cgroup.c).
     pub fn in_huge_pages() -> Option<Self> {
@@ -44,7 +44,7 @@ pub fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
 }
 
 /// For each cgroup from `own` up that has a limit.
-fn in_cgroups(root: &Path, own: &str) -> Vec<Room> {
+fn in_cgroups(root: &Path, own: &str) -> Vec<AvailableMemory> {
     each_cgroup(own).filter_map(|path| in_cgroup(&root.join(path), path)).collect()
 }
 
@@ -58,16 +58,16 @@ fn own_cgroup() -> String {
     cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned()
 }
 
-fn in_huge_pages(root: &Path, own: &str) -> Option<Room> {
+fn in_huge_pages(root: &Path, own: &str) -> Option<AvailableMemory> {
     least(root, own, "hugetlb.2MB", |bytes| format!("{} MiB", bytes >> 20))
 }
 
-fn in_threads(root: &Path, own: &str) -> Option<Room> {
+fn in_threads(root: &Path, own: &str) -> Option<AvailableMemory> {
     least(root, own, "pids", |threads| threads.to_string())
 }
 
 /// Of what all cgroups from `own` up leave of a resource. `show`: their limits.
-fn least(root: &Path, own: &str, resource: &str, show: impl Fn(u64) -> String) -> Option<Room> {
+fn least(root: &Path, own: &str, resource: &str, show: impl Fn(u64) -> String) -> Option<AvailableMemory> {
     let left = each_cgroup(own).filter_map(|path| {
         let number = |file: &str| {
             let text = fs::read_to_string(root.join(path).join(format!("{resource}.{file}")));
@@ -75,12 +75,12 @@ fn least(root: &Path, own: &str, resource: &str, show: impl Fn(u64) -> String) -
         };
         let limit = number("max")?;
         let free = limit.saturating_sub(number("current")?);
-        Some(Room { free, of: format!("the cgroup /{} ({resource}.max {})", path.display(), show(limit)) })
+        Some(AvailableMemory { free, of: format!("the cgroup /{} ({resource}.max {})", path.display(), show(limit)) })
     });
     left.min_by_key(|room| room.free)
 }
 
-fn in_cgroup(dir: &Path, name: &Path) -> Option<Room> {
+fn in_cgroup(dir: &Path, name: &Path) -> Option<AvailableMemory> {
     let read = |file: &str| fs::read_to_string(dir.join(file)).ok();
     let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
     // "max", or no such file at the root: no limit.
@@ -91,7 +91,7 @@ fn in_cgroup(dir: &Path, name: &Path) -> Option<Room> {
     let pages = |key: &str| field(&stat, key).and_then(|bytes| bytes.parse::<u64>().ok()).unwrap_or(0);
     let files = pages("active_file ").saturating_add(pages("inactive_file "));
     let free = limit.saturating_sub(used.saturating_sub(files));
-    Some(Room { free, of: format!("the cgroup /{} (memory.max {} MiB)", name.display(), limit >> 20) })
+    Some(AvailableMemory { free, of: format!("the cgroup /{} (memory.max {} MiB)", name.display(), limit >> 20) })
 }
 
 #[cfg(test)]
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn this_process_has_room() {
-        let room = Room::of_this_process().unwrap();
+        let room = AvailableMemory::of_this_process().unwrap();
         assert!(room.free > 0 && room.free < u64::MAX, "{room:?}");
     }
 }

@@ -1,9 +1,9 @@
 //! The one owner of file descriptors that go over from one VMM to the next.
 //!
-//! A device gives the vault an fd under a name and a purpose and works with the [`KeptFd`] it gets back. At save it
+//! A device gives the fd store an fd under a name and a kind and works with the [`StoredFd`] it gets back. At save it
 //! writes the [`Slot`] into its state; in the new VMM it claims that slot, once. What nobody claims is an error. How
-//! the fds travel (over a socket, [`crate::channel`]) is not known here: [`Vault::offer`] names them, and
-//! [`Vault::receive`] takes what came.
+//! the fds travel (over a socket, [`crate::channel`]) is not known here: [`FdStore::offer`] names them, and
+//! [`FdStore::receive`] takes what came.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 /// What an fd is for: named in errors, and checked when a slot is claimed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Purpose {
+pub enum FdKind {
     GuestMemory,
     VfioContainer,
     VfioGroup,
@@ -29,50 +29,50 @@ pub enum Purpose {
     Binary,
 }
 
-/// The serialisable name of a kept fd.
+/// The serialisable name of a stored fd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Slot(u32);
 
-/// How one kept fd is described to the next VMM.
+/// How one stored fd is described to the next VMM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
     pub slot: Slot,
     pub name: String,
-    pub purpose: Purpose,
+    pub kind: FdKind,
     /// `st_dev`, `st_ino` and `st_rdev` when it was kept: an fd that came in another one's place is caught. Zeros if
     /// unknown.
     pub identity: (u64, u64, u64),
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum VaultError {
-    #[error("kept fd '{name}' ({purpose:?}): what came is another file than the one that was kept")]
-    OtherFile { name: String, purpose: Purpose },
+pub enum FdStoreError {
+    #[error("stored fd '{name}' ({kind:?}): what came is another file than the one that was kept")]
+    OtherFile { name: String, kind: FdKind },
     #[error("{fds} fds came, and the saved state names {named} that are not here")]
     Count { fds: usize, named: usize },
-    #[error("slot {slot} ({purpose:?}) is not in the vault: claimed twice, or never kept")]
-    NoSlot { slot: u32, purpose: Purpose },
-    #[error("kept fd '{name}' is a {found:?}, not a {wanted:?}")]
-    WrongPurpose { name: String, found: Purpose, wanted: Purpose },
+    #[error("slot {slot} ({kind:?}) is not in the fd store: claimed twice, or never kept")]
+    NoSlot { slot: u32, kind: FdKind },
+    #[error("stored fd '{name}' is a {found:?}, not a {wanted:?}")]
+    WrongKind { name: String, found: FdKind, wanted: FdKind },
     #[error("the saved state names a slot twice")]
     Twice,
-    #[error("kept fds that nothing claimed: {0}")]
+    #[error("stored fds that nothing claimed: {0}")]
     Unclaimed(String),
 }
 
 struct Entry {
     slot: Slot,
     name: String,
-    purpose: Purpose,
+    kind: FdKind,
     identity: (u64, u64, u64),
     fd: OwnedFd,
 }
 
-/// A kept fd in use. The vault forgets the fd, and it is closed, when the last clone is dropped.
+/// A stored fd in use. The fd_store forgets the fd, and it is closed, when the last clone is dropped.
 #[derive(Clone)]
-pub struct KeptFd(Arc<Entry>);
+pub struct StoredFd(Arc<Entry>);
 
-impl KeptFd {
+impl StoredFd {
     pub fn slot(&self) -> Slot {
         self.0.slot
     }
@@ -82,26 +82,26 @@ impl KeptFd {
     }
 
     fn record(&self) -> Record {
-        let Entry { slot, name, purpose, identity, fd: _ } = &*self.0;
-        Record { slot: *slot, name: name.clone(), purpose: *purpose, identity: *identity }
+        let Entry { slot, name, kind, identity, fd: _ } = &*self.0;
+        Record { slot: *slot, name: name.clone(), kind: *kind, identity: *identity }
     }
 }
 
-impl AsFd for KeptFd {
+impl AsFd for StoredFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
     }
 }
 
-impl AsRawFd for KeptFd {
+impl AsRawFd for StoredFd {
     fn as_raw_fd(&self) -> RawFd {
         self.0.fd.as_raw_fd()
     }
 }
 
-impl std::fmt::Debug for KeptFd {
+impl std::fmt::Debug for StoredFd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "KeptFd({}, {:?}, fd {})", self.0.name, self.0.purpose, self.as_raw_fd())
+        write!(f, "StoredFd({}, {:?}, fd {})", self.0.name, self.0.kind, self.as_raw_fd())
     }
 }
 
@@ -117,11 +117,11 @@ impl Inner {
     }
 }
 
-/// See the module. Cheap to clone: all clones are one vault.
+/// See the module. Cheap to clone: all clones are one fd_store.
 #[derive(Clone, Default)]
-pub struct Vault(Arc<Mutex<Inner>>);
+pub struct FdStore(Arc<Mutex<Inner>>);
 
-impl Vault {
+impl FdStore {
     pub fn new() -> Self {
         Self::default()
     }
@@ -132,35 +132,35 @@ impl Vault {
     }
 
     /// Takes `fd` into keeping.
-    pub fn keep(&self, name: impl Into<String>, purpose: Purpose, fd: OwnedFd) -> KeptFd {
+    pub fn keep(&self, name: impl Into<String>, kind: FdKind, fd: OwnedFd) -> StoredFd {
         let mut inner = self.lock();
         inner.entries.retain(|_, entry| entry.strong_count() > 0);
         let slot = Slot(inner.next);
         inner.next = inner.next.wrapping_add(1);
         let identity = identity(fd.as_fd()).unwrap_or_default();
-        let entry = Arc::new(Entry { slot, name: name.into(), purpose, identity, fd });
+        let entry = Arc::new(Entry { slot, name: name.into(), kind, identity, fd });
         inner.entries.insert(slot, Arc::downgrade(&entry));
-        KeptFd(entry)
+        StoredFd(entry)
     }
 
-    fn live(&self) -> Vec<KeptFd> {
-        self.lock().entries.values().filter_map(Weak::upgrade).map(KeptFd).collect()
+    fn live(&self) -> Vec<StoredFd> {
+        self.lock().entries.values().filter_map(Weak::upgrade).map(StoredFd).collect()
     }
 
     /// Every fd in keeping now, as the next VMM has to know it.
     pub fn manifest(&self) -> Vec<Record> {
-        self.live().iter().map(KeptFd::record).collect()
+        self.live().iter().map(StoredFd::record).collect()
     }
 
-    /// As [`Vault::manifest`], with those of the fds, in the same order, that are not among `known` slots.
-    pub fn offer(&self, known: &BTreeSet<Slot>) -> (Vec<Record>, Vec<KeptFd>) {
+    /// As [`FdStore::manifest`], with those of the fds, in the same order, that are not among `known` slots.
+    pub fn offer(&self, known: &BTreeSet<Slot>) -> (Vec<Record>, Vec<StoredFd>) {
         let live = self.live();
-        let records = live.iter().map(KeptFd::record).collect();
+        let records = live.iter().map(StoredFd::record).collect();
         (records, live.into_iter().filter(|kept| !known.contains(&kept.slot())).collect())
     }
 
     /// Everything in keeping once more, as another process would get it. For tests.
-    pub fn handed_over(&self) -> Result<(Self, Claims), VaultError> {
+    pub fn handed_over(&self) -> Result<(Self, Claims), FdStoreError> {
         let (records, fds) = self.offer(&BTreeSet::new());
         let (new, mut claims) = (Self::new(), Claims::default());
         let again = fds.iter().filter_map(|kept| kept.as_fd().try_clone_to_owned().ok()).collect();
@@ -177,28 +177,28 @@ impl Vault {
     /// In the new VMM: takes over what `records` names. What is here already stays; each of the others is the next one
     /// of `fds`. What waits in `claims` and is no longer named is closed. On an error nothing has changed, and `fds`
     /// are closed.
-    pub fn receive(&self, claims: &mut Claims, records: Vec<Record>, fds: Vec<OwnedFd>) -> Result<(), VaultError> {
+    pub fn receive(&self, claims: &mut Claims, records: Vec<Record>, fds: Vec<OwnedFd>) -> Result<(), FdStoreError> {
         let slots: BTreeSet<_> = records.iter().map(|record| record.slot).collect();
         if slots.len() != records.len() {
-            return Err(VaultError::Twice);
+            return Err(FdStoreError::Twice);
         }
         let mut inner = self.lock();
         let new: Vec<_> = records.into_iter().filter(|record| !inner.has(record.slot)).collect();
         if new.len() != fds.len() {
-            return Err(VaultError::Count { fds: fds.len(), named: new.len() });
+            return Err(FdStoreError::Count { fds: fds.len(), named: new.len() });
         }
-        for (Record { slot: _, name, purpose, identity: kept }, fd) in new.iter().zip(&fds) {
+        for (Record { slot: _, name, kind, identity: kept }, fd) in new.iter().zip(&fds) {
             // A file of the user's may be on a file system that is gone: its stat fails then, or waits.
-            let ours = !matches!(purpose, Purpose::Console | Purpose::Log);
+            let ours = !matches!(kind, FdKind::Console | FdKind::Log);
             if ours && *kept != Default::default() && identity(fd.as_fd()).is_some_and(|found| found != *kept) {
-                return Err(VaultError::OtherFile { name: name.clone(), purpose: *purpose });
+                return Err(FdStoreError::OtherFile { name: name.clone(), kind: *kind });
             }
         }
-        for (Record { slot, name, purpose, identity }, fd) in new.into_iter().zip(fds) {
-            let entry = Arc::new(Entry { slot, name, purpose, identity, fd });
+        for (Record { slot, name, kind, identity }, fd) in new.into_iter().zip(fds) {
+            let entry = Arc::new(Entry { slot, name, kind, identity, fd });
             inner.next = inner.next.max(slot.0.wrapping_add(1));
             inner.entries.insert(slot, Arc::downgrade(&entry));
-            claims.waiting.insert(slot, KeptFd(entry));
+            claims.waiting.insert(slot, StoredFd(entry));
         }
         claims.waiting.retain(|slot, _| slots.contains(slot));
         Ok(())
@@ -208,27 +208,27 @@ impl Vault {
 /// What the old VMM handed over and nobody has claimed yet.
 #[derive(Default)]
 pub struct Claims {
-    waiting: BTreeMap<Slot, KeptFd>,
+    waiting: BTreeMap<Slot, StoredFd>,
 }
 
 impl Claims {
-    pub fn claim(&mut self, slot: Slot, purpose: Purpose) -> Result<KeptFd, VaultError> {
-        let kept = self.waiting.remove(&slot).ok_or(VaultError::NoSlot { slot: slot.0, purpose })?;
-        if kept.0.purpose != purpose {
-            let (name, found) = (kept.0.name.clone(), kept.0.purpose);
+    pub fn claim(&mut self, slot: Slot, kind: FdKind) -> Result<StoredFd, FdStoreError> {
+        let kept = self.waiting.remove(&slot).ok_or(FdStoreError::NoSlot { slot: slot.0, kind })?;
+        if kept.0.kind != kind {
+            let (name, found) = (kept.0.name.clone(), kept.0.kind);
             self.waiting.insert(slot, kept);
-            return Err(VaultError::WrongPurpose { name, found, wanted: purpose });
+            return Err(FdStoreError::WrongKind { name, found, wanted: kind });
         }
         Ok(kept)
     }
 
     /// The last step of a restore: everything must have found its owner.
-    pub fn finish(self) -> Result<(), VaultError> {
+    pub fn finish(self) -> Result<(), FdStoreError> {
         if self.waiting.is_empty() {
             return Ok(());
         }
         let names: Vec<_> = self.waiting.values().map(|kept| kept.name().to_owned()).collect();
-        Err(VaultError::Unclaimed(names.join(", ")))
+        Err(FdStoreError::Unclaimed(names.join(", ")))
     }
 }
 
@@ -244,42 +244,42 @@ mod tests {
         rustix::fs::memfd_create("t", rustix::fs::MemfdFlags::CLOEXEC).unwrap()
     }
 
-    fn again(kept: &[&KeptFd]) -> Vec<OwnedFd> {
+    fn again(kept: &[&StoredFd]) -> Vec<OwnedFd> {
         kept.iter().map(|kept| kept.as_fd().try_clone_to_owned().unwrap()).collect()
     }
 
     #[test]
     fn claim_once_with_the_right_purpose_and_leave_nothing() {
-        let vault = Vault::new();
-        let a = vault.keep("a", Purpose::Log, file());
-        let b = vault.keep("b", Purpose::Console, file());
-        let (new, mut claims) = (Vault::new(), Claims::default());
-        new.receive(&mut claims, vault.manifest(), again(&[&a, &b])).unwrap();
-        assert!(matches!(claims.claim(a.slot(), Purpose::Console), Err(VaultError::WrongPurpose { .. })));
-        let _kept = claims.claim(a.slot(), Purpose::Log).unwrap();
-        assert!(matches!(claims.claim(a.slot(), Purpose::Log), Err(VaultError::NoSlot { .. })));
-        assert!(matches!(claims.finish(), Err(VaultError::Unclaimed(names)) if names == "b"));
-        assert_ne!(new.keep("c", Purpose::Log, file()).slot(), b.slot());
+        let fd_store = FdStore::new();
+        let a = fd_store.keep("a", FdKind::Log, file());
+        let b = fd_store.keep("b", FdKind::Console, file());
+        let (new, mut claims) = (FdStore::new(), Claims::default());
+        new.receive(&mut claims, fd_store.manifest(), again(&[&a, &b])).unwrap();
+        assert!(matches!(claims.claim(a.slot(), FdKind::Console), Err(FdStoreError::WrongKind { .. })));
+        let _kept = claims.claim(a.slot(), FdKind::Log).unwrap();
+        assert!(matches!(claims.claim(a.slot(), FdKind::Log), Err(FdStoreError::NoSlot { .. })));
+        assert!(matches!(claims.finish(), Err(FdStoreError::Unclaimed(names)) if names == "b"));
+        assert_ne!(new.keep("c", FdKind::Log, file()).slot(), b.slot());
     }
 
     #[test]
     fn what_was_opened_since_comes_later_and_what_was_closed_goes() {
-        let old = Vault::new();
-        let (a, b) = (old.keep("a", Purpose::State, file()), old.keep("b", Purpose::State, file()));
-        let (new, mut claims) = (Vault::new(), Claims::default());
+        let old = FdStore::new();
+        let (a, b) = (old.keep("a", FdKind::State, file()), old.keep("b", FdKind::State, file()));
+        let (new, mut claims) = (FdStore::new(), Claims::default());
         let (records, fds) = old.offer(&BTreeSet::new());
         assert_eq!(fds.len(), 2);
         let known = records.iter().map(|record| record.slot).collect();
         new.receive(&mut claims, records, again(&[&a, &b])).unwrap();
-        let claimed = claims.claim(a.slot(), Purpose::State).unwrap();
+        let claimed = claims.claim(a.slot(), FdKind::State).unwrap();
         let gone = b.slot();
         drop((b, fds));
-        let c = old.keep("c", Purpose::State, file());
+        let c = old.keep("c", FdKind::State, file());
         let (records, fds) = old.offer(&known);
-        assert_eq!(fds.iter().map(KeptFd::slot).collect::<Vec<_>>(), [c.slot()]);
+        assert_eq!(fds.iter().map(StoredFd::slot).collect::<Vec<_>>(), [c.slot()]);
         new.receive(&mut claims, records, again(&[&c])).unwrap();
-        assert!(claims.claim(gone, Purpose::State).is_err());
-        let c = claims.claim(c.slot(), Purpose::State).unwrap();
+        assert!(claims.claim(gone, FdKind::State).is_err());
+        let c = claims.claim(c.slot(), FdKind::State).unwrap();
         claims.finish().unwrap();
         assert_eq!(new.manifest().len(), 2);
         drop((a, c, claimed));
@@ -287,19 +287,19 @@ mod tests {
 
     #[test]
     fn another_file_is_refused_and_changes_nothing() {
-        let vault = Vault::new();
-        let kept = vault.keep("a", Purpose::State, file());
-        let (new, mut claims) = (Vault::new(), Claims::default());
-        let other = new.receive(&mut claims, vault.manifest(), vec![file()]);
-        assert!(matches!(other, Err(VaultError::OtherFile { .. })));
+        let fd_store = FdStore::new();
+        let kept = fd_store.keep("a", FdKind::State, file());
+        let (new, mut claims) = (FdStore::new(), Claims::default());
+        let other = new.receive(&mut claims, fd_store.manifest(), vec![file()]);
+        assert!(matches!(other, Err(FdStoreError::OtherFile { .. })));
         assert!(matches!(
-            new.receive(&mut claims, vault.manifest(), Vec::new()),
-            Err(VaultError::Count { fds: 0, named: 1 })
+            new.receive(&mut claims, fd_store.manifest(), Vec::new()),
+            Err(FdStoreError::Count { fds: 0, named: 1 })
         ));
-        let twice = [vault.manifest(), vault.manifest()].concat();
-        assert!(matches!(new.receive(&mut claims, twice, again(&[&kept, &kept])), Err(VaultError::Twice)));
+        let twice = [fd_store.manifest(), fd_store.manifest()].concat();
+        assert!(matches!(new.receive(&mut claims, twice, again(&[&kept, &kept])), Err(FdStoreError::Twice)));
         assert!(new.manifest().is_empty());
         drop(kept);
-        assert!(vault.manifest().is_empty());
+        assert!(fd_store.manifest().is_empty());
     }
 }
