@@ -21,7 +21,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
             "panics",
             "heap",
             "spin",
-            "room",
+            "available_memory",
             "notify",
             "logging",
             "signals",
