@@ -13,7 +13,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
     ),
     ("api", &["types", "args", "access", "request", "server", "client"]),
     ("hypervisor", &["error", "system", "clock", "irqchip", "raw", "routing", "vfio", "vm", "vcpu"]),
-    ("devices", &["bus", "carried", "interrupt", "turn", "legacy", "pci", "vfio", "catalogue"]),
+    ("devices", &["bus", "migratable", "interrupt", "turn", "legacy", "pci", "vfio", "catalogue"]),
     (
         "vmm",
         &[
