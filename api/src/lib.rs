@@ -6,11 +6,13 @@
 pub mod access;
 pub mod args;
 pub mod client;
-mod request;
+pub mod endpoint;
+mod reply;
 pub mod server;
 pub mod types;
 
-pub use request::{ApiError, Body, Reply, Request};
+pub use endpoint::Request;
+pub use reply::{ApiError, Body, Reply};
 
 /// All endpoints live below this path.
 pub const API_PREFIX: &str = "/api/v1/";

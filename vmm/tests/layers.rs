@@ -11,7 +11,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
         "resources",
         &["rate", "threads", "socket", "channel", "hugepages", "layout", "alloc", "fd_store", "ram", "state"],
     ),
-    ("api", &["types", "args", "access", "request", "server", "client"]),
+    ("api", &["types", "args", "access", "reply", "endpoint", "server", "client"]),
     ("hypervisor", &["error", "system", "clock", "irqchip", "raw", "routing", "vfio", "vm", "vcpu"]),
     ("devices", &["bus", "migratable", "interrupt", "turn", "legacy", "pci", "vfio", "catalogue"]),
     (

@@ -19,7 +19,8 @@ use tokio::net::UnixStream;
 
 use super::conn::{Phase, Socket};
 use super::{Registered, ReplyTo};
-use crate::request::{ApiError, Body, Reply, Request};
+use crate::endpoint::Request;
+use crate::reply::{ApiError, Body, Reply};
 
 /// Bytes of a body.
 const MAX_BODY: usize = 4 << 20;

@@ -26,7 +26,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::access::Peers;
-use crate::request::{ApiError, Reply, Request};
+use crate::endpoint::Request;
+use crate::reply::{ApiError, Reply};
 use conn::{Conn, Gate};
 pub use freeze::{FreezeError, Frozen};
 
@@ -333,7 +334,7 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
-    use crate::request::Body;
+    use crate::reply::Body;
 
     struct Large;
 
@@ -346,7 +347,7 @@ mod tests {
     #[test]
     fn patience_ends_for_a_slow_client_but_not_for_an_idle_one() {
         const PING: &[u8] = b"GET /api/v1/vmm.ping HTTP/1.1\r\nhost: x\r\n\r\n";
-        const LONG: Duration = Duration::from_secs(5);
+        const LONG: Duration = Duration::from_secs(60);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
         let patience = Duration::from_millis(200);

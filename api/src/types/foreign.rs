@@ -1,22 +1,22 @@
-//! What Cloud Hypervisor has and Theseus does not (yet): its keys, options and endpoints, which people and
-//! orchestrators bring along.
+//! What Cloud Hypervisor has and Theseus does not (yet): its keys and options, which people and orchestrators bring
+//! along. Its endpoints are in [`crate::endpoint`].
 //!
 //! One rule for all of them: where the value says nothing it is accepted, as many clients write every key they know;
 //! anything else is refused by name, with what to do instead.
 
 use serde_json::Value;
 
-const DISK: &str = "pass a storage controller through (devices), or put the files into the initramfs";
-const NET: &str = "pass a NIC or one of its virtual functions through (devices)";
+pub(crate) const DISK: &str = "pass a storage controller through (devices), or put the files into the initramfs";
+pub(crate) const NET: &str = "pass a NIC or one of its virtual functions through (devices)";
 const SERIAL: &str = "use the serial port (serial; console=ttyS0 on the kernel's command line)";
-const HOTPLUG: &str = "give the guest all of it when it boots";
-const DEVICES: &str = "give the device in the configuration that the VM is created with (devices)";
+pub(crate) const HOTPLUG: &str = "give the guest all of it when it boots";
 const FLAT: &str = "leave it out: the host's memory policy of the VMM (numactl) decides where the guest's RAM lies";
 const NOBODY: &str = "leave it out";
 const SEGMENTS: &str = "leave it out: a guest has one PCI segment, 0";
 const KERNEL: &str = "give a kernel (payload.kernel): a bzImage, or an ELF with a PVH note";
 const CONFINE: &str = "confine the VMM from outside, as by its systemd unit";
-const SAVED: &str = "the guest lives as long as the host does: vm.update replaces the VMM under it";
+pub(crate) const SAVED: &str = "the guest lives as long as the host does: vm.update replaces the VMM under it";
+pub(crate) const VSOCK: &str = "use the serial port or a passed-through NIC between host and guest";
 const SMBIOS: &str = "leave it out: a guest has no SMBIOS tables";
 
 /// By the last part of a key's path.
@@ -71,34 +71,11 @@ const INSTEAD: &[(&str, &str)] = &[
     ("user_devices", "bind the device to vfio-pci and pass it through (devices)"),
     ("uuid", SMBIOS),
     ("vdpa", NET),
-    ("vsock", "use the serial port or a passed-through NIC between host and guest"),
+    ("vsock", VSOCK),
     ("watchdog", "leave it out, and watch the guest from outside"),
     ("x_exclude_mmap_bars", "leave it out: which parts of a BAR are mapped follows from the device"),
     ("x_nv_gpudirect_clique", NOBODY),
     ("zones", FLAT),
-];
-
-/// Endpoints, without `vm.`; as subcommands of ch-remote they have the same names.
-pub const ENDPOINTS: &[(&str, &str)] = &[
-    ("add-device", DEVICES),
-    ("add-disk", DISK),
-    ("add-fs", DISK),
-    ("add-generic-vhost-user", NET),
-    ("add-net", NET),
-    ("add-pmem", DISK),
-    ("add-user-device", DEVICES),
-    ("add-vdpa", NET),
-    ("add-vsock", "use the serial port or a passed-through NIC between host and guest"),
-    ("balloon-stats", "there is no balloon"),
-    ("coredump", "have the guest dump itself (kdump): vm.nmi makes it panic if it is set up so"),
-    ("receive-migration", SAVED),
-    ("remove-device", "shut the VM down, delete it, and create it without the device"),
-    ("resize", HOTPLUG),
-    ("resize-disk", "there are no disks"),
-    ("resize-zone", HOTPLUG),
-    ("restore", SAVED),
-    ("send-migration", SAVED),
-    ("snapshot", SAVED),
 ];
 
 /// Values that Cloud Hypervisor's configurations have where nobody has set anything, and that are not nothing by
@@ -153,13 +130,6 @@ fn is_default(path: &str, value: &Value, notes: &mut Vec<String>) -> bool {
 /// What to do without the key whose path ends in `key`; None for one that Cloud Hypervisor has not either.
 pub(crate) fn instead(key: &str) -> Option<&'static str> {
     INSTEAD.iter().find(|(known, _)| *known == key).map(|(_, instead)| *instead)
-}
-
-/// Why there is no such endpoint, for `vm.NAME` or ch-remote's NAME.
-pub fn no_endpoint(name: &str) -> Option<String> {
-    let name = name.strip_prefix("vm.").unwrap_or(name);
-    let (_, instead) = ENDPOINTS.iter().find(|(known, _)| *known == name)?;
-    Some(format!("{name} is not supported by this build: {instead}"))
 }
 
 /// Why the key at `path` is refused.

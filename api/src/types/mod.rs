@@ -4,7 +4,7 @@
 //! granted. What goes out may grow, so the answers tolerate keys they do not know.
 
 mod config;
-pub mod foreign;
+pub(crate) mod foreign;
 mod json;
 mod tree;
 mod update;
@@ -38,6 +38,28 @@ pub struct PingInfo {
     /// That of the process below it that runs the guest now, for gdb, strace and perf.
     pub vmm_pid: u32,
     pub features: Vec<String>,
+}
+
+/// Answer of `vm.counters`: what had to be dropped.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    pub serial: DroppedBytes,
+    pub log: DroppedBytes,
+    pub events: LostEvents,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DroppedBytes {
+    pub dropped_bytes: u64,
+}
+
+/// Of the event stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LostEvents {
+    pub lost: u64,
 }
 
 /// State of the VM as `vm.info` names it.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use serde_json::json;
 use theseus_api::server::ReplyTo;
 use theseus_api::types::VmConfig;
-use theseus_api::{ApiError, Body, Request};
+use theseus_api::{ApiError, Body};
 use theseus_resources::threads::{self, Role};
 
 use super::{Control, Vm};
@@ -83,22 +83,6 @@ impl UnderWay {
 impl Booting {
     pub fn end(&self) {
         self.under_way.end();
-    }
-}
-
-/// Whether `request` has to wait for the end of a boot that is under way.
-pub(super) fn needs_machine(request: &Request) -> bool {
-    match request {
-        Request::Ping | Request::Info | Request::VmmShutdown | Request::Shutdown | Request::Delete => false,
-        Request::Create(_) => false,
-        Request::Boot
-        | Request::Reboot
-        | Request::Pause
-        | Request::Resume
-        | Request::PowerButton
-        | Request::Nmi
-        | Request::Counters
-        | Request::Update(_) => true,
     }
 }
 

@@ -1,7 +1,6 @@
 //! The control thread: one event loop that owns the machine. API requests and what the guest asks of the machine arrive
 //! in its queue.
 
-mod admit;
 mod boot;
 mod guest;
 mod memory;
@@ -107,7 +106,7 @@ impl Control {
                     updating.give_up();
                 }
                 let Some((request, reply)) = self.inbox.call() else { return };
-                match queue::meets_update(&request) {
+                match request.endpoint().in_update {
                     true => self.serve_request(request, reply),
                     false => reply.send(Err(queue::update_under_way())),
                 }
@@ -118,7 +117,7 @@ impl Control {
             }
             let waiting = if self.booting.is_none() { self.waiting.pop_front() } else { None };
             match waiting.or_else(|| self.inbox.call()) {
-                Some(call) if self.booting.is_some() && boot::needs_machine(&call.0) => self.waiting.push_back(call),
+                Some(call) if self.booting.is_some() && call.0.endpoint().needs_machine => self.waiting.push_back(call),
                 Some((request, reply)) => self.serve_request(request, reply),
                 None => return,
             }

@@ -58,7 +58,7 @@ pub struct Inbox {
     calls: Receiver<Call>,
     guest: Arc<Latch>,
     pub wake: Arc<EventFd>,
-    /// An update is under way: most other requests are told so at once, see [`meets_update`].
+    /// An update is under way: most other requests are told so at once.
     pub updating: Arc<AtomicBool>,
 }
 
@@ -82,14 +82,9 @@ pub(super) fn update_under_way() -> ApiError {
     ApiError::busy("an update is under way: try again in a moment")
 }
 
-/// What is served while an update is made ready: what changes nothing, and the end of everything.
-pub(super) fn meets_update(request: &Request) -> bool {
-    matches!(request, Request::Ping | Request::Info | Request::Counters | Request::VmmShutdown)
-}
-
 impl Backend for Queue {
     fn submit(&self, request: Request, reply: ReplyTo) {
-        if self.updating.load(Ordering::SeqCst) && !meets_update(&request) {
+        if self.updating.load(Ordering::SeqCst) && !request.endpoint().in_update {
             return reply.send(Err(update_under_way()));
         }
         // A control thread that is gone ends the process. As long as it lives there is one request a connection.

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use serde_json::json;
 use theseus_api::server::ReplyTo;
-use theseus_api::types::{PayloadConfig, PingInfo, SerialMode, VmInfo, VmState};
+use theseus_api::types::{
+    Counters, DroppedBytes, LostEvents, PayloadConfig, PingInfo, SerialMode, VmConfig, VmInfo, VmState,
+};
 use theseus_api::{ApiError, Body, Reply, Request};
 
-use super::admit::admit;
 use super::{Control, Vm, Wish};
 use crate::boot;
 use crate::build_info;
@@ -20,46 +21,30 @@ impl Control {
     pub(super) fn serve_request(&mut self, request: Request, reply: ReplyTo) {
         // A VM that is being booted is as good as booted for those who want it to end.
         let state = if self.booting.is_some() { self.vm.state().map(|_| VmState::Running) } else { self.vm.state() };
-        let busy = if super::boot::needs_machine(&request) { self.boot_still_ends() } else { None };
-        if let Err(error) = admit(state, &request).and_then(|()| busy.map_or(Ok(()), Err)) {
+        let endpoint = request.endpoint();
+        let busy = if endpoint.needs_machine { self.boot_still_ends() } else { None };
+        if let Err(error) = endpoint.admit(state).and_then(|()| busy.map_or(Ok(()), Err)) {
             return reply.send(Err(error));
         }
-        log::info!("API: {}", request.name());
+        log::info!("API: {}", endpoint.name);
         if let Some(event) = event_before(&request) {
             self.events.say("vm", event, json!({}));
         }
-        match request {
-            Request::Update(request) => self.start_update(&request, reply),
-            Request::Boot => self.boot(Wish::Boot(reply)),
+        let event = event_after(&request);
+        let answer = match request {
+            // These answer when they are done.
+            Request::Update(request) => return self.start_update(&request, reply),
+            Request::Boot => return self.boot(Wish::Boot(reply)),
             Request::Reboot => {
                 self.shut_down();
-                self.boot(Wish::Reboot(reply));
+                return self.boot(Wish::Reboot(reply));
             }
-            other => {
-                let event = event_after(&other);
-                let answer = self.carry_out(other);
-                if let Some(event) = event.filter(|_| answer.is_ok()) {
-                    self.events.say("vm", event, json!({}));
-                }
-                reply.send(answer);
-            }
-        }
-    }
-
-    fn carry_out(&mut self, request: Request) -> Reply {
-        match request {
-            Request::Ping => Ok(Body::Json(to_json(&ping())?)),
+            Request::Ping => to_json(&ping()),
             Request::VmmShutdown => {
                 self.end(crate::EXIT_OK, json!({}));
                 Ok(Body::EmptyOk)
             }
-            Request::Create(config) => {
-                let PayloadConfig { kernel, initramfs, cmdline: _ } = &config.payload;
-                let looked = kernel.iter().chain(initramfs).try_for_each(|path| boot::look_at(path));
-                looked.map_err(|error| ApiError::chain(400, &error))?;
-                self.vm = Vm::Created(*config);
-                Ok(Body::Empty)
-            }
+            Request::Create(config) => self.create(*config),
             Request::Delete => {
                 self.give_up_boot("vm.delete");
                 if self.vm.machine().is_some() {
@@ -86,10 +71,19 @@ impl Control {
                 Ok(())
             }),
             Request::Counters => self.counters(),
-            Request::Boot | Request::Reboot | Request::Update(_) => {
-                Err(ApiError::internal("this request is not handled here"))
-            }
+        };
+        if let Some(event) = event.filter(|_| answer.is_ok()) {
+            self.events.say("vm", event, json!({}));
         }
+        reply.send(answer);
+    }
+
+    fn create(&mut self, config: VmConfig) -> Reply {
+        let PayloadConfig { kernel, initramfs, cmdline: _ } = &config.payload;
+        let looked = kernel.iter().chain(initramfs).try_for_each(|path| boot::look_at(path));
+        looked.map_err(|error| ApiError::chain(400, &error))?;
+        self.vm = Vm::Created(config);
+        Ok(Body::Empty)
     }
 
     fn on_machine(&mut self, act: impl FnOnce(&mut Machine) -> Result<(), MachineError>) -> Reply {
@@ -133,16 +127,16 @@ impl Control {
             device_tree: machine.map(Machine::device_tree).unwrap_or_default(),
             vcpu_threads: machine.map(|machine| machine.vcpus.threads()).unwrap_or_default(),
         };
-        Ok(Body::Json(to_json(&info)?))
+        to_json(&info)
     }
 
     fn counters(&self) -> Reply {
         let dropped = self.vm.machine().and_then(|machine| Some(machine.devices.serial.as_ref()?.lock().dropped()));
-        Ok(Body::Json(json!({
-            "serial": { "dropped_bytes": dropped.unwrap_or(0) },
-            "log": { "dropped_bytes": crate::logging::dropped() },
-            "events": { "lost": crate::events::lost() },
-        })))
+        to_json(&Counters {
+            serial: DroppedBytes { dropped_bytes: dropped.unwrap_or(0) },
+            log: DroppedBytes { dropped_bytes: crate::logging::dropped() },
+            events: LostEvents { lost: crate::events::lost() },
+        })
     }
 }
 
@@ -183,6 +177,6 @@ fn ping() -> PingInfo {
     }
 }
 
-fn to_json(value: &impl serde::Serialize) -> Result<serde_json::Value, ApiError> {
-    serde_json::to_value(value).map_err(|error| ApiError::internal(error.to_string()))
+fn to_json(value: &impl serde::Serialize) -> Reply {
+    serde_json::to_value(value).map(Body::Json).map_err(|error| ApiError::internal(error.to_string()))
 }

@@ -8,58 +8,27 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use patience::Patience;
 use theseus_api::ApiError;
 use theseus_api::client::Client;
-use theseus_api::types::foreign;
+use theseus_api::endpoint::{ENDPOINTS, Endpoint, NOT_YET, not_yet};
 use theseus_api::types::{UpdateOutcome, UpdateReport, UpdateRequest};
 
 /// Control a running theseus.
 #[derive(Parser)]
-#[command(name = "ch-remote", version)]
+#[command(name = "ch-remote", version, subcommand_required = true, arg_required_else_help = true)]
 struct Cli {
     /// The API socket of the VMM; may stand behind the subcommand too
     #[arg(long, value_name = "PATH", global = true)]
     api_socket: Option<PathBuf>,
-    #[command(subcommand)]
-    command: Command,
 }
 
-#[derive(Subcommand)]
-enum Command {
-    /// Version, build and process id of the VMM
-    Ping,
-    /// Configuration and state of the VM
-    Info,
-    /// Counters of the devices
-    Counters,
-    /// Create a VM from a JSON configuration
-    Create {
-        /// The file, or - for standard input
-        #[arg(default_value = "-", value_name = "FILE")]
-        config: PathBuf,
-    },
-    /// Boot the VM that was created
-    Boot,
-    /// Pause the VM
-    Pause,
-    /// Resume the paused VM
-    Resume,
-    /// Reset the VM
-    Reboot,
-    /// Press the ACPI power button
-    PowerButton,
-    /// Send a non-maskable interrupt to the guest
-    Nmi,
-    /// Stop the VM; it can be booted again
-    Shutdown,
-    /// Delete the VM
-    Delete,
-    /// End the VMM
-    ShutdownVmm,
-    /// Replace the VMM under the running guest
-    Update(UpdateArgs),
+#[derive(Args)]
+struct CreateArgs {
+    /// The file, or - for standard input
+    #[arg(default_value = "-", value_name = "FILE")]
+    config: PathBuf,
 }
 
 #[derive(Args)]
@@ -84,24 +53,45 @@ struct UpdateArgs {
     json: bool,
 }
 
+/// The subcommands that send a body: endpoint, arguments, and how they become the body.
+type Sender = (&'static str, fn(clap::Command) -> clap::Command, fn(&ArgMatches) -> Result<String>);
+
+const SENDERS: [Sender; 2] = [
+    ("vm.create", CreateArgs::augment_args, |matches| read_config(&CreateArgs::from_arg_matches(matches)?.config)),
+    (UPDATE, UpdateArgs::augment_args, |matches| update_body(&UpdateArgs::from_arg_matches(matches)?)),
+];
+
+/// Its answer is a report.
+const UPDATE: &str = "vm.update";
+
+fn sender(endpoint: &Endpoint) -> Option<&'static Sender> {
+    SENDERS.iter().find(|(name, ..)| *name == endpoint.name)
+}
+
 /// With the subcommands of Cloud Hypervisor's that are not there yet: whatever stands behind one of them, it is refused
 /// by name.
 fn command() -> clap::Command {
-    let not_yet = foreign::ENDPOINTS.iter().map(|(name, _)| {
+    let here = ENDPOINTS.iter().filter_map(|endpoint| {
+        let command = clap::Command::new(endpoint.command?).about(endpoint.about());
+        Some(match sender(endpoint) {
+            Some((_, arguments, _)) => arguments(command),
+            None => command,
+        })
+    });
+    let not_yet = NOT_YET.iter().map(|(name, _)| {
         let words = Arg::new("words").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
         clap::Command::new(*name).hide(true).disable_help_flag(true).arg(words)
     });
-    Cli::command().subcommands(not_yet)
+    Cli::command().subcommands(here).subcommands(not_yet)
 }
 
 fn main() -> ExitCode {
     let matches = command().get_matches();
-    if let Some(why) = matches.subcommand_name().and_then(foreign::no_endpoint) {
+    if let Some(why) = matches.subcommand_name().and_then(not_yet) {
         print_causes([why]);
         return ExitCode::FAILURE;
     }
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    match run(cli) {
+    match run(&matches) {
         Ok(code) => code,
         Err(e) => {
             print_causes(ApiError::chain(500, e.as_ref()).causes);
@@ -110,39 +100,34 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<ExitCode> {
-    let socket = cli.api_socket.context("--api-socket is missing: give the path that the VMM was started with")?;
+/// The endpoint of the subcommand, and what stands behind it.
+fn chosen(matches: &ArgMatches) -> Option<(&'static Endpoint, &ArgMatches)> {
+    let (command, arguments) = matches.subcommand()?;
+    let endpoint = ENDPOINTS.iter().find(|endpoint| endpoint.command == Some(command))?;
+    Some((endpoint, arguments))
+}
+
+fn run(matches: &ArgMatches) -> Result<ExitCode> {
+    let socket = Cli::from_arg_matches(matches)?.api_socket;
+    let socket = socket.context("--api-socket is missing: give the path that the VMM was started with")?;
+    let (endpoint, arguments) = chosen(matches).context("no subcommand was given: see --help")?;
     let mut client = Client::new(&socket)?;
-    let (method, endpoint, body) = match &cli.command {
-        Command::Ping => ("GET", "vmm.ping", None),
-        Command::Info => ("GET", "vm.info", None),
-        Command::Counters => ("GET", "vm.counters", None),
-        Command::Create { config } => ("PUT", "vm.create", Some(read_config(config)?)),
-        Command::Boot => ("PUT", "vm.boot", None),
-        Command::Pause => ("PUT", "vm.pause", None),
-        Command::Resume => ("PUT", "vm.resume", None),
-        Command::Reboot => ("PUT", "vm.reboot", None),
-        Command::PowerButton => ("PUT", "vm.power-button", None),
-        Command::Nmi => ("PUT", "vm.nmi", None),
-        Command::Shutdown => ("PUT", "vm.shutdown", None),
-        Command::Delete => ("PUT", "vm.delete", None),
-        Command::ShutdownVmm => ("PUT", "vmm.shutdown", None),
-        Command::Update(args) => ("PUT", "vm.update", Some(update_body(args)?)),
-    };
+    let body = sender(endpoint).map(|(.., body)| body(arguments)).transpose()?;
+    let update = if endpoint.name == UPDATE { Some(UpdateArgs::from_arg_matches(arguments)?) } else { None };
     let waiting = Patience::start();
-    let response = client.request(method, endpoint, body.as_deref())?;
+    let response = client.request(endpoint.method.name(), endpoint.name, body.as_deref())?;
     drop(waiting);
     if !response.is_success() {
-        if matches!(&cli.command, Command::Update(args) if args.json) {
+        if update.is_some_and(|args| args.json) {
             print_json(&response.body);
         }
         print_causes(response.causes());
         return Ok(ExitCode::FAILURE);
     }
-    if let Command::Update(args) = &cli.command {
+    if let Some(args) = update {
         let report: UpdateReport =
             response.json().with_context(|| format!("the report cannot be read: {}", response.body))?;
-        return Ok(finish_update(&report, &response.body, args));
+        return Ok(finish_update(&report, &response.body, &args));
     }
     print_json(&response.body);
     Ok(ExitCode::SUCCESS)
@@ -205,10 +190,19 @@ fn print_causes(causes: impl IntoIterator<Item = String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use theseus_api::endpoint::BodyRule;
 
     #[test]
     fn the_command_line_is_sound() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn what_takes_a_body_can_be_sent_one() {
+        for endpoint in ENDPOINTS.iter().filter(|endpoint| endpoint.command.is_some()) {
+            assert_eq!(sender(endpoint).is_some(), endpoint.body != BodyRule::None, "{}", endpoint.name);
+        }
+        assert!(SENDERS.iter().all(|(name, ..)| ENDPOINTS.iter().any(|endpoint| endpoint.name == *name)));
     }
 
     #[test]
@@ -218,15 +212,18 @@ mod tests {
         {
             let matches = command().try_get_matches_from(words.split(' ')).unwrap();
             assert_eq!(Cli::from_arg_matches(&matches).unwrap().api_socket, Some("/s".into()), "{words}");
+            assert_eq!(chosen(&matches).unwrap().0.name, "vmm.ping", "{words}");
         }
     }
 
     #[test]
     fn update_options_become_the_request() {
         let words = "ch-remote --api-socket /s update --binary /b --dry-run --deadline-ms 500 --allow-downgrade";
-        let cli = Cli::try_parse_from(words.split(' ')).unwrap();
-        let Command::Update(args) = cli.command else { panic!("not an update") };
-        let request: UpdateRequest = serde_json::from_str(&update_body(&args).unwrap()).unwrap();
+        let matches = command().try_get_matches_from(words.split(' ')).unwrap();
+        let (endpoint, arguments) = chosen(&matches).unwrap();
+        assert_eq!(endpoint.name, UPDATE);
+        let (.., body) = sender(endpoint).unwrap();
+        let request: UpdateRequest = serde_json::from_str(&body(arguments).unwrap()).unwrap();
         let expected = UpdateRequest {
             binary: Some("/b".into()),
             dry_run: true,

@@ -1,0 +1,270 @@
+//! The endpoints: one row for each, from which routes, admission, the subcommands of ch-remote and the OpenAPI document
+//! follow. What an endpoint does is up to the [`Backend`](crate::server::Backend), whom the compiler holds to have an
+//! answer to each [`Request`].
+
+mod admission;
+mod body;
+mod not_yet;
+
+pub use admission::Admission;
+pub use body::BodyRule;
+pub use not_yet::{NOT_YET, not_yet};
+
+use crate::reply::ApiError;
+use crate::{API_PREFIX, types};
+use Admission::{Always, In, WithoutVm};
+use Method::{Get, Put};
+use body::RequestBody;
+use types::VmState::{Created, Paused, Running, Shutdown};
+
+/// A row of the table.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Below [`API_PREFIX`], such as `vm.boot`.
+    pub name: &'static str,
+    pub method: Method,
+    /// The subcommand of ch-remote.
+    pub command: Option<&'static str>,
+    /// One line for people.
+    about: &'static str,
+    pub body: BodyRule,
+    /// From its name and the body to the request.
+    read: fn(&'static str, &[u8]) -> Result<Request, ApiError>,
+    pub admission: Admission,
+    /// It waits for the end of a boot that is under way.
+    pub needs_machine: bool,
+    /// It is served while an update is made ready, when all else is answered 429.
+    pub in_update: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    Get,
+    Put,
+}
+
+impl Method {
+    pub fn name(self) -> &'static str {
+        match self {
+            Get => "GET",
+            Put => "PUT",
+        }
+    }
+}
+
+/// `Variant(body) -> answer { columns }`, with what it is for above. Without a body none is taken; without an answer
+/// there is none (204), and `()` is one without a text (200).
+macro_rules! endpoints {
+    ($(
+        $(#[doc = $about:literal])+
+        $variant:ident $(($body:ty))? $(-> $answer:ty)? { $($column:ident: $value:expr,)* }
+    )*) => {
+        /// What a client asks for. Bodies are parsed and validated.
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        pub enum Request {
+            $($(#[doc = $about])+ $variant $(($body))?,)*
+        }
+
+        impl Request {
+            pub fn endpoint(&self) -> &'static Endpoint {
+                &ENDPOINTS[match self {
+                    $(Self::$variant { .. } => Row::$variant,)*
+                } as usize]
+            }
+        }
+
+        enum Row {
+            $($variant,)*
+        }
+
+        /// In the order of ch-remote's help.
+        pub static ENDPOINTS: &[Endpoint] = &[$(Endpoint {
+            about: concat!($($about),+),
+            body: rule!($($body)?),
+            read: read!($variant $($body)?),
+            $($column: $value,)*
+        }),*];
+    };
+}
+
+macro_rules! rule {
+    () => {
+        BodyRule::None
+    };
+    ($body:ty) => {
+        <$body as RequestBody>::RULE
+    };
+}
+
+macro_rules! read {
+    ($variant:ident) => {
+        |name, bytes| body::none(name, bytes).map(|()| Request::$variant)
+    };
+    ($variant:ident $body:ty) => {
+        |name, bytes| <$body as RequestBody>::read(name, bytes).map(Request::$variant)
+    };
+}
+
+endpoints! {
+    /// Version, build and process id of the VMM
+    Ping -> types::PingInfo {
+        method: Get, name: "vmm.ping", command: Some("ping"),
+        admission: Always, needs_machine: false, in_update: true,
+    }
+    /// Configuration and state of the VM
+    Info -> types::VmInfo {
+        method: Get, name: "vm.info", command: Some("info"),
+        admission: In(&[Created, Running, Paused, Shutdown]), needs_machine: false, in_update: true,
+    }
+    /// Counters of the devices
+    Counters -> types::Counters {
+        method: Get, name: "vm.counters", command: Some("counters"),
+        admission: In(&[Running, Paused]), needs_machine: true, in_update: true,
+    }
+    /// Create a VM from a JSON configuration
+    Create(Box<types::VmConfig>) {
+        method: Put, name: "vm.create", command: Some("create"),
+        admission: WithoutVm, needs_machine: false, in_update: false,
+    }
+    /// Boot the VM that was created
+    Boot {
+        method: Put, name: "vm.boot", command: Some("boot"),
+        admission: In(&[Created, Shutdown]), needs_machine: true, in_update: false,
+    }
+    /// Pause the VM
+    Pause {
+        method: Put, name: "vm.pause", command: Some("pause"),
+        admission: In(&[Running]), needs_machine: true, in_update: false,
+    }
+    /// Resume the paused VM
+    Resume {
+        method: Put, name: "vm.resume", command: Some("resume"),
+        admission: In(&[Paused]), needs_machine: true, in_update: false,
+    }
+    /// Reset the VM
+    Reboot {
+        method: Put, name: "vm.reboot", command: Some("reboot"),
+        admission: In(&[Running, Paused]), needs_machine: true, in_update: false,
+    }
+    /// Press the ACPI power button
+    PowerButton {
+        method: Put, name: "vm.power-button", command: Some("power-button"),
+        admission: In(&[Running]), needs_machine: true, in_update: false,
+    }
+    /// Send a non-maskable interrupt to the guest
+    Nmi {
+        method: Put, name: "vm.nmi", command: Some("nmi"),
+        admission: In(&[Running]), needs_machine: true, in_update: false,
+    }
+    /// Stop the VM; it can be booted again
+    Shutdown {
+        method: Put, name: "vm.shutdown", command: Some("shutdown"),
+        admission: In(&[Running, Paused]), needs_machine: false, in_update: false,
+    }
+    /// Delete the VM
+    Delete {
+        method: Put, name: "vm.delete", command: Some("delete"),
+        admission: In(&[Created, Running, Paused, Shutdown]), needs_machine: false, in_update: false,
+    }
+    /// End the VMM
+    VmmShutdown -> () {
+        method: Put, name: "vmm.shutdown", command: Some("shutdown-vmm"),
+        admission: Always, needs_machine: false, in_update: true,
+    }
+    /// Replace the VMM under the running guest
+    Update(types::UpdateRequest) -> types::UpdateReport {
+        method: Put, name: "vm.update", command: Some("update"),
+        admission: Always, needs_machine: true, in_update: false,
+    }
+}
+
+impl Endpoint {
+    pub fn about(&self) -> &'static str {
+        self.about.trim_start()
+    }
+}
+
+impl Request {
+    /// Finds the endpoint of `path` and parses the body for it.
+    ///
+    /// # Errors
+    /// 404 for an unknown path, 400 for a wrong method or body.
+    pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Self, ApiError> {
+        let name = path.strip_prefix(API_PREFIX);
+        let Some(endpoint) = name.and_then(|name| ENDPOINTS.iter().find(|endpoint| endpoint.name == name)) else {
+            let error = ApiError::not_found(format!("{path}: there is no such endpoint in this build"));
+            return Err(error.because(name.and_then(not_yet)));
+        };
+        let (name, wanted) = (endpoint.name, endpoint.method.name());
+        if method != wanted {
+            return Err(ApiError::bad_request(format!("{name}: the method is {method}: use {wanted}")));
+        }
+        (endpoint.read)(name, body)
+    }
+
+    /// Name of the endpoint, such as `vm.boot`.
+    pub fn name(&self) -> &'static str {
+        self.endpoint().name
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use types::UpdateRequest;
+
+    #[test]
+    fn every_route_builds_the_request_of_its_name() {
+        for route in ENDPOINTS {
+            let body: &[u8] = if route.name == "vm.create" { br#"{"payload":{"kernel":"/k"}}"# } else { b"" };
+            let request = Request::parse(route.method.name(), &format!("{API_PREFIX}{}", route.name), body).unwrap();
+            assert_eq!(request.name(), route.name);
+        }
+    }
+
+    #[test]
+    fn no_name_is_there_twice() {
+        let (mut names, mut commands) = (HashSet::new(), HashSet::new());
+        for endpoint in ENDPOINTS {
+            assert!(names.insert(endpoint.name), "{}", endpoint.name);
+            assert!(endpoint.command.is_none_or(|command| commands.insert(command)), "{}", endpoint.name);
+        }
+        for (name, _) in NOT_YET {
+            assert!(names.insert(name) && commands.insert(name), "{name}");
+            assert!(!names.contains(format!("vm.{name}").as_str()), "{name} is there");
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        let table: &[(&str, &str, &str, u16, &str)] = &[
+            ("GET", "/", "", 404, "no such endpoint"),
+            (
+                "PUT",
+                "/api/v1/vm.add-disk",
+                "{}",
+                404,
+                "no such endpoint in this build: add-disk is not supported by this build",
+            ),
+            ("PUT", "/api/v1/vm.boot/", "", 404, "no such endpoint"),
+            ("GET", "/api/v1/vm.boot", "", 400, "use PUT"),
+            ("PUT", "/api/v1/vm.info", "", 400, "use GET"),
+            ("PUT", "/api/v1/vm.boot", "{}", 400, "takes none"),
+            ("PUT", "/api/v1/vm.create", " ", 400, "body is empty"),
+            ("PUT", "/api/v1/vm.create", "[]", 400, "JSON array"),
+            ("PUT", "/api/v1/vm.create", "{}", 400, "payload.kernel"),
+            ("PUT", "/api/v1/vm.update", "[]", 400, "JSON array"),
+            ("PUT", "/api/v1/vm.update", r#"{"sha256":"x"}"#, 400, "sha256sum"),
+            ("PUT", "/api/v1/vm.update", r#"{"dryrun":true}"#, 400, "key `dryrun` is unknown"),
+        ];
+        for (method, path, body, status, message) in table {
+            let error = Request::parse(method, path, body.as_bytes()).unwrap_err();
+            assert_eq!(error.status, *status, "{method} {path}");
+            assert!(error.to_string().contains(message), "{method} {path}: {error}");
+        }
+        let update = Request::parse("PUT", "/api/v1/vm.update", b"\n").unwrap();
+        assert_eq!(update, Request::Update(UpdateRequest::default()));
+    }
+}
