@@ -7,7 +7,7 @@ mod cli;
 mod control;
 mod ending;
 mod events;
-mod heap;
+pub mod heap;
 mod keeper;
 mod logging;
 mod machine;
