@@ -77,6 +77,7 @@ static NO_THREAD: Rate = Rate::new(2, Duration::from_secs(60));
 
 pub fn main() -> ExitCode {
     let started = timeline::now_ns();
+    signals::unblock_faults();
     signals::ignore_limits();
     heap::keep();
     let result = match keeper::role() {

@@ -6,6 +6,8 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use theseus_resources::threads::{self, FATAL};
+
 /// End the VMM in order, unless whoever started it has them ignored: nohup(1) does that with HUP, a shell without job
 /// control with INT and QUIT for what it starts in the background. exec keeps that, and we never ignore one of these
 /// ourselves: so what an image finds ignored was so when the first one was started.
@@ -17,6 +19,11 @@ const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, lib
 const IGNORED: [libc::c_int; 5] = [libc::SIGXFSZ, libc::SIGXCPU, libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU];
 
 pub struct Signals(OwnedFd);
+
+/// First of all, in every image. Not ABRT: one for the VMM may be waiting over the keeper's exec.
+pub fn unblock_faults() {
+    threads::unblock(&FATAL.into_iter().filter(|signal| *signal != libc::SIGABRT).collect::<Vec<_>>());
+}
 
 /// First of all: no file can be written to safely before.
 pub fn ignore_limits() {

@@ -141,17 +141,8 @@ mod hooks {
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
             // To this thread, not to the process: that lets another thread take it, while this one goes on into the
-            // next phase.
+            // next phase. None of them is ever blocked.
             libc::raise(signal);
-        }
-        // It arrives before raise returns, unless it is blocked on this thread (as it is right after exec): then it
-        // would wait.
-        let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: a set of our own, initialised by the first call.
-        unsafe {
-            libc::sigemptyset(set.as_mut_ptr());
-            libc::sigaddset(set.as_mut_ptr(), signal);
-            libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), std::ptr::null_mut());
         }
         Ok(())
     }

@@ -6,7 +6,15 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     cases::note,
-    harness::{hooks::Hold, lab::Nic, proc, report::Report, rig::Rig, vm::Vm, wait_for},
+    harness::{
+        hooks::Hold,
+        lab::Nic,
+        proc,
+        report::Report,
+        rig::Rig,
+        vm::{Setting, Vm},
+        wait_for,
+    },
     native::guest,
     proto::{MemoryStats, Request},
 };
@@ -67,6 +75,66 @@ pub fn signals() -> Result<()> {
     proc::signal(vm.pid(), libc::SIGCONT)?;
     vm.update()?;
     vm.agent()?.ping()
+}
+
+/// What a thread earns by a fault, and abort(3).
+const FATAL: [libc::c_int; 7] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS, libc::SIGTRAP, libc::SIGABRT];
+
+/// The fatal signals that threads of this process have blocked. One that is being started has all blocked for a moment,
+/// by the C library.
+fn blocked(pid: u32) -> Result<Vec<(String, libc::c_int)>> {
+    let mut blocked = Vec::new();
+    for (tid, name) in proc::threads(pid)? {
+        for signal in FATAL {
+            if proc::blocks(pid, tid, signal)? {
+                blocked.push((name.clone(), signal));
+            }
+        }
+    }
+    Ok(blocked)
+}
+
+/// Of a VMM that was started with all signals blocked no thread has one blocked that is fatal, before, during and after
+/// an update; its keeper only ABRT, which is meant for the guest.
+pub fn fatal_signals() -> Result<()> {
+    let kernel = std::env::temp_dir().join(format!("fatal-{}", std::process::id()));
+    guest::write(&kernel, 128 << 20)?;
+    let args = ["--kernel", &kernel.display().to_string(), "--cpus", "boot=2", "--memory", "size=128M"];
+    let setting = Setting { blocks_signals: true, ..Setting::default() };
+    let mut vm = Vm::spawn("theseus-a", &args.map(str::to_owned), &setting)?.booted()?;
+    fs::remove_file(&kernel)?;
+    let free = |pid: u32| {
+        let mut left = Vec::new();
+        wait_for("no fatal signal to be blocked", || {
+            left = blocked(pid)?;
+            Ok(left.is_empty().then_some(()))
+        })
+        .with_context(|| format!("(thread, signal): {left:?}"))
+    };
+    let kept = |vm: &Vm| -> Result<()> {
+        let blocked = blocked(vm.pid())?;
+        ensure!(blocked == [("theseus".into(), libc::SIGABRT)], "the keeper has blocked {blocked:?}");
+        Ok(())
+    };
+    for _ in 0..2 {
+        free(vm.vmm()?)?;
+        kept(&vm)?;
+        let mut hold = Hold::arm(&vm.dir, "save")?;
+        let mut caller = vm.api.connect()?;
+        let body = serde_json::json!({ "binary": vm.other_build()?, "deadline_ms": 120_000 });
+        caller.send("PUT", "vm.update", &body.to_string())?;
+        hold.wait_held()?;
+        let vmms = proc::children(vm.pid())?;
+        ensure!(vmms.len() == 2, "{vmms:?}");
+        vmms.into_iter().try_for_each(free)?;
+        kept(&vm)?;
+        drop(hold);
+        let report: Report = caller.receive()?.json()?;
+        ensure!(report.outcome == "updated", "{report:?}");
+        vm.note_update();
+    }
+    free(vm.vmm()?)
 }
 
 /// The keeper is killed between its exec and the commit: the old VMM has the guest, loses nothing of it, says where it

@@ -97,6 +97,7 @@ const CASES: &[Case] = &[
     plain("update_without_guest", update::without_guest),
     plain("keeper_signals", keeper::signals),
     plain("keeper_settings", keeper::settings),
+    plain("fatal_signals_unblocked", keeper::fatal_signals),
     plain("serial_modes", serial::modes),
     plain("serial_terminal_gone", serial::terminal_gone),
     plain("job_hang_up", jobs::hang_up),

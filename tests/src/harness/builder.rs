@@ -229,6 +229,7 @@ impl Builder {
             notify_socket: self.notify_socket.as_deref(),
             may_lock: self.may_lock,
             ignores_children: self.ignores_children,
+            blocks_signals: false,
             user: self.user,
             terminal: None,
             limit: None,

@@ -296,6 +296,24 @@ pub fn ignore_children() -> io::Result<()> {
     if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Before an exec: the program starts with all signals blocked.
+pub fn block_signals() -> io::Result<()> {
+    let mut all = std::mem::MaybeUninit::uninit();
+    // SAFETY: a set of our own, initialised by the first call.
+    let failed = unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut())
+    };
+    if failed != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether thread `tid` of `pid` has this signal blocked.
+pub fn blocks(pid: u32, tid: i32, signal: libc::c_int) -> Result<bool> {
+    let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).context("no SigBlk")?;
+    Ok(u64::from_str_radix(mask.trim(), 16)? & 1 << (signal - 1) != 0)
+}
+
 /// Sets the soft limit of `resource` for a running process; what it was.
 pub fn set_soft_limit(pid: u32, resource: libc::__rlimit_resource_t, soft: u64) -> Result<u64> {
     let pid = pid as libc::pid_t;

@@ -46,6 +46,8 @@ pub struct Setting<'a> {
     pub may_lock: Option<u64>,
     /// SIGCHLD is ignored, as by a careless supervisor.
     pub ignores_children: bool,
+    /// All signals are blocked.
+    pub blocks_signals: bool,
     /// The user that it runs as, who has these capabilities.
     pub user: Option<(u32, &'static [u32])>,
     /// Its standard input.
@@ -62,6 +64,7 @@ impl Default for Setting<'_> {
             notify_socket: None,
             may_lock: None,
             ignores_children: false,
+            blocks_signals: false,
             user: None,
             terminal: None,
             limit: None,
@@ -135,6 +138,10 @@ impl Vm {
         if setting.ignores_children {
             // SAFETY: a system call only.
             unsafe { command.pre_exec(proc::ignore_children) };
+        }
+        if setting.blocks_signals {
+            // SAFETY: a system call only.
+            unsafe { command.pre_exec(proc::block_signals) };
         }
         if let Some((user, capabilities)) = setting.user {
             // SAFETY: system calls only.

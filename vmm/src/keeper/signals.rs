@@ -2,10 +2,13 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use theseus_resources::threads::FATAL;
+
 use crate::signals::{is_ignored, read_all, set_of};
 
 /// Handed on to the VMM, unless they were ignored when the keeper was started. Never those that stop a process, which
-/// are for the keeper alone as for any parent: a shell sees it stop, and the guest goes on.
+/// are for the keeper alone as for any parent: a shell sees it stop, and the guest goes on. ABRT is the only one that is
+/// fatal and blocked, here and nowhere else: abort(3) unblocks it, and from anybody else it is meant for the guest.
 const FORWARDED: [libc::c_int; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGABRT, libc::SIGUSR1, libc::SIGUSR2];
 
@@ -34,10 +37,17 @@ impl Signals {
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, before })
     }
 
-    /// In the VMM, which sets up its own: the mask is as it was before.
+    /// In the VMM, which sets up its own: the mask is as it was before, but nothing that is fatal is blocked. It would
+    /// be in an update, where what was before is the mask of the keeper that has become this program.
     pub fn give_back(self) {
-        // SAFETY: a set that pthread_sigmask gave us.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut()) };
+        let Self { fd: _, mut before } = self;
+        // SAFETY: a set that pthread_sigmask gave us, and constant signal numbers.
+        unsafe {
+            for signal in FATAL {
+                libc::sigdelset(&mut before, signal);
+            }
+            libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        }
     }
 
     /// The signals that have come since the last call.
@@ -55,5 +65,34 @@ impl AsFd for Signals {
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.fd.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_blocked(signal: libc::c_int) -> bool {
+        let mut now = set_of([].into_iter());
+        // SAFETY: a valid set, which the first call fills in; nothing is changed.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut now);
+            libc::sigismember(&now, signal) == 1
+        }
+    }
+
+    /// On a thread of its own, whose mask it changes.
+    #[test]
+    fn a_vmm_blocks_nothing_that_is_fatal_from_its_fork_on() {
+        let thread = std::thread::spawn(|| {
+            let all = set_of(1..=31);
+            // SAFETY: a valid set, and the mask of this thread.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut()) };
+            let signals = Signals::block().unwrap();
+            assert!(is_blocked(libc::SIGABRT));
+            signals.give_back();
+            (FATAL.map(is_blocked), is_blocked(libc::SIGUSR2))
+        });
+        assert_eq!(thread.join().unwrap(), ([false; 7], true));
     }
 }

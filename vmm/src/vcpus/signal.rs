@@ -14,7 +14,7 @@ pub fn install_kick_handler() -> std::io::Result<()> {
     register_signal_handler(KICK, nothing).map_err(|error| std::io::Error::from_raw_os_error(error.errno()))
 }
 
-/// All signals are blocked around an exec and new threads inherit that.
+/// The keeper blocks it, and so does whoever wants to who starts a VMM.
 pub fn unblock_kick() {
     if let Err(error) = unblock_signal(KICK) {
         log::error!("vCPU thread: cannot unblock its kick signal: {error:?}");
