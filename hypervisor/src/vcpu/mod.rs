@@ -5,14 +5,17 @@ pub mod mce;
 mod msrs;
 mod offers;
 mod refused;
+#[cfg(test)]
+mod run_tests;
 mod state;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, kvm_cpuid_entry2, kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_sregs,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_EXIT_INTR, KVM_EXIT_UNKNOWN, kvm_cpuid_entry2, kvm_enable_cap,
+    kvm_msr_entry, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use parking_lot::{Mutex, MutexGuard};
@@ -36,6 +39,11 @@ pub enum Exit<'a> {
     /// KVM or the guest did something that cannot go on.
     Failed(String),
 }
+
+/// In `exit_reason` of the run page once an exit was handled, until KVM has another. KVM completes an exit without a
+/// word there (kvm_arch_vcpu_ioctl_run), so that to whoever finds the page when the vCPU's thread has died a write that
+/// is done would look like one that is to be done. No reason of KVM's own: those count from 0.
+const HANDLED: u32 = u32::from_le_bytes(*b"done");
 
 /// Makes KVM_RUN of one vCPU return at once, from any thread: `immediate_exit` in the shared run page. Raised before
 /// the kick signal is sent, it closes the gap in which the signal comes just before KVM_RUN.
@@ -170,7 +178,26 @@ impl Vcpu {
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    /// Runs the guest until something is to be done.
+    fn exit_reason(&mut self) -> &AtomicU32 {
+        let reason = NonNull::from(&mut self.fd.get_kvm_run().exit_reason).cast::<AtomicU32>();
+        // SAFETY: in the run page, which is mapped as long as self, and aligned; nobody else writes to it while no
+        // KVM_RUN is under way.
+        unsafe { reason.as_ref() }
+    }
+
+    /// What the last exit asked for is done, or noted by whom it will be. To be called as soon as it is.
+    pub fn exit_handled(&mut self) {
+        // After all of that, as another process may see it.
+        self.exit_reason().store(HANDLED, Ordering::Release);
+    }
+
+    /// Whether its last exit asked for something that nobody has done.
+    pub fn has_unhandled_exit(&mut self) -> bool {
+        let reason = self.exit_reason().load(Ordering::Acquire);
+        ![HANDLED, KVM_EXIT_UNKNOWN, KVM_EXIT_INTR].contains(&reason)
+    }
+
+    /// Runs the guest until something is to be done. Then [`Vcpu::exit_handled`].
     pub fn run(&mut self) -> Result<Exit<'_>> {
         let page = NonNull::from(self.fd.get_kvm_run());
         // SAFETY: the shared run page is mapped as long as self; after an I/O exit its `io` is what KVM has filled in.

@@ -256,6 +256,7 @@ impl Body {
                 Ok(Exit::Failed(reason)) => return self.fail(format!("vCPU {}: {reason}", self.index)),
                 Err(error) => return self.fail(error.to_string()),
             }
+            vcpu.exit_handled();
         }
     }
 }
