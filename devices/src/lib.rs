@@ -6,5 +6,6 @@ pub mod interrupt;
 pub mod legacy;
 pub mod migratable;
 pub mod pci;
+pub mod rate_limited_log;
 pub mod turn;
 pub mod vfio;

@@ -9,6 +9,8 @@ pub enum Error {
     Call { what: String, source: std::io::Error },
     #[error("KVM: vCPU {vcpu}: MSR {index:#x} does not take its saved value {data:#x}")]
     Msr { vcpu: u32, index: u32, data: u64 },
+    #[error("KVM: the saved state names a GSI twice, or one that is no MSI's")]
+    GsiTaken,
     #[error("KVM: no free {0}")]
     Exhausted(&'static str),
 }

@@ -16,7 +16,7 @@ mod vm;
 pub use clock::{ClockAnchor, read_tsc};
 pub use error::Error;
 pub use irqchip::IrqchipState;
-pub use routing::MsiRoute;
+pub use routing::{IoEventAt, MsiRoute};
 pub use system::Hypervisor;
 pub use vcpu::{Exit, Vcpu, VcpuShape, VcpuState};
 pub use vm::{BareVm, ReadyVm, Vm};

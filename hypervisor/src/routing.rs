@@ -1,6 +1,6 @@
 //! GSI routing and irqfds. GSIs below [`FIRST_MSI_GSI`] are IOAPIC and PIC pins, those above are MSI routes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
@@ -8,6 +8,7 @@ use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
+use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use parking_lot::MutexGuard;
 use theseus_resources::layout::FIRST_MSI_GSI;
 use vmm_sys_util::eventfd::EventFd;
@@ -16,6 +17,13 @@ use crate::{Error, Result, Vm};
 
 /// Highest GSI count KVM takes (KVM_MAX_IRQ_ROUTES).
 const MAX_GSI: u32 = 4096;
+
+/// A register whose writes are signals of an eventfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoEventAt {
+    Port(u16),
+    Mmio(u64),
+}
 
 /// Where an MSI goes, as the guest programmed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,20 +44,34 @@ impl Routing {
         Self { msi: BTreeMap::new(), staged: true }
     }
 
-    /// Routes `gsi` by `write`, which gives the kernel the whole table. If that fails the table is the kernel's again,
-    /// which keeps its old one (kvm_set_irq_routing): so that the same route is tried the next time, and no later table
-    /// contains what was refused.
-    fn change(&mut self, gsi: u32, route: MsiRoute, write: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
-        let before = self.msi.insert(gsi, Some(route));
-        if before == Some(Some(route)) {
+    /// Routes GSIs by `write`, which gives the kernel the whole table. If that fails the table is the kernel's again,
+    /// which keeps its old one (kvm_set_irq_routing): so that the same routes are tried the next time, and no later
+    /// table contains what was refused.
+    fn change(&mut self, routes: &[(u32, MsiRoute)], write: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        let before: Vec<_> = routes.iter().map(|(gsi, route)| (*gsi, self.msi.insert(*gsi, Some(*route)))).collect();
+        if before.iter().zip(routes).all(|((_, before), (_, route))| *before == Some(Some(*route))) {
             return Ok(());
         }
         write(self).inspect_err(|_| {
-            match before {
-                Some(before) => self.msi.insert(gsi, before),
-                None => self.msi.remove(&gsi),
-            };
+            // From the last, should one be named twice.
+            for (gsi, before) in before.into_iter().rev() {
+                match before {
+                    Some(before) => self.msi.insert(gsi, before),
+                    None => self.msi.remove(&gsi),
+                };
+            }
         })
+    }
+
+    /// Takes GSIs by number: all or none.
+    fn adopt(&mut self, gsis: &[u32]) -> Result<()> {
+        let wanted: BTreeSet<_> = gsis.iter().copied().collect();
+        let is_free = |gsi: &u32| (FIRST_MSI_GSI..MAX_GSI).contains(gsi) && !self.msi.contains_key(gsi);
+        if wanted.len() != gsis.len() || !wanted.iter().all(is_free) {
+            return Err(Error::GsiTaken);
+        }
+        self.msi.extend(wanted.into_iter().map(|gsi| (gsi, None)));
+        Ok(())
     }
 }
 
@@ -58,7 +80,7 @@ impl Vm {
         self.routing.lock()
     }
 
-    /// `count` GSIs that are nobody's yet. They have no route until [`Vm::route_msi`].
+    /// `count` GSIs that are nobody's yet. They have no route until [`Vm::route_msis`].
     pub fn allocate_gsis(&self, count: u32) -> Result<Vec<u32>> {
         let mut routing = self.routing();
         let free: Vec<u32> =
@@ -77,9 +99,14 @@ impl Vm {
         }
     }
 
-    /// Routes one GSI; the kernel takes the whole table each time.
-    pub fn route_msi(&self, gsi: u32, route: MsiRoute) -> Result<()> {
-        self.routing().change(gsi, route, |routing| self.write_table(routing))
+    /// In a new VMM: GSIs that were allocated in the old one, all or none.
+    pub fn adopt_gsis(&self, gsis: &[u32]) -> Result<()> {
+        self.routing().adopt(gsis)
+    }
+
+    /// Routes all of them in one call, or none: the kernel takes the whole table each time.
+    pub fn route_msis(&self, routes: &[(u32, MsiRoute)]) -> Result<()> {
+        self.routing().change(routes, |routing| self.write_table(routing))
     }
 
     /// Notes routes without telling KVM, for a restore: [`Vm::commit_routes`] then sets all of them in one call.
@@ -126,10 +153,40 @@ impl Vm {
         self.fd().register_irqfd(&view, gsi).map_err(Error::call(format!("KVM_IRQFD assign GSI {gsi}")))
     }
 
-    /// Detaches and waits for injections under way; what comes later stays counted in the eventfd.
+    /// As [`Vm::attach_irqfd`], for the level of an IOAPIC pin: a count raises it until the guest's EOI, which lowers it
+    /// and signals `resample`.
+    pub fn attach_level_irqfd(&self, pin: u32, eventfd: BorrowedFd<'_>, resample: BorrowedFd<'_>) -> Result<()> {
+        let (eventfd, resample) = (view(eventfd), view(resample));
+        self.fd()
+            .register_irqfd_with_resample(&eventfd, &resample, pin)
+            .map_err(Error::call(format!("KVM_IRQFD assign with resample GSI {pin}")))
+    }
+
+    /// Detaches and waits for injections under way; what comes later stays counted in the eventfd. A pin's level falls
+    /// with the last of its irqfds.
     pub fn detach_irqfd(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<()> {
         let view = view(eventfd);
         self.fd().unregister_irqfd(&view, gsi).map_err(Error::call(format!("KVM_IRQFD deassign GSI {gsi}")))
+    }
+
+    /// From now on a write there, of any value and size, is a count in `eventfd`, and no exit.
+    pub fn attach_ioeventfd(&self, at: IoEventAt, eventfd: BorrowedFd<'_>) -> Result<()> {
+        self.fd()
+            .register_ioevent(&view(eventfd), &io_event_address(at), NoDatamatch)
+            .map_err(Error::call(format!("KVM_IOEVENTFD assign {at:x?}")))
+    }
+
+    pub fn detach_ioeventfd(&self, at: IoEventAt, eventfd: BorrowedFd<'_>) -> Result<()> {
+        self.fd()
+            .unregister_ioevent(&view(eventfd), &io_event_address(at), NoDatamatch)
+            .map_err(Error::call(format!("KVM_IOEVENTFD deassign {at:x?}")))
+    }
+}
+
+fn io_event_address(at: IoEventAt) -> IoEventAddress {
+    match at {
+        IoEventAt::Port(port) => IoEventAddress::Pio(port.into()),
+        IoEventAt::Mmio(gpa) => IoEventAddress::Mmio(gpa),
     }
 }
 
@@ -168,8 +225,8 @@ mod tests {
         let mut routing = Routing::new();
         let route = |data| MsiRoute { address: 0xFEE0_1000, data };
         routing.msi.insert(24, None);
-        assert!(routing.change(24, route(1), refused).is_err());
-        assert!(routing.change(25, route(9), refused).is_err());
+        assert!(routing.change(&[(24, route(1))], refused).is_err());
+        assert!(routing.change(&[(24, route(9)), (25, route(9)), (24, route(8))], refused).is_err());
         assert_eq!(routing.msi, BTreeMap::from([(24, None)]));
         let mut written = 0;
         let mut write = |routing: &Routing| {
@@ -177,10 +234,20 @@ mod tests {
             assert_eq!(routing.msi, BTreeMap::from([(24, Some(route(1)))]));
             Ok(())
         };
-        routing.change(24, route(1), &mut write).unwrap();
-        routing.change(24, route(1), &mut write).unwrap();
+        routing.change(&[(24, route(1))], &mut write).unwrap();
+        routing.change(&[(24, route(1))], &mut write).unwrap();
         assert_eq!(written, 1, "the kernel has it already");
-        assert!(routing.change(24, route(2), refused).is_err());
+        assert!(routing.change(&[(24, route(2))], refused).is_err());
         assert_eq!(routing.msi, BTreeMap::from([(24, Some(route(1)))]));
+    }
+
+    #[test]
+    fn gsis_of_a_saved_state_are_taken_once() {
+        let mut routing = Routing::new();
+        routing.adopt(&[24, 26]).unwrap();
+        for bad in [&[25, 26][..], &[25, 25], &[23], &[MAX_GSI]] {
+            assert!(routing.adopt(bad).is_err(), "{bad:?}");
+        }
+        assert_eq!(routing.msi, BTreeMap::from([(24, None), (26, None)]));
     }
 }

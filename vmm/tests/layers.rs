@@ -13,7 +13,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
     ),
     ("api", &["types", "args", "access", "reply", "endpoint", "server", "client"]),
     ("hypervisor", &["error", "system", "clock", "irqchip", "raw", "routing", "vfio", "vm", "vcpu"]),
-    ("devices", &["bus", "migratable", "interrupt", "turn", "legacy", "pci", "vfio", "catalogue"]),
+    ("devices", &["bus", "migratable", "rate_limited_log", "interrupt", "turn", "legacy", "pci", "vfio", "catalogue"]),
     (
         "vmm",
         &[

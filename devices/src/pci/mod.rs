@@ -6,7 +6,6 @@ pub mod config_access;
 pub mod ecam;
 pub mod host_bridge;
 pub mod msix;
-pub mod rate_limited_log;
 
 /// A function on the PCI bus as its configuration space.
 pub trait PciDevice: Send {

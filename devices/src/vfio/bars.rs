@@ -24,7 +24,7 @@ use super::signals;
 use super::wiring::Wiring;
 use crate::bus::{SharedDevice, Target as BusTarget};
 use crate::pci::msix::Msix;
-use crate::pci::rate_limited_log::RateLimitedLog;
+use crate::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
 
 /// A guest moves its BARs as often as it likes.

@@ -30,7 +30,7 @@ use super::wiring::{PassthroughError, Wiring};
 use crate::migratable::{Migratable, MigrateError};
 use crate::pci::PciDevice;
 use crate::pci::msix::{Msix, MsixError, MsixState};
-use crate::pci::rate_limited_log::RateLimitedLog;
+use crate::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
 
 /// How long a save waits for a vCPU that is in an access to the device. Else a guest could block whoever saves.
@@ -129,7 +129,7 @@ impl VfioPci {
         place(windows, &mut registers)?;
         filter.set_bars(&registers);
         let device = Arc::new(device);
-        let msix = Msix::new(id, layout.vectors, wiring.msi.clone(), wiring.fd_store.clone());
+        let msix = Msix::new(id, layout.vectors, wiring.interrupts.clone(), wiring.fd_store.clone());
         let msix = Arc::new(Turn::new(msix));
         let parts = BarParts { device: &device, msix: &msix, layout: &layout };
         let regions =
@@ -368,7 +368,7 @@ impl Migratable for VfioPci {
         let enabled = filter.msix_control() & MSIX_ENABLE != 0;
         let device = Arc::new(VfioDevice::restore(device, enabled, claims)?);
         let is_loud = filter.adopt_intx_disable(&*device);
-        let msix = Msix::restore(&id, msix, wiring.msi.clone(), wiring.fd_store.clone(), claims);
+        let msix = Msix::restore(&id, msix, wiring.interrupts.clone(), wiring.fd_store.clone(), claims);
         let msix = Arc::new(Turn::new(msix.map_err(|e| wrong(e.to_string()))?));
         let mut this = Self {
             id,

@@ -12,7 +12,7 @@ use super::super::registry::Passthrough;
 use super::*;
 use crate::bus::Bus;
 use crate::interrupt::Memslots;
-use crate::pci::msix::tests::FakeMsi;
+use crate::interrupt::fake::FakeController;
 
 /// slot -> (gpa, size, hva); the next slot; whether all is refused
 #[derive(Default)]
@@ -100,16 +100,16 @@ struct Rig {
     file: std::os::fd::OwnedFd,
     windows: Windows,
     memslots: Arc<FakeMemslots>,
-    msi: Arc<FakeMsi>,
+    msi: Arc<FakeController>,
     irqs: Arc<FakeIrqs>,
     wiring: Wiring,
 }
 
-pub fn wiring(fd_store: &FdStore) -> (Wiring, Arc<FakeMemslots>, Arc<FakeMsi>) {
-    let (memslots, msi) = (Arc::new(FakeMemslots::default()), Arc::new(FakeMsi::default()));
+pub fn wiring(fd_store: &FdStore) -> (Wiring, Arc<FakeMemslots>, Arc<FakeController>) {
+    let (memslots, msi) = (Arc::new(FakeMemslots::default()), Arc::new(FakeController::default()));
     let wiring = Wiring {
         fd_store: fd_store.clone(),
-        msi: msi.clone(),
+        interrupts: msi.clone(),
         memslots: memslots.clone(),
         mmio: Arc::new(Bus::new("mmio")),
         pio: Arc::new(Bus::new("pio")),

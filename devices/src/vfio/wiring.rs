@@ -7,13 +7,13 @@ use theseus_resources::FdStore;
 use super::config::ConfigError;
 use super::device::DeviceError;
 use crate::bus::Bus;
-use crate::interrupt::{Memslots, Msi};
+use crate::interrupt::{InterruptController, Memslots};
 
 /// What a device is wired to in this image.
 #[derive(Clone)]
 pub struct Wiring {
     pub fd_store: FdStore,
-    pub msi: Arc<dyn Msi>,
+    pub interrupts: Arc<dyn InterruptController>,
     pub memslots: Arc<dyn Memslots>,
     pub mmio: Arc<Bus>,
     pub pio: Arc<Bus>,

@@ -4,8 +4,10 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use theseus_devices::interrupt::{IrqLine, Memslots, Msi, MsiError, MsiMessage};
-use theseus_hypervisor::{Error, MsiRoute, Vm};
+use theseus_devices::interrupt::{
+    InterruptController, InterruptError, IoAddress, IoEvents, IrqLine, Memslots, MsiMessage,
+};
+use theseus_hypervisor::{Error, IoEventAt, MsiRoute, Vm};
 use theseus_resources::rate::Rate;
 
 /// A guest can provoke as many as it likes.
@@ -25,7 +27,7 @@ impl IrqLine for Pin {
     }
 }
 
-pub struct VmMsi(pub Arc<Vm>);
+pub struct VmInterrupts(pub Arc<Vm>);
 
 fn io(error: Error) -> std::io::Error {
     match error {
@@ -34,38 +36,72 @@ fn io(error: Error) -> std::io::Error {
     }
 }
 
-fn msi_error(what: String) -> impl FnOnce(Error) -> MsiError {
-    move |error| MsiError { what, source: io(error) }
+fn failed(what: String) -> impl FnOnce(Error) -> InterruptError {
+    move |error| InterruptError { what, source: io(error) }
 }
 
 fn route(message: MsiMessage) -> MsiRoute {
     MsiRoute { address: message.address, data: message.data }
 }
 
-impl Msi for VmMsi {
-    fn allocate(&self, count: u32) -> Result<Vec<u32>, MsiError> {
-        self.0.allocate_gsis(count).map_err(msi_error(format!("{count} GSIs")))
+impl InterruptController for VmInterrupts {
+    fn allocate(&self, count: u32) -> Result<Vec<u32>, InterruptError> {
+        self.0.allocate_gsis(count).map_err(failed(format!("{count} GSIs")))
     }
 
-    fn adopt(&self, gsis: &[(u32, Option<MsiMessage>)]) -> Result<(), MsiError> {
-        self.0.stage_routes(gsis.iter().map(|(gsi, message)| (*gsi, message.map(route))));
-        Ok(())
+    fn adopt(&self, gsis: &[u32]) -> Result<(), InterruptError> {
+        self.0.adopt_gsis(gsis).map_err(failed(format!("GSIs {gsis:?}")))
+    }
+
+    fn note(&self, routes: &[(u32, Option<MsiMessage>)]) {
+        self.0.stage_routes(routes.iter().map(|(gsi, message)| (*gsi, message.map(route))));
     }
 
     fn free(&self, gsis: &[u32]) {
         self.0.free_gsis(gsis);
     }
 
-    fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), MsiError> {
-        self.0.route_msi(gsi, route(message)).map_err(msi_error(format!("route of GSI {gsi}")))
+    fn route(&self, routes: &[(u32, MsiMessage)]) -> Result<(), InterruptError> {
+        let table: Vec<_> = routes.iter().map(|(gsi, message)| (*gsi, route(*message))).collect();
+        let what = match routes {
+            [(gsi, _)] => format!("route of GSI {gsi}"),
+            _ => format!("routes of {} GSIs", routes.len()),
+        };
+        self.0.route_msis(&table).map_err(failed(what))
     }
 
-    fn attach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
-        self.0.attach_irqfd(gsi, eventfd).map_err(msi_error(format!("irqfd of GSI {gsi}")))
+    fn attach(
+        &self,
+        gsi: u32,
+        eventfd: BorrowedFd<'_>,
+        resample: Option<BorrowedFd<'_>>,
+    ) -> Result<(), InterruptError> {
+        let done = match resample {
+            None => self.0.attach_irqfd(gsi, eventfd),
+            Some(resample) => self.0.attach_level_irqfd(gsi, eventfd, resample),
+        };
+        done.map_err(failed(format!("irqfd of GSI {gsi}")))
     }
 
-    fn detach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), MsiError> {
-        self.0.detach_irqfd(gsi, eventfd).map_err(msi_error(format!("irqfd of GSI {gsi}")))
+    fn detach(&self, gsi: u32, eventfd: BorrowedFd<'_>) -> Result<(), InterruptError> {
+        self.0.detach_irqfd(gsi, eventfd).map_err(failed(format!("irqfd of GSI {gsi}")))
+    }
+}
+
+fn place(at: IoAddress) -> IoEventAt {
+    match at {
+        IoAddress::Port(port) => IoEventAt::Port(port),
+        IoAddress::Mmio(gpa) => IoEventAt::Mmio(gpa),
+    }
+}
+
+impl IoEvents for VmInterrupts {
+    fn attach(&self, at: IoAddress, eventfd: BorrowedFd<'_>) -> Result<(), InterruptError> {
+        self.0.attach_ioeventfd(place(at), eventfd).map_err(failed(format!("ioeventfd at {at:x?}")))
+    }
+
+    fn detach(&self, at: IoAddress, eventfd: BorrowedFd<'_>) -> Result<(), InterruptError> {
+        self.0.detach_ioeventfd(place(at), eventfd).map_err(failed(format!("ioeventfd at {at:x?}")))
     }
 }
 

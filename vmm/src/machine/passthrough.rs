@@ -22,7 +22,7 @@ use theseus_resources::{Claims, FdStore, GuestRam, StateReader, StateWriter};
 
 use super::MachineError;
 use super::devices::Buses;
-use super::glue::{VmMemslots, VmMsi};
+use super::glue::{VmInterrupts, VmMemslots};
 
 /// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
 const A_MOMENT: Duration = Duration::from_millis(500);
@@ -79,7 +79,7 @@ fn failed(error: impl std::fmt::Display) -> MachineError {
 fn wiring(vm: &Arc<Vm>, buses: &Buses, fd_store: &FdStore) -> Wiring {
     Wiring {
         fd_store: fd_store.clone(),
-        msi: Arc::new(VmMsi(vm.clone())),
+        interrupts: Arc::new(VmInterrupts(vm.clone())),
         memslots: Arc::new(VmMemslots(vm.clone())),
         mmio: buses.mmio.clone(),
         pio: buses.pio.clone(),

@@ -1,0 +1,68 @@
+//! Interrupts as objects, and what they need of KVM, said so that devices can be tested without it.
+//!
+//! ```text
+//! device -> eventfd -> irqfd -> GSI -> message -> guest            Route, many of them: Vectors (MSI-X, MSI)
+//! device -> eventfd -> irqfd -> IOAPIC pin -> guest -> EOI -> eventfd -> device      LevelLine (INTx)
+//! guest's write -> ioeventfd -> eventfd -> device                  IoEvent (a queue's notify register)
+//! ```
+//!
+//! Each owns its eventfds, its GSI and what KVM does with them, and knows both what is wanted and what KVM has. What
+//! KVM refuses is never forgotten: `settle` tries again. An object comes up detached in a new VMM, is detached while
+//! the guest stands still, and cannot be dropped attached.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`controller`] | what all of them ask of KVM |
+//! | [`route`] | [`Route`]: one message signalled interrupt |
+//! | [`vectors`] | [`Vectors`]: those of a device, changed together |
+//! | [`level`] | [`LevelLine`]: a level on an IOAPIC pin |
+//! | [`ioevent`] | [`IoEvent`]: the other way |
+
+pub mod controller;
+#[cfg(test)]
+pub mod fake;
+pub mod ioevent;
+pub mod level;
+pub mod route;
+pub mod vectors;
+
+pub use controller::{InterruptController, InterruptError, MsiMessage};
+pub use ioevent::{IoAddress, IoEvent, IoEvents};
+pub use level::{LevelLine, LevelLineState};
+pub use route::{Route, RouteState};
+pub use vectors::{VectorError, Vectors};
+
+/// An edge on an IOAPIC pin.
+pub trait IrqLine: Send + Sync {
+    /// Raises and lowers the line once.
+    fn pulse(&self);
+}
+
+/// How a guest's run ends from inside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestRequest {
+    /// Asked for through a device register.
+    PowerOff,
+    /// Asked for through a device register, or by a triple fault.
+    Reset,
+    /// Not asked for: a vCPU cannot go on, for this reason.
+    Failed(String),
+}
+
+/// Where such requests go. Called on a vCPU thread: must not block.
+pub trait GuestRequests: Send + Sync {
+    fn notify(&self, request: GuestRequest);
+    /// Whether something was asked for that nobody has acted on. No vCPU goes on until somebody has.
+    fn pending(&self) -> bool;
+}
+
+/// Memory that the guest reaches without an exit, beside its RAM: the BARs of passed-through devices.
+pub trait Memslots: Send + Sync {
+    /// Maps `size` bytes at `hva` into the guest at `gpa` (all multiples of the page size), and returns the slot's
+    /// number.
+    ///
+    /// # Safety
+    /// `hva..hva + size` must be mapped, and the guest may touch it, until the slot is removed.
+    unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32>;
+    fn remove(&self, slot: u32) -> std::io::Result<()>;
+}

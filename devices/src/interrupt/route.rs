@@ -1,0 +1,165 @@
+//! One message signalled interrupt: a GSI, the message it is routed to, the eventfd that fires it, and the irqfd
+//! between them.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde::{Deserialize, Serialize};
+use theseus_resources::{Slot, StoredFd};
+
+use super::controller::{InterruptController, InterruptError, MsiMessage};
+
+/// What KVM has of a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Irqfd {
+    /// An event would be lost, so there is none.
+    Unarmed,
+    Detached(MsiMessage),
+    Attached(MsiMessage),
+}
+
+/// See the module. While it is detached its events stay counted in the eventfd. Dropped, it is detached, and its GSI
+/// is given back.
+pub struct Route {
+    controller: Arc<dyn InterruptController>,
+    /// Nobody else's until this is dropped.
+    gsi: u32,
+    eventfd: StoredFd,
+    irqfd: Irqfd,
+}
+
+/// Saved state of [`Route`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteState {
+    pub(super) slot: Slot,
+    gsi: u32,
+    routed: Option<MsiMessage>,
+}
+
+impl Route {
+    /// One for each eventfd, not armed yet.
+    pub fn make(
+        controller: &Arc<dyn InterruptController>,
+        eventfds: Vec<StoredFd>,
+    ) -> Result<Vec<Self>, InterruptError> {
+        let count = u32::try_from(eventfds.len()).unwrap_or(u32::MAX);
+        let gsis = controller.allocate(count)?;
+        Ok(Self::of(controller, gsis.into_iter().zip(eventfds)))
+    }
+
+    fn of(controller: &Arc<dyn InterruptController>, parts: impl Iterator<Item = (u32, StoredFd)>) -> Vec<Self> {
+        let route = |(gsi, eventfd)| Self { controller: controller.clone(), gsi, eventfd, irqfd: Irqfd::Unarmed };
+        parts.map(route).collect()
+    }
+
+    /// In a new VMM, detached: KVM learns of the messages in the one call of the restore.
+    pub fn restore(
+        controller: &Arc<dyn InterruptController>,
+        states: &[RouteState],
+        eventfds: Vec<StoredFd>,
+    ) -> Result<Vec<Self>, InterruptError> {
+        let gsis: Vec<_> = states.iter().map(|state| state.gsi).collect();
+        controller.adopt(&gsis)?;
+        let mut routes = Self::of(controller, gsis.into_iter().zip(eventfds));
+        Self::note(controller, &mut routes.iter_mut().zip(states).collect::<Vec<_>>());
+        Ok(routes)
+    }
+
+    /// Takes the messages of a later state of the same routes ([`Route::is`]), which are detached.
+    pub fn note(controller: &Arc<dyn InterruptController>, later: &mut [(&mut Self, &RouteState)]) {
+        let routes: Vec<_> = later.iter().map(|(_, state)| (state.gsi, state.routed)).collect();
+        controller.note(&routes);
+        for (route, state) in later {
+            route.irqfd = state.routed.map_or(Irqfd::Unarmed, Irqfd::Detached);
+        }
+    }
+
+    /// Whether `state` is one of this route.
+    pub fn is(&self, state: &RouteState) -> bool {
+        self.gsi == state.gsi && self.eventfd.slot() == state.slot
+    }
+
+    /// Routes each to its message, attached or not: all in one call, or none.
+    pub fn arm(routes: &mut [(&mut Self, MsiMessage)]) -> Result<(), InterruptError> {
+        let Some((first, _)) = routes.first() else { return Ok(()) };
+        let table: Vec<_> = routes.iter().map(|(route, message)| (route.gsi, *message)).collect();
+        first.controller.route(&table)?;
+        for (route, message) in routes {
+            route.irqfd = if route.is_attached() { Irqfd::Attached(*message) } else { Irqfd::Detached(*message) };
+        }
+        Ok(())
+    }
+
+    /// Injects what has come meanwhile, and then what comes. Nothing is done to one that is attached, or not armed.
+    pub fn attach(&mut self) -> Result<(), InterruptError> {
+        let Irqfd::Detached(message) = self.irqfd else { return Ok(()) };
+        self.controller.attach(self.gsi, self.eventfd.as_fd(), None)?;
+        self.irqfd = Irqfd::Attached(message);
+        Ok(())
+    }
+
+    /// What came before is injected, what comes later waits in the eventfd.
+    pub fn detach(&mut self) -> Result<(), InterruptError> {
+        let Irqfd::Attached(message) = self.irqfd else { return Ok(()) };
+        self.controller.detach(self.gsi, self.eventfd.as_fd())?;
+        self.irqfd = Irqfd::Detached(message);
+        Ok(())
+    }
+
+    pub fn is_attached(&self) -> bool {
+        matches!(self.irqfd, Irqfd::Attached(_))
+    }
+
+    /// What it is armed with.
+    pub fn message(&self) -> Option<MsiMessage> {
+        match self.irqfd {
+            Irqfd::Unarmed => None,
+            Irqfd::Detached(message) | Irqfd::Attached(message) => Some(message),
+        }
+    }
+
+    /// What the device is to signal.
+    pub fn eventfd(&self) -> BorrowedFd<'_> {
+        self.eventfd.as_fd()
+    }
+
+    /// Whether an event waits.
+    pub fn is_pending(&self) -> bool {
+        // The count of an attached eventfd was injected already, and stays until it is detached.
+        !self.is_attached() && is_readable(self.eventfd.as_fd())
+    }
+
+    /// As the device does.
+    pub fn signal(&self) -> std::io::Result<()> {
+        rustix::io::write(&self.eventfd, &1u64.to_ne_bytes())?;
+        Ok(())
+    }
+
+    /// Forgets what waits.
+    pub fn drain(&self) {
+        let _ = rustix::io::read(&self.eventfd, &mut [0; 8]);
+    }
+
+    pub fn save(&self) -> RouteState {
+        let Self { controller: _, gsi, eventfd, irqfd: _ } = self;
+        RouteState { slot: eventfd.slot(), gsi: *gsi, routed: self.message() }
+    }
+}
+
+impl Drop for Route {
+    fn drop(&mut self) {
+        match self.detach() {
+            Ok(()) => self.controller.free(&[self.gsi]),
+            // KVM takes the irqfd away itself with the last copy of the eventfd (irqfd_wakeup). Until then it injects
+            // the GSI, which so becomes nobody's.
+            Err(error) => log::error!("{}: {error}", self.eventfd.name()),
+        }
+    }
+}
+
+pub(super) fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1))
+}
