@@ -13,6 +13,8 @@ pub enum Body {
     EmptyOk,
     /// 200
     Json(Value),
+    /// 200, with what is JSON already.
+    Text(&'static str),
 }
 
 /// The answer to a request.

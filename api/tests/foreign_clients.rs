@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde_json::json;
+use theseus_api::endpoint::DOCUMENT;
 use theseus_api::server::{Backend, KeptConnection, MAX_CONNECTIONS, ReplyTo, Server, bind};
 use theseus_api::{ApiError, Body, Request};
 
@@ -60,6 +61,7 @@ impl Backend for Fake {
     fn submit(&self, request: Request, reply: ReplyTo) {
         match request {
             Request::Ping => reply.send(Ok(Body::Json(json!({"version": "1"})))),
+            Request::OpenApi => reply.send(Ok(Body::Text(DOCUMENT))),
             Request::Info => reply.send(Ok(Body::Json(json!({"cmdline": format!("{}ä€😀", "x".repeat(500))})))),
             Request::VmmShutdown => reply.send(Ok(Body::EmptyOk)),
             Request::Resume => reply.send(Err(ApiError::conflict("the VM runs"))),
@@ -112,6 +114,7 @@ fn table() -> Vec<(Vec<u8>, u16, Option<String>)> {
         (request("PUT", "vm.resume"), 409, some(r#"["the VM runs"]"#)),
         (request("PUT", "vm.nmi"), 429, some(r#"["later"]"#)),
         (request("PUT", "vm.reboot"), 500, some(r#"["broken"]"#)),
+        (request("GET", "openapi.json"), 200, some(DOCUMENT)),
         (
             request("GET", "vm.info"),
             200,

@@ -5,10 +5,12 @@
 mod admission;
 mod body;
 mod not_yet;
+mod openapi;
 
 pub use admission::Admission;
 pub use body::BodyRule;
 pub use not_yet::{NOT_YET, not_yet};
+pub use openapi::DOCUMENT;
 
 use crate::reply::ApiError;
 use crate::{API_PREFIX, types};
@@ -84,6 +86,15 @@ macro_rules! endpoints {
             read: read!($variant $($body)?),
             $($column: $value,)*
         }),*];
+
+        #[cfg(test)]
+        fn signatures(schemas: &mut schemars::SchemaGenerator) -> Vec<Signature> {
+            vec![$(Signature {
+                variant: stringify!($variant),
+                body: schema!(schemas $($body)?),
+                answer: schema!(schemas $($answer)?),
+            }),*]
+        }
     };
 }
 
@@ -102,6 +113,24 @@ macro_rules! read {
     };
     ($variant:ident $body:ty) => {
         |name, bytes| <$body as RequestBody>::read(name, bytes).map(Request::$variant)
+    };
+}
+
+/// Types of a row, for the document.
+#[cfg(test)]
+struct Signature {
+    variant: &'static str,
+    body: Option<schemars::Schema>,
+    answer: Option<schemars::Schema>,
+}
+
+#[cfg(test)]
+macro_rules! schema {
+    ($schemas:ident) => {
+        None
+    };
+    ($schemas:ident $type:ty) => {
+        Some($schemas.subschema_for::<$type>())
     };
 }
 
@@ -176,6 +205,11 @@ endpoints! {
         method: Put, name: "vm.update", command: Some("update"),
         admission: Always, needs_machine: true, in_update: false,
     }
+    /// This API, as an OpenAPI document
+    OpenApi -> serde_json::Map<String, serde_json::Value> {
+        method: Get, name: "openapi.json", command: None,
+        admission: Always, needs_machine: false, in_update: true,
+    }
 }
 
 impl Endpoint {
@@ -234,6 +268,19 @@ mod tests {
         for (name, _) in NOT_YET {
             assert!(names.insert(name) && commands.insert(name), "{name}");
             assert!(!names.contains(format!("vm.{name}").as_str()), "{name} is there");
+        }
+    }
+
+    #[test]
+    fn the_guide_names_every_endpoint() {
+        let guide = include_str!("../../../docs/guide.md");
+        let section = guide.split("\n## ").find(|section| section.starts_with("REST\n")).unwrap();
+        let words: HashSet<&str> = section
+            .split(|c: char| c.is_whitespace() || ",;:`".contains(c))
+            .map(|word| word.trim_end_matches('.'))
+            .collect();
+        for endpoint in ENDPOINTS {
+            assert!(words.contains(endpoint.name), "{}", endpoint.name);
         }
     }
 

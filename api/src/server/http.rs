@@ -126,6 +126,7 @@ fn render(reply: &Reply) -> (u16, String) {
         Ok(Body::Empty) => (204, String::new()),
         Ok(Body::EmptyOk) => (200, String::new()),
         Ok(Body::Json(value)) => (200, ascii(value.to_string())),
+        Ok(Body::Text(text)) => (200, ascii((*text).to_owned())),
         Err(e) => (e.status, ascii(serde_json::Value::from(e.causes.clone()).to_string())),
     }
 }

@@ -7,6 +7,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(test)]
+use super::validate::{MAX_MEMORY, MAX_VCPUS, MIN_MEMORY};
+
 /// Name of the VFIO container that devices without one of their own share.
 pub const DEFAULT_CONTAINER: &str = "default";
 
@@ -16,8 +19,9 @@ const PCI_DEVICES: &str = "/sys/bus/pci/devices/";
 /// The huge page size supported, in bytes.
 pub const HUGEPAGE_SIZE: u64 = 2 << 20;
 
-/// Body of `vm.create`. [`VmConfig::validate`] checks what the types cannot.
+/// A VM. What the types cannot check is checked when it is created, and all problems are reported at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VmConfig {
     #[serde(default)]
     pub cpus: CpusConfig,
@@ -50,10 +54,11 @@ impl VmConfig {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct CpusConfig {
+    #[cfg_attr(test, schemars(range(min = 1, max = MAX_VCPUS)))]
     pub boot_vcpus: u32,
-    /// For those who bring it along: as vCPUs cannot be added later, it is taken to be `boot_vcpus`, see
-    /// [`VmConfig::settled`].
+    /// For those who bring it along: as vCPUs cannot be added later, it is taken to be `boot_vcpus`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
     /// Where the threads of vCPUs run; the others run where the VMM does.
@@ -63,6 +68,7 @@ pub struct CpusConfig {
 
 /// The host's CPUs that the thread of a vCPU may run on. An update keeps it, and what was set from outside since.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct CpuAffinity {
     pub vcpu: u32,
     pub host_cpus: Vec<u32>,
@@ -78,8 +84,10 @@ impl Default for CpusConfig {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MemoryConfig {
     /// Bytes.
+    #[cfg_attr(test, schemars(range(min = MIN_MEMORY, max = MAX_MEMORY)))]
     pub size: u64,
     /// Guest memory is always a shared memfd, or it could not be carried through an update: `false` is taken for
     /// `true`.
@@ -88,7 +96,7 @@ pub struct MemoryConfig {
     /// Back the guest with hugetlbfs pages.
     #[serde(default)]
     pub hugepages: bool,
-    /// Bytes; only [`HUGEPAGE_SIZE`] is supported.
+    /// Bytes; only 2097152 (2 MiB) is supported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepage_size: Option<u64>,
     /// Ask for transparent huge pages; changes nothing where `hugepages` is on.
@@ -110,8 +118,9 @@ impl Default for MemoryConfig {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PayloadConfig {
-    /// bzImage, or ELF with a PVH note. Required, though the type lets it be absent so that validation can say so.
+    /// bzImage, or ELF with a PVH note. Required.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -122,6 +131,7 @@ pub struct PayloadConfig {
 
 /// Where the bytes of the serial port go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum SerialMode {
     /// The guest has no serial port.
     Off,
@@ -136,6 +146,7 @@ pub enum SerialMode {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct SerialConfig {
     #[serde(default)]
     pub mode: SerialMode,
@@ -149,8 +160,10 @@ pub struct SerialConfig {
 
 /// A PCI device passed through with VFIO.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DeviceConfig {
-    /// `/sys/bus/pci/devices/DDDD:BB:DD.F`, or what [`DeviceConfig::bdf`] takes for it.
+    /// `/sys/bus/pci/devices/DDDD:BB:DD.F`, another path of sysfs that ends in the
+    /// address, or the address alone, without its domain too.
     pub path: PathBuf,
     /// Default: chosen by the VMM.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 /// Answer of `vmm.ping`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct PingInfo {
     /// Version with the details of the build (commit), for people.
@@ -42,6 +43,7 @@ pub struct PingInfo {
 
 /// Answer of `vm.counters`: what had to be dropped.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct Counters {
     pub serial: DroppedBytes,
@@ -50,6 +52,7 @@ pub struct Counters {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct DroppedBytes {
     pub dropped_bytes: u64,
@@ -57,6 +60,7 @@ pub struct DroppedBytes {
 
 /// Of the event stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct LostEvents {
     pub lost: u64,
@@ -64,6 +68,7 @@ pub struct LostEvents {
 
 /// State of the VM as `vm.info` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum VmState {
     Created,
     Running,
@@ -73,6 +78,7 @@ pub enum VmState {
 
 /// Answer of `vm.info`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VmInfo {
     pub config: VmConfig,
     pub state: VmState,
@@ -89,13 +95,14 @@ pub struct VmInfo {
 
 /// A device in the answer of `vm.info`, with what Cloud Hypervisor's type has of one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DeviceNode {
     pub id: String,
     pub resources: Vec<Resource>,
     /// There are no buses below the root one.
     pub parent: Option<String>,
     pub children: Vec<String>,
-    /// In the guest; None for what is not on its PCI bus.
+    /// In the guest; null for what is not on its PCI bus.
     pub pci_bdf: Option<String>,
     /// Of a passed-through device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -107,6 +114,7 @@ pub struct DeviceNode {
 
 /// What a device has on the guest's buses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Resource {
     PioAddressRange {
         base: u16,
@@ -123,6 +131,7 @@ pub enum Resource {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum PciBarType {
     Io,
     Mmio32,

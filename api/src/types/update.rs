@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// How the new build takes over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateMode {
     /// In place, in the same process.
@@ -13,20 +14,23 @@ pub enum UpdateMode {
     Exec,
 }
 
-/// Body of `vm.update`; an empty body means all defaults.
+/// What to update to, and how; an empty body means all defaults.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct UpdateRequest {
     /// The new build; default: the file this process was started from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,
     /// SHA-256 the file must have, 64 hex digits.
+    #[cfg_attr(test, schemars(regex(pattern = "^[0-9A-Fa-f]{64}$")))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
     /// Stop after prepare and report whether the update would go ahead.
     pub dry_run: bool,
     /// Milliseconds from the pause to the guest's next instruction; after that the guest goes back to the running
     /// build. Default: 10000.
+    #[cfg_attr(test, schemars(range(min = 1)))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
     pub mode: UpdateMode,
@@ -54,6 +58,7 @@ impl UpdateRequest {
 
 /// Which build.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct BuildInfo {
     pub version: String,
@@ -62,6 +67,7 @@ pub struct BuildInfo {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateOutcome {
     /// The guest runs in the new build.
@@ -88,6 +94,7 @@ impl UpdateOutcome {
 
 /// Time spent in one phase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PhaseTime {
     pub name: String,
     /// Microseconds.
@@ -96,10 +103,11 @@ pub struct PhaseTime {
 
 /// Answer of `vm.update`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct UpdateReport {
     pub outcome: UpdateOutcome,
     pub from: BuildInfo,
-    /// None where the target was never identified.
+    /// Absent where the target was never identified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<BuildInfo>,
     pub pid: u32,
@@ -108,8 +116,8 @@ pub struct UpdateReport {
     pub vmm_pid: u32,
     #[serde(default)]
     pub vcpu_threads: Vec<i32>,
-    /// Microseconds from the moment the vCPUs are asked to stop to the one in which they have been told to run; None
-    /// where they were not asked.
+    /// Microseconds from the moment the vCPUs are asked to stop to the one in which they have been told to run;
+    /// absent where they were not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause_us: Option<u64>,
     /// In the order they passed.

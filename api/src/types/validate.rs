@@ -11,7 +11,7 @@ use super::config::{
 /// Bytes.
 pub const MIN_MEMORY: u64 = 128 << 20;
 /// Keeps address arithmetic far from overflow; what the host's address width allows is checked when the VM is made.
-const MAX_MEMORY: u64 = 4 << 40;
+pub(super) const MAX_MEMORY: u64 = 4 << 40;
 pub const MAX_VCPUS: u32 = 64;
 /// Bytes that the address of a unix socket holds of a path (sun_path, without the NUL).
 pub const SOCKET_PATH_MAX: usize = 107;

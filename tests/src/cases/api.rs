@@ -44,6 +44,9 @@ const WITHOUT_GUEST: &[Row] = &[
     ("PUT", "vm.create", r#"{"payload":{"kernel":"/k"},"memory":{"size":1}}"#, 400, "memory"),
 ];
 
+/// What `openapi.json` answers.
+const DOCUMENT: &str = include_str!("../../../api/openapi.json");
+
 fn run_table(vm: &Vm, rows: &[Row]) -> Result<()> {
     for (method, endpoint, body, status, word) in rows {
         let row = format!("{method} {endpoint} {body}");
@@ -107,6 +110,8 @@ pub fn bad_input() -> Result<()> {
 pub fn bad_input_without_guest() -> Result<()> {
     let mut vm = Vm::api_only()?;
     run_table(&vm, WITHOUT_GUEST)?;
+    let document = vm.api.get("openapi.json")?;
+    ensure!(document.status == 200 && document.body == DOCUMENT, "{document:?}");
     broken_requests(&vm)?;
     vm.api.order("vmm.shutdown")?;
     let status = vm.wait_exit()?;

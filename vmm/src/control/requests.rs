@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
+use theseus_api::endpoint::DOCUMENT;
 use theseus_api::server::ReplyTo;
 use theseus_api::types::{
     Counters, DroppedBytes, LostEvents, PayloadConfig, PingInfo, SerialMode, VmConfig, VmInfo, VmState,
@@ -71,6 +72,7 @@ impl Control {
                 Ok(())
             }),
             Request::Counters => self.counters(),
+            Request::OpenApi => Ok(Body::Text(DOCUMENT)),
         };
         if let Some(event) = event.filter(|_| answer.is_ok()) {
             self.events.say("vm", event, json!({}));
