@@ -2,10 +2,14 @@
 
 pub mod bus;
 pub mod catalogue;
+pub mod device;
+pub mod host_bridge;
 pub mod interrupt;
 pub mod legacy;
 pub mod migratable;
 pub mod pci;
 pub mod rate_limited_log;
+pub mod set;
+pub mod spec;
 pub mod turn;
 pub mod vfio;

@@ -9,6 +9,8 @@ use theseus_resources::fd_store::FdStoreError;
 pub enum MigrateError {
     #[error(transparent)]
     FdStore(#[from] FdStoreError),
+    #[error(transparent)]
+    Encode(#[from] theseus_resources::state::StateError),
     #[error("{what}: {source}")]
     Os { what: String, source: std::io::Error },
     #[error("{0}")]

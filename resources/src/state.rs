@@ -75,6 +75,14 @@ impl<T: Serialize> Encoded<T> {
     }
 }
 
+impl<T> Encoded<T> {
+    /// For who only passes it on.
+    pub fn untyped(self) -> Encoded<()> {
+        let Self { name, data, of: _ } = self;
+        Encoded { name, data, of: PhantomData }
+    }
+}
+
 impl<T: DeserializeOwned> Encoded<T> {
     pub fn decode(&self) -> Result<T, StateError> {
         decode(&self.name, &self.data)

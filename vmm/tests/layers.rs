@@ -13,7 +13,24 @@ const LAYERS: [(&str, &[&str]); 6] = [
     ),
     ("api", &["types", "args", "access", "reply", "endpoint", "server", "client"]),
     ("hypervisor", &["error", "system", "clock", "irqchip", "raw", "routing", "vfio", "vm", "vcpu"]),
-    ("devices", &["bus", "migratable", "rate_limited_log", "interrupt", "turn", "legacy", "pci", "vfio", "catalogue"]),
+    (
+        "devices",
+        &[
+            "bus",
+            "migratable",
+            "rate_limited_log",
+            "interrupt",
+            "turn",
+            "spec",
+            "pci",
+            "device",
+            "legacy",
+            "host_bridge",
+            "vfio",
+            "catalogue",
+            "set",
+        ],
+    ),
     (
         "vmm",
         &[

@@ -3,12 +3,22 @@
 //! The clock is the host's, in UTC. It cannot be set: what a guest writes to the time registers is dropped, so the
 //! guest's next boot starts from the right time whatever it wrote. Alarms and periodic interrupts do not exist.
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use acpi_tables::aml::{Device as AmlDevice, EISAName, IO, Name, ResourceTemplate};
+use acpi_tables::{Aml, AmlSink};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use theseus_resources::{Claims, layout};
 
 use crate::bus::BusDevice;
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::migratable::{Migratable, MigrateError};
+use crate::spec::Spec;
+
+/// Its name in a [`crate::set::DeviceSet`].
+pub const NAME: &str = "cmos";
 
 /// Ports: index, data.
 pub const CMOS_SIZE: u64 = 2;
@@ -175,6 +185,57 @@ impl Migratable for Cmos {
         let ram = <[u8; RAM_SIZE]>::try_from(ram.as_slice())
             .map_err(|_| MigrateError::State(format!("{} bytes of RAM, not {RAM_SIZE}", ram.len())))?;
         Ok(Self { index: index & 0x7F, ram })
+    }
+}
+
+impl Catalogued for Cmos {
+    fn boot(spec: &Spec, _: &Surroundings<'_>) -> Result<Vec<(String, Self)>, DeviceError> {
+        Ok(vec![(NAME.to_owned(), Self::new(spec.ram_size))])
+    }
+
+    fn parts<'a>(_: &Surroundings<'a>, _: &'a mut Claims) -> Self::Parts<'a> {}
+
+    fn share(self) -> Arc<dyn Device> {
+        Arc::new(Mutex::new(self))
+    }
+}
+
+impl Device for Mutex<Cmos> {
+    fn places(self: Arc<Self>) -> Vec<Place> {
+        vec![Place::Pio { base: layout::CMOS_PORT.into(), len: CMOS_SIZE, device: self }]
+    }
+
+    /// Does nothing by itself.
+    fn quiesce(&self) -> Result<(), MigrateError> {
+        Ok(())
+    }
+
+    fn resume(&self) {}
+
+    fn reset(&self) {
+        // A battery keeps its memory.
+        self.lock().index = 0;
+    }
+
+    fn blockers(&self, operation: Operation) -> Vec<String> {
+        on_board(operation)
+    }
+
+    fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
+        SavedDevice::of(&*self.lock(), name)
+    }
+
+    fn describe(&self, aml: &mut dyn AmlSink) {
+        // Without an interrupt: the clock has no alarm, and Linux then takes the RTC as one that only tells the time.
+        let ports = IO::new(layout::CMOS_PORT, layout::CMOS_PORT, 1, CMOS_SIZE as u8);
+        AmlDevice::new(
+            "RTC_".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
+            ],
+        )
+        .to_aml_bytes(aml);
     }
 }
 

@@ -3,11 +3,19 @@
 
 use std::sync::Arc;
 
+use acpi_tables::AmlSink;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use theseus_resources::{Claims, layout};
 
 use crate::bus::BusDevice;
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::interrupt::{GuestRequest, GuestRequests};
 use crate::migratable::{Migratable, MigrateError};
+use crate::spec::Spec;
+
+/// Its name in a [`crate::set::DeviceSet`].
+pub const NAME: &str = "i8042";
 
 /// Ports 0x60 to 0x64: the bus range.
 pub const I8042_SIZE: u64 = 5;
@@ -90,6 +98,47 @@ impl Migratable for I8042 {
         let I8042State { port_b } = state;
         Ok(Self { requests, port_b: port_b & (WRITABLE | REFRESH) })
     }
+}
+
+impl Catalogued for I8042 {
+    fn boot(_: &Spec, around: &Surroundings<'_>) -> Result<Vec<(String, Self)>, DeviceError> {
+        Ok(vec![(NAME.to_owned(), Self::new(around.requests.clone()))])
+    }
+
+    fn parts<'a>(around: &Surroundings<'a>, _: &'a mut Claims) -> Self::Parts<'a> {
+        around.requests.clone()
+    }
+
+    fn share(self) -> Arc<dyn Device> {
+        Arc::new(Mutex::new(self))
+    }
+}
+
+impl Device for Mutex<I8042> {
+    fn places(self: Arc<Self>) -> Vec<Place> {
+        vec![Place::Pio { base: layout::I8042_PORT.into(), len: I8042_SIZE, device: self }]
+    }
+
+    /// Does nothing by itself.
+    fn quiesce(&self) -> Result<(), MigrateError> {
+        Ok(())
+    }
+
+    fn resume(&self) {}
+
+    fn reset(&self) {
+        self.lock().port_b = 0;
+    }
+
+    fn blockers(&self, operation: Operation) -> Vec<String> {
+        on_board(operation)
+    }
+
+    fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
+        SavedDevice::of(&*self.lock(), name)
+    }
+
+    fn describe(&self, _: &mut dyn AmlSink) {}
 }
 
 #[cfg(test)]

@@ -3,11 +3,25 @@
 
 use std::sync::Arc;
 
+use acpi_tables::aml::{
+    And, Device as AmlDevice, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Local,
+    Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
+};
+use acpi_tables::{Aml, AmlSink};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use theseus_resources::{Claims, layout};
 
 use crate::bus::BusDevice;
+use crate::device::{
+    Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, edge_interrupt, on_board,
+};
 use crate::interrupt::{GuestRequest, GuestRequests, IrqLine};
 use crate::migratable::{Migratable, MigrateError};
+use crate::spec::Spec;
+
+/// Its name in a [`crate::set::DeviceSet`].
+pub const NAME: &str = "acpi-pm";
 
 /// Registers, relative to `layout::PM_BASE`, one byte each; the ACPI tables name them.
 pub const SLEEP_CONTROL: u64 = 0;
@@ -25,6 +39,8 @@ pub const RESET_VALUE: u8 = 1;
 /// SLP_TYP of soft-off, as the `\_S5` object gives it.
 pub const SLEEP_TYPE_S5: u8 = 5;
 pub const GED_POWER_BUTTON: u8 = 1;
+/// "Press" of a control method power button (ACPI 6.5, table 5.140).
+const NOTIFY_POWER_BUTTON: u8 = 0x80;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
 pub struct Pm {
@@ -122,6 +138,92 @@ impl Migratable for Pm {
             ged.pulse();
         }
         Ok(Self { requests, ged, ged_status })
+    }
+}
+
+impl Catalogued for Pm {
+    fn boot(_: &Spec, around: &Surroundings<'_>) -> Result<Vec<(String, Self)>, DeviceError> {
+        let device = Self::new(around.requests.clone(), (around.pin)(layout::GED_GSI));
+        Ok(vec![(NAME.to_owned(), device)])
+    }
+
+    fn parts<'a>(around: &Surroundings<'a>, _: &'a mut Claims) -> Self::Parts<'a> {
+        PmParts { requests: around.requests.clone(), ged: (around.pin)(layout::GED_GSI) }
+    }
+
+    fn share(self) -> Arc<dyn Device> {
+        Arc::new(Mutex::new(self))
+    }
+}
+
+impl Device for Mutex<Pm> {
+    fn places(self: Arc<Self>) -> Vec<Place> {
+        vec![Place::Pio { base: layout::PM_BASE.into(), len: layout::PM_SIZE.into(), device: self }]
+    }
+
+    /// Does nothing by itself.
+    fn quiesce(&self) -> Result<(), MigrateError> {
+        Ok(())
+    }
+
+    fn resume(&self) {}
+
+    fn reset(&self) {
+        self.lock().reset();
+    }
+
+    fn blockers(&self, operation: Operation) -> Vec<String> {
+        on_board(operation)
+    }
+
+    fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
+        SavedDevice::of(&*self.lock(), name)
+    }
+
+    fn describe(&self, aml: &mut dyn AmlSink) {
+        PowerButton.to_aml_bytes(aml);
+        GenericEventDevice.to_aml_bytes(aml);
+    }
+}
+
+struct PowerButton;
+
+impl Aml for PowerButton {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        AmlDevice::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(sink);
+    }
+}
+
+/// Turns `layout::GED_GSI` into notifications (ACPI 6.5, 5.6.9).
+struct GenericEventDevice;
+
+impl Aml for GenericEventDevice {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let interrupt = edge_interrupt(layout::GED_GSI);
+        let status = Field::new(
+            "GSTR".into(),
+            FieldAccessType::Byte,
+            FieldLockRule::NoLock,
+            FieldUpdateRule::WriteAsZeroes,
+            vec![FieldEntry::Named(*b"GSTA", 8)],
+        );
+        // One read: it clears the status.
+        let (status_field, button) = (Path::new("GSTA"), Path::new("\\_SB_.PWRB"));
+        let read_status = Store::new(&Local(0), &status_field);
+        let pressed = And::new(&ZERO, &Local(0), &GED_POWER_BUTTON);
+        let notify = Notify::new(&button, &NOTIFY_POWER_BUTTON);
+        AmlDevice::new(
+            "GED_".into(),
+            vec![
+                &Name::new("_HID".into(), &"ACPI0013"),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
+                &OpRegion::new("GSTR".into(), OpRegionSpace::SystemIO, &(layout::PM_BASE + GED_STATUS as u16), &ONE),
+                &status,
+                &Method::new("_EVT".into(), 1, true, vec![&read_status, &If::new(&pressed, vec![&notify])]),
+            ],
+        )
+        .to_aml_bytes(sink);
     }
 }
 

@@ -23,12 +23,12 @@ pub enum PciBusError {
 
 /// Which function is addressed, and where in its configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Address {
-    pub(super) bus: u8,
-    pub(super) slot: u8,
-    pub(super) function: u8,
+pub(crate) struct Address {
+    pub(crate) bus: u8,
+    pub(crate) slot: u8,
+    pub(crate) function: u8,
     /// Below 4096.
-    pub(super) offset: u16,
+    pub(crate) offset: u16,
 }
 
 /// Has no saved state of its own: each device knows its slot, and the machine adds it there again.
@@ -89,7 +89,7 @@ impl PciBus {
     }
 
     /// Absent functions read as all ones.
-    pub(super) fn read(&self, address: Address, data: &mut [u8]) {
+    pub(crate) fn read(&self, address: Address, data: &mut [u8]) {
         let Some(device) = self.find(address) else { return data.fill(0xFF) };
         let mut device = device.lock();
         let mut rest = data;
@@ -104,7 +104,7 @@ impl PciBus {
     }
 
     /// As [`crate::bus::Target::write`].
-    pub(super) fn write(&self, address: Address, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
+    pub(crate) fn write(&self, address: Address, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
         let Some(device) = self.find(address) else { return true };
         let Some(mut device) = device.lock_unless(is_wanted) else { return false };
         let mut rest = data;
@@ -128,7 +128,7 @@ fn piece(offset: u16, left: usize) -> Option<usize> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Remembers how it was accessed; reads as the low byte of each offset.

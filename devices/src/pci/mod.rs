@@ -1,10 +1,7 @@
-//! PCI: the bus, its two configuration mechanisms, the host bridge, MSI-X.
+//! PCI: the bus, configuration space, MSI-X.
 
 pub mod bus;
 pub mod config;
-pub mod config_access;
-pub mod ecam;
-pub mod host_bridge;
 pub mod msix;
 
 /// A function on the PCI bus as its configuration space.

@@ -52,8 +52,8 @@ pub struct MachineShape {
     pub vcpus: u32,
     /// 64-bit PCI window; may be empty.
     pub pci_window64: Range<u64>,
-    /// Whether there is a 16550 at COM1.
-    pub serial: bool,
+    /// What its devices say in the DSDT, in the scope `\_SB_`.
+    pub devices: Vec<u8>,
 }
 
 /// How the boot vCPU enters the kernel, in guest physical addresses.

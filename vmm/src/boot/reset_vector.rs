@@ -4,9 +4,10 @@
 //! Without EFI it does not fall back to ACPI's reset register but jumps to F000:FFF0 in real mode
 //! (`machine_real_restart`), where zeroed memory would let it run in circles for good.
 
+use theseus_devices::legacy::pm::RESET_VALUE;
 use vm_memory::GuestMemoryMmap;
 
-use super::acpi::{RESET_PORT, RESET_VALUE};
+use super::acpi::RESET_PORT;
 use super::{BootError, lowmem};
 
 /// Asks for a reset by its port, in real mode.

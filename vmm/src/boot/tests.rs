@@ -18,7 +18,7 @@ fn memory(ram_size: u64) -> GuestMemoryMmap {
 }
 
 fn machine(ram_size: u64) -> MachineShape {
-    MachineShape { ram_size, vcpus: 2, pci_window64: layout::pci_window64(ram_size, 40), serial: true }
+    MachineShape { ram_size, vcpus: 2, pci_window64: layout::pci_window64(ram_size, 40), devices: Vec::new() }
 }
 
 fn file(bytes: &[u8]) -> NamedTempFile {

@@ -21,7 +21,7 @@ use theseus_devices::legacy::serial::SerialDevice;
 
 use crate::events::EventStream;
 use crate::keeper::Keeper;
-use crate::machine::Host;
+use crate::machine::{Host, Machine};
 use crate::main_thread::MainThread;
 use crate::signals::Signals;
 use crate::supervisor::Supervisor;
@@ -126,9 +126,10 @@ impl Control {
 
     /// The fd of the console that the present machine has.
     fn watch_console(&mut self, ops: &mut EventOps) {
-        let serial = self.vm.machine().and_then(|machine| machine.devices.serial.as_ref());
-        let is_same =
-            |watched: &WatchedConsole| serial.is_some_and(|serial| watched.device.ptr_eq(&Arc::downgrade(serial)));
+        let serial = self.vm.machine().and_then(Machine::serial);
+        let is_same = |watched: &WatchedConsole| {
+            serial.as_ref().is_some_and(|serial| watched.device.ptr_eq(&Arc::downgrade(serial)))
+        };
         if self.watched.as_ref().is_some_and(is_same) {
             return;
         }
@@ -139,7 +140,7 @@ impl Control {
         match serial.lock().poll_fd().try_clone_to_owned() {
             Ok(poll) => {
                 report(ops.add(Events::with_data(&poll, CONSOLE, EventSet::IN)));
-                self.watched = Some(WatchedConsole { device: Arc::downgrade(serial), poll });
+                self.watched = Some(WatchedConsole { device: Arc::downgrade(&serial), poll });
             }
             Err(error) => log::error!("the serial console cannot be watched: {error}"),
         }
@@ -187,7 +188,7 @@ impl MutEventSubscriber for Control {
             QUEUE => self.drain(),
             SIGNAL => self.signalled(),
             CONSOLE => {
-                if let Some(serial) = self.vm.machine().and_then(|machine| machine.devices.serial.as_ref()) {
+                if let Some(serial) = self.vm.machine().and_then(Machine::serial) {
                     serial.lock().handle_ready();
                 }
             }

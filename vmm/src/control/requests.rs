@@ -68,7 +68,9 @@ impl Control {
             }),
             Request::Nmi => self.on_machine(|machine| machine.nmi()),
             Request::PowerButton => self.on_machine(|machine| {
-                machine.devices.pm.lock().press_power_button();
+                if let Some(pm) = machine.power_management() {
+                    pm.lock().press_power_button();
+                }
                 Ok(())
             }),
             Request::Counters => self.counters(),
@@ -133,7 +135,7 @@ impl Control {
     }
 
     fn counters(&self) -> Reply {
-        let dropped = self.vm.machine().and_then(|machine| Some(machine.devices.serial.as_ref()?.lock().dropped()));
+        let dropped = self.vm.machine().and_then(|machine| Some(machine.serial()?.lock().dropped()));
         to_json(&Counters {
             serial: DroppedBytes { dropped_bytes: dropped.unwrap_or(0) },
             log: DroppedBytes { dropped_bytes: crate::logging::dropped() },

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use theseus_api::types::{CpuAffinity, MemoryConfig, VmConfig};
+use theseus_devices::device::Buses;
+use theseus_devices::spec::Spec;
 use theseus_hypervisor::BareVm;
 use theseus_resources::{GuestRam, Pages, layout};
 
-use super::devices::{Buses, Devices};
 use super::passthrough::PassthroughDevices;
-use super::{Host, Machine, MachineError};
+use super::{Host, Machine, MachineError, devices};
 use crate::boot::{self, MachineShape, cpuid};
 use crate::build_info;
 use crate::memory_errors;
@@ -57,25 +58,21 @@ impl Machine {
         let cpuid = cpuid::GuestCpuid::new(supported.as_slice(), &options);
         let window64 = layout::pci_window64(ram.size(), cpuid::phys_bits(supported.as_slice()));
 
-        let buses = Buses::new();
-        let revision = build_info::HOST_BRIDGE_REVISION;
-        let devices = Devices::build(&config.serial, ram.size(), revision, &vm, &host.fd_store, &host.requests)?;
-        devices.plug(&buses)?;
-        let passthrough = PassthroughDevices::build(
-            &config.devices,
-            window64.clone(),
-            &vm,
-            &buses,
-            &devices.pci,
-            &ram,
-            &host.fd_store,
-        )?;
+        let buses = Buses::empty();
+        let spec = Spec {
+            ram_size: ram.size(),
+            console: devices::console_config(&config.serial)?,
+            revision: build_info::HOST_BRIDGE_REVISION,
+        };
+        let devices = devices::boot(&spec, &vm, host, &buses)?;
+        let passthrough =
+            PassthroughDevices::build(&config.devices, window64.clone(), &vm, &buses, &ram, &host.fd_store)?;
 
         let shape = MachineShape {
             ram_size: ram.size(),
             vcpus: vcpu_count,
             pci_window64: window64,
-            serial: devices.serial.is_some(),
+            devices: devices.describe(),
         };
         let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
         let initramfs = config.payload.initramfs.as_deref();

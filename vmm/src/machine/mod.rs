@@ -2,7 +2,7 @@
 //! from the state of an earlier image ([`restore`]).
 
 mod build;
-pub mod devices;
+mod devices;
 mod fits;
 mod glue;
 pub mod passthrough;
@@ -14,7 +14,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use theseus_api::types::{DeviceNode, Resource, VmConfig};
+use theseus_devices::device::{Buses, DeviceError};
+use theseus_devices::legacy::{pm, pm::Pm, serial, serial::SerialDevice};
+use theseus_devices::set::DeviceSet;
 use theseus_hypervisor::{ClockAnchor, Hypervisor, ReadyVm};
 use theseus_resources::fd_store::FdStoreError;
 use theseus_resources::ram::RamError;
@@ -24,7 +28,6 @@ use theseus_resources::{FdStore, GuestRam, layout};
 use crate::boot::BootError;
 use crate::memory_errors::Watched;
 use crate::vcpus::{Shared, VcpuError, Vcpus};
-use devices::{Buses, Devices};
 use passthrough::PassthroughDevices;
 use populate::Populating;
 
@@ -44,7 +47,7 @@ pub enum MachineError {
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
-    Bus(#[from] theseus_devices::bus::BusError),
+    Devices(#[from] DeviceError),
     #[error(transparent)]
     State(#[from] StateError),
     #[error(transparent)]
@@ -79,7 +82,7 @@ pub struct Machine {
     pub config: VmConfig,
     pub vcpus: Vcpus,
     pub passthrough: PassthroughDevices,
-    pub devices: Devices,
+    pub devices: DeviceSet,
     pub vm: ReadyVm,
     pub ram: Arc<GuestRam>,
     /// What the guest's clock was set by in this image; None in the image it booted in.
@@ -127,7 +130,7 @@ impl Machine {
 
     /// What is on the guest's buses, for vm.info.
     pub fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
-        let serial = self.devices.serial.as_ref().map(|_| DeviceNode {
+        let serial = self.serial().map(|_| DeviceNode {
             id: "serial".into(),
             resources: vec![Resource::PioAddressRange { base: layout::SERIAL_PORT, size: SERIAL_PORTS }],
             pty: self.pty(),
@@ -136,9 +139,16 @@ impl Machine {
         self.passthrough.tree().into_iter().chain(serial).map(|node| (node.id.clone(), node)).collect()
     }
 
+    pub fn serial(&self) -> Option<Arc<Mutex<SerialDevice>>> {
+        self.devices.get(serial::NAME)
+    }
+
+    pub fn power_management(&self) -> Option<Arc<Mutex<Pm>>> {
+        self.devices.get(pm::NAME)
+    }
+
     /// The terminal that the serial port has made.
     pub fn pty(&self) -> Option<PathBuf> {
-        let serial = self.devices.serial.as_ref()?;
-        serial.lock().pty_path().map(Path::to_path_buf)
+        self.serial()?.lock().pty_path().map(Path::to_path_buf)
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
+use theseus_devices::device::Buses;
 use theseus_devices::migratable::Migratable;
-use theseus_devices::pci::bus::PciBus;
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::turn::Turn;
 use theseus_devices::vfio::pci::SOON;
@@ -21,7 +21,6 @@ use theseus_resources::alloc::Windows;
 use theseus_resources::{Claims, FdStore, GuestRam, StateReader, StateWriter};
 
 use super::MachineError;
-use super::devices::Buses;
 use super::glue::{VmInterrupts, VmMemslots};
 
 /// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
@@ -97,7 +96,6 @@ impl PassthroughDevices {
         window64: Range<u64>,
         vm: &Arc<Vm>,
         buses: &Buses,
-        pci: &PciBus,
         ram: &GuestRam,
         fd_store: &FdStore,
     ) -> Result<Self, MachineError> {
@@ -109,7 +107,7 @@ impl PassthroughDevices {
         for (config, id) in configs.iter().zip(ids(configs)) {
             let config = vfio::DeviceConfig { path: config.path.clone(), id, container: config.container.clone() };
             let device = registry.attach(&config, wiring(vm, buses, fd_store), &mut windows).map_err(failed)?;
-            let slot = pci.add(None, device.clone()).map_err(failed)?;
+            let slot = buses.pci.add(None, device.clone()).map_err(failed)?;
             plugged.push(Plugged::new(slot, device));
         }
         let this = Self { plugged, registry, window64, windows: Mutex::new(windows) };
@@ -292,7 +290,6 @@ impl PassthroughDevices {
         state: PassthroughState,
         vm: &BareVm,
         buses: &Buses,
-        pci: &PciBus,
         fd_store: &FdStore,
         claims: &mut Claims,
     ) -> Result<Self, MachineError> {
@@ -312,7 +309,7 @@ impl PassthroughDevices {
             let device =
                 VfioPci::restore(state, parts).map_err(|source| MachineError::Device { name: section(&id), source })?;
             let device = Arc::new(Turn::new(device));
-            pci.add(Some(slot), device.clone()).map_err(failed)?;
+            buses.pci.add(Some(slot), device.clone()).map_err(failed)?;
             plugged.push(Plugged::new(slot, device));
         }
         Ok(Self { plugged, registry, window64, windows: Mutex::new(windows) })

@@ -9,14 +9,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use theseus_devices::device::Buses;
 use theseus_hypervisor::{BareVm, ReadyVm};
 use theseus_resources::{Claims, GuestRam, Pages};
 
 use super::build::map_ram;
-use super::devices::{Buses, Devices, RestoreParts};
 use super::passthrough::PassthroughDevices;
 use super::state::MachineState;
-use super::{Host, Machine, MachineError};
+use super::{Host, Machine, MachineError, devices};
 use crate::memory_errors::{self, Watched};
 use crate::timeline::{Phase, Timeline};
 use crate::vcpus::saved::EncodedVcpu;
@@ -53,7 +53,6 @@ fn may_fill(ram: &GuestRam, pinned: bool) -> bool {
 pub struct Prewarmed {
     vcpus: Vcpus,
     passthrough: PassthroughDevices,
-    pci: Arc<theseus_devices::pci::bus::PciBus>,
     vm: ReadyVm,
     ram: Arc<GuestRam>,
     buses: Buses,
@@ -71,11 +70,10 @@ impl Prewarmed {
         let vm = BareVm::new(&host.hypervisor)?;
         map_ram(&vm, &ram)?;
 
-        let buses = Buses::new();
+        let buses = Buses::empty();
         let starts = shapes.into_iter().map(|(shape, placement)| Start::Prewarm(Box::new(shape), placement)).collect();
         let threads = Vcpus::start(&host.for_vcpus(&buses), starts)?;
-        let pci = Arc::new(theseus_devices::pci::bus::PciBus::new());
-        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &pci, &host.fd_store, claims)?;
+        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &host.fd_store, claims)?;
 
         let vm = vm.create_irqchip()?;
         crate::ending::remember(Arc::downgrade(&vm));
@@ -84,7 +82,7 @@ impl Prewarmed {
         vm.commit_routes()?;
         crate::heap::warm(vcpus.count() as usize);
         let unfilled = fill_page_tables(&ram, !passthrough.ids().is_empty());
-        Ok(Self { unfilled, vcpus, passthrough, pci, vm, ram, buses, watched })
+        Ok(Self { unfilled, vcpus, passthrough, vm, ram, buses, watched })
     }
 
     /// The vCPUs' part of the state of the paused guest, which their threads begin with. Then [`Prewarmed::restore`].
@@ -101,8 +99,9 @@ impl Prewarmed {
         claims: &mut Claims,
         timeline: &Timeline,
     ) -> Result<Machine, MachineError> {
-        let Self { vcpus, passthrough, pci, vm, ram, buses, watched, unfilled } = self;
-        let MachineState { config, running: _, ram: _, irqchip, clock, shapes: _, devices, passthrough: mend } = state;
+        let Self { vcpus, passthrough, vm, ram, buses, watched, unfilled } = self;
+        let MachineState { config, running: _, ram: _, irqchip, clock, shapes: _, devices: set, passthrough: mend } =
+            state;
         let passed = |phase| timeline.pass(phase).map_err(MachineError::Config);
         vcpus.all_ready()?;
         if let Some(error) = vm.restore_clock(&clock)? {
@@ -116,9 +115,7 @@ impl Prewarmed {
 
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
-        let parts = RestoreParts { vm: &vm, fd_store: &host.fd_store, claims, requests: &host.requests };
-        let devices = Devices::restore(devices, pci, parts)?;
-        devices.plug(&buses)?;
+        let devices = devices::restore(set, &vm, host, claims, &buses)?;
         passed(Phase::Devices)?;
 
         let clock = Some(clock);

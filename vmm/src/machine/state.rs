@@ -2,11 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::VmConfig;
+use theseus_devices::set::DecodedSet;
 use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuShape};
 use theseus_resources::ram::RamState;
 use theseus_resources::{StateReader, StateWriter};
 
-use super::devices::DevicesState;
 use super::passthrough::PassthroughState;
 use super::{Machine, MachineError};
 use crate::build_info;
@@ -29,7 +29,6 @@ struct MachineSection {
     config: VmConfig,
     /// Whether the vCPUs ran before the update, and so will after it.
     running: bool,
-    has_serial: bool,
     /// None in a dry run, which is made while the guest runs.
     vcpus: Option<u32>,
     /// In a dry run: what each vCPU is, and where and how its thread is scheduled.
@@ -51,7 +50,7 @@ pub struct MachineState {
     pub clock: ClockAnchor,
     /// Of a dry run.
     pub shapes: Vec<(VcpuShape, Placement)>,
-    pub devices: DevicesState,
+    pub devices: DecodedSet,
     pub passthrough: PassthroughState,
 }
 
@@ -74,7 +73,6 @@ impl Machine {
         let section = MachineSection {
             config: config.clone(),
             running: was_running,
-            has_serial: devices.serial.is_some(),
             vcpus: saving.as_ref().map(|_| vcpus.count()),
             shapes,
             placements,
@@ -112,7 +110,7 @@ impl MachineState {
     /// `vcpus`: how many [`take_vcpus`] has found.
     pub fn decode(reader: &mut StateReader<'_>, vcpus: usize) -> Result<Self, MachineError> {
         let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
-        let MachineSection { config, running, has_serial, vcpus: count, shapes, placements, .. } = section;
+        let MachineSection { config, running, vcpus: count, shapes, placements, .. } = section;
         let mut placements = placements.into_iter();
         let count = count.unwrap_or(0);
         if vcpus != count as usize {
@@ -125,7 +123,7 @@ impl MachineState {
             irqchip: reader.take("irqchip", IRQCHIP.0, IRQCHIP.1)?,
             clock: reader.take("clock", CLOCK.0, CLOCK.1)?,
             shapes: shapes.into_iter().map(|shape| (shape, placements.next().unwrap_or_default())).collect(),
-            devices: DevicesState::decode(reader, has_serial)?,
+            devices: DecodedSet::decode(reader)?,
             passthrough: PassthroughState::decode(reader)?,
         })
     }

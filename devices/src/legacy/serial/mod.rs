@@ -8,6 +8,7 @@
 //! While the FIFO is full the console's input is not waited for: its bytes stay in the kernel, and nothing spins.
 
 mod console;
+mod device;
 mod open;
 mod poller;
 mod saved;
@@ -27,7 +28,8 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
 pub use console::{Console, UNSENT_MAX};
-pub use open::{ConsoleConfig, ConsoleError};
+pub use device::NAME;
+pub use open::ConsoleError;
 pub use saved::{ConsoleState, SerialParts, SerialState};
 pub use tty::SavedTermios;
 

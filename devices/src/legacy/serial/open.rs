@@ -12,23 +12,7 @@ use theseus_resources::socket;
 use super::console::{Backend, Console};
 use super::stream::Stream;
 use super::tty::{RawMode, is_anothers, make_raw};
-
-/// Where the serial port leads.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ConsoleConfig {
-    /// There is no serial port.
-    Off,
-    /// Output is dropped, there is no input.
-    Null,
-    /// Standard input and output of the VMM; a terminal is put into raw mode.
-    Tty,
-    /// A new pseudo-terminal, see [`Console::pty_path`].
-    Pty,
-    /// Output is appended to a file.
-    File(PathBuf),
-    /// A unix stream socket that the VMM listens on.
-    Socket(PathBuf),
-}
+use crate::spec::ConsoleConfig;
 
 #[derive(Debug, thiserror::Error)]
 #[error("serial {what}: {source}")]

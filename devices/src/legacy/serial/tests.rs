@@ -11,6 +11,7 @@ use theseus_resources::FdStore;
 use super::*;
 use crate::legacy::test_parts::Pulses;
 use crate::migratable::Migratable;
+use crate::spec::ConsoleConfig;
 
 const IER: u64 = 1;
 const IIR: u64 = 2;

@@ -1,18 +1,14 @@
-//! The DSDT: the devices that a guest cannot find by itself.
+//! The DSDT: the devices that a guest cannot find by itself. Most of it is what they say themselves.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace,
-    Package, Path, ResourceTemplate, Scope, Store, ZERO,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
+    ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
+use theseus_devices::legacy::pm::SLEEP_TYPE_S5;
 use theseus_resources::layout;
 
-use super::{GED_POWER_BUTTON, GED_STATUS_PORT, SLEEP_TYPE_S5};
 use crate::boot::{BootError, MAX_VCPUS, MachineShape};
-
-/// "Press" of a control method power button (ACPI 6.5, table 5.140).
-const NOTIFY_POWER_BUTTON: u8 = 0x80;
 
 pub fn definition_block(machine: &MachineShape) -> Result<Vec<u8>, BootError> {
     let mut aml = Vec::new();
@@ -24,10 +20,8 @@ pub fn definition_block(machine: &MachineShape) -> Result<Vec<u8>, BootError> {
     let pci = PciHostBridge { window64 };
     let processors: Vec<Processor> =
         (0..machine.vcpus.min(MAX_VCPUS)).map(|uid| Processor { uid: uid as u8 }).collect();
-    let mut devices: Vec<&dyn Aml> = vec![&Motherboard, &pci, &Rtc, &PowerButton, &GenericEventDevice];
-    if machine.serial {
-        devices.push(&Serial);
-    }
+    let own = Encoded(&machine.devices);
+    let mut devices: Vec<&dyn Aml> = vec![&Motherboard, &pci, &own];
     devices.extend(processors.iter().map(|processor| processor as &dyn Aml));
     Scope::new("\\_SB_".into(), devices).to_aml_bytes(&mut aml);
     Ok(aml)
@@ -45,6 +39,15 @@ fn pci_window64(machine: &MachineShape) -> Result<Option<(u64, u64)>, BootError>
             Ok(Some((window.start, last)))
         }
         _ => Ok(None),
+    }
+}
+
+/// What is AML already.
+struct Encoded<'a>(&'a [u8]);
+
+impl Aml for Encoded<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.0);
     }
 }
 
@@ -100,83 +103,6 @@ impl Aml for Motherboard {
     }
 }
 
-struct Serial;
-
-impl Aml for Serial {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let ports = IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8);
-        let interrupt = edge_interrupt(layout::SERIAL_GSI);
-        Device::new(
-            "COM1".into(),
-            vec![
-                &Name::new("_HID".into(), &EISAName::new("PNP0501")),
-                &Name::new("_UID".into(), &ONE),
-                &Name::new("_DDN".into(), &"COM1"),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
-            ],
-        )
-        .to_aml_bytes(sink);
-    }
-}
-
-/// Without an interrupt: the clock has no alarm, and Linux then takes the RTC as one that only tells the time.
-struct Rtc;
-
-impl Aml for Rtc {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let ports = IO::new(layout::CMOS_PORT, layout::CMOS_PORT, 1, 2);
-        Device::new(
-            "RTC_".into(),
-            vec![
-                &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
-            ],
-        )
-        .to_aml_bytes(sink);
-    }
-}
-
-struct PowerButton;
-
-impl Aml for PowerButton {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(sink);
-    }
-}
-
-/// Turns `layout::GED_GSI` into notifications (ACPI 6.5, 5.6.9).
-struct GenericEventDevice;
-
-impl Aml for GenericEventDevice {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let interrupt = edge_interrupt(layout::GED_GSI);
-        let status = Field::new(
-            "GSTR".into(),
-            FieldAccessType::Byte,
-            FieldLockRule::NoLock,
-            FieldUpdateRule::WriteAsZeroes,
-            vec![FieldEntry::Named(*b"GSTA", 8)],
-        );
-        // One read: it clears the status.
-        let (status_field, button) = (Path::new("GSTA"), Path::new("\\_SB_.PWRB"));
-        let read_status = Store::new(&Local(0), &status_field);
-        let pressed = And::new(&ZERO, &Local(0), &GED_POWER_BUTTON);
-        let notify = Notify::new(&button, &NOTIFY_POWER_BUTTON);
-        Device::new(
-            "GED_".into(),
-            vec![
-                &Name::new("_HID".into(), &"ACPI0013"),
-                &Name::new("_UID".into(), &ZERO),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
-                &OpRegion::new("GSTR".into(), OpRegionSpace::SystemIO, &GED_STATUS_PORT, &ONE),
-                &status,
-                &Method::new("_EVT".into(), 1, true, vec![&read_status, &If::new(&pressed, vec![&notify])]),
-            ],
-        )
-        .to_aml_bytes(sink);
-    }
-}
-
 struct Processor {
     /// As in the MADT.
     uid: u8,
@@ -191,9 +117,4 @@ impl Aml for Processor {
         )
         .to_aml_bytes(sink);
     }
-}
-
-/// Edge-triggered, active-high, exclusive: a pulse of an irqfd is one interrupt.
-fn edge_interrupt(gsi: u32) -> Interrupt {
-    Interrupt::new(true, true, false, false, gsi)
 }

@@ -17,30 +17,17 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, sdt::Sdt};
+use theseus_devices::legacy::pm::{self, RESET_VALUE};
 use theseus_resources::layout;
 use vm_memory::GuestMemoryMmap;
 
 use super::{BootError, MachineShape, lowmem};
 
-/// Registers at `layout::PM_BASE`, one byte each (ACPI 6.5, 4.8.3.7 and 4.8.3.8).
-pub const SLEEP_CONTROL_PORT: u16 = layout::PM_BASE;
-pub const SLEEP_STATUS_PORT: u16 = layout::PM_BASE + 1;
-pub const RESET_PORT: u16 = layout::PM_BASE + 2;
-/// What the generic event device has to tell; a read clears it.
-pub const GED_STATUS_PORT: u16 = layout::PM_BASE + 3;
-
-/// The PM timer, 32 bits (ACPI 6.5, 4.8.3.3).
-pub const PM_TIMER_PORT: u16 = layout::PM_BASE + 4;
-
-/// SLP_EN of the sleep control register; SLP_TYP is in bits 2 to 4.
-pub const SLEEP_ENABLE: u8 = 1 << 5;
-/// What the guest writes to the sleep control register to switch off: SLP_EN and the type that \_S5 names.
-pub const SLEEP_CONTROL_S5: u8 = SLEEP_ENABLE | SLEEP_TYPE_S5 << 2;
-const SLEEP_TYPE_S5: u8 = 5;
-/// What the guest writes to the reset register.
-pub const RESET_VALUE: u8 = 1;
-/// The bit of the GED status that says the power button was pressed.
-pub const GED_POWER_BUTTON: u8 = 1 << 0;
+/// Of power management (ACPI 6.5, 4.8.3.7 and 4.8.3.8), one byte each; the timer's is four (4.8.3.3).
+const SLEEP_CONTROL_PORT: u16 = layout::PM_BASE + pm::SLEEP_CONTROL as u16;
+const SLEEP_STATUS_PORT: u16 = layout::PM_BASE + pm::SLEEP_STATUS as u16;
+pub const RESET_PORT: u16 = layout::PM_BASE + pm::RESET as u16;
+const PM_TIMER_PORT: u16 = layout::PM_BASE + pm::TIMER as u16;
 
 const OEM_ID: [u8; 6] = *b"THESEU";
 const OEM_TABLE_ID: [u8; 8] = *b"THESEUS ";
@@ -141,8 +128,40 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Arc;
+
+    use theseus_devices::device::{Buses, Surroundings};
+    use theseus_devices::interrupt::{GuestRequest, GuestRequests, IrqLine};
+    use theseus_devices::set::DeviceSet;
+    use theseus_devices::spec::{ConsoleConfig, Spec};
+    use theseus_resources::FdStore;
     use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    struct Nobody;
+
+    impl IrqLine for Nobody {
+        fn pulse(&self) {}
+    }
+
+    impl GuestRequests for Nobody {
+        fn notify(&self, _: GuestRequest) {}
+
+        fn pending(&self) -> bool {
+            false
+        }
+    }
+
+    /// What a machine with all of them has.
+    fn devices() -> Vec<u8> {
+        let buses = Buses::empty();
+        let requests: Arc<dyn GuestRequests> = Arc::new(Nobody);
+        let (pin, fd_store) = (|_| -> Arc<dyn IrqLine> { Arc::new(Nobody) }, FdStore::new());
+        let around = Surroundings { pin: &pin, requests: &requests, fd_store: &fd_store, pci: &buses.pci };
+        let spec = Spec { ram_size: 6 << 30, console: ConsoleConfig::Null, revision: 0 };
+        DeviceSet::boot(&spec, &around, buses.clone()).unwrap().describe()
+    }
 
     fn read(mem: &GuestMemoryMmap, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
@@ -169,7 +188,8 @@ mod tests {
     fn tables_are_found_from_the_rsdp() {
         for vcpus in [1, 64] {
             let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-            let machine = MachineShape { ram_size: 6 << 30, vcpus, pci_window64: 64 << 30..96 << 30, serial: true };
+            let machine =
+                MachineShape { ram_size: 6 << 30, vcpus, pci_window64: 64 << 30..96 << 30, devices: devices() };
             let rsdp = read(&mem, write_tables(&mem, &machine).unwrap(), 36);
             assert_eq!(&rsdp[..8], b"RSD PTR ");
             assert_eq!((sum(&rsdp[..20]), sum(&rsdp), rsdp[15]), (0, 0, 2));
@@ -202,7 +222,7 @@ mod tests {
     #[test]
     fn windows_that_cannot_be_described_are_refused() {
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let machine = MachineShape { ram_size: 1 << 30, vcpus: 1, pci_window64: 0..u64::MAX, serial: false };
+        let machine = MachineShape { ram_size: 1 << 30, vcpus: 1, pci_window64: 0..u64::MAX, devices: Vec::new() };
         assert!(write_tables(&mem, &machine).is_err());
     }
 
@@ -212,7 +232,8 @@ mod tests {
     #[ignore = "writes files for iasl"]
     fn write_tables_to_files() {
         let dir = std::path::PathBuf::from(std::env::var_os("THESEUS_TABLES").expect("THESEUS_TABLES names a folder"));
-        let machine = MachineShape { ram_size: 6 << 30, vcpus: 4, pci_window64: 64 << 30..96 << 30, serial: true };
+        let machine =
+            MachineShape { ram_size: 6 << 30, vcpus: 4, pci_window64: 64 << 30..96 << 30, devices: devices() };
         let dsdt = dsdt(&machine).unwrap();
         for (name, table) in [("dsdt", dsdt), ("facp", fadt(lowmem::ACPI)), ("apic", madt(4)), ("mcfg", mcfg())] {
             std::fs::write(dir.join(name), table).unwrap();

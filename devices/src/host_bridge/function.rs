@@ -1,10 +1,23 @@
 //! The host bridge, slot 0: only its identity, which guests look for.
 
-use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
-use super::PciDevice;
-use super::config::{CLASS_CODE, CONFIG_SIZE, ConfigSpace, DEVICE_ID, REVISION_ID, VENDOR_ID};
+use acpi_tables::AmlSink;
+use serde::{Deserialize, Serialize};
+use theseus_resources::Claims;
+
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::migratable::{Migratable, MigrateError};
+use crate::pci::PciDevice;
+use crate::pci::config::{CLASS_CODE, CONFIG_SIZE, ConfigSpace, DEVICE_ID, REVISION_ID, VENDOR_ID};
+use crate::spec::Spec;
+use crate::turn::Turn;
+
+/// Its name in a [`crate::set::DeviceSet`].
+pub const NAME: &str = "pci-host-bridge";
+
+/// On PCI bus 0.
+const SLOT: u8 = 0;
 
 const INTEL: u16 = 0x8086;
 /// "Virtual PCIe host" in Intel's list of identities.
@@ -61,6 +74,45 @@ impl Migratable for HostBridge {
         }
         Ok(Self { config })
     }
+}
+
+impl Catalogued for HostBridge {
+    fn boot(spec: &Spec, _: &Surroundings<'_>) -> Result<Vec<(String, Self)>, DeviceError> {
+        Ok(vec![(NAME.to_owned(), Self::new(spec.revision))])
+    }
+
+    fn parts<'a>(_: &Surroundings<'a>, _: &'a mut Claims) -> Self::Parts<'a> {}
+
+    fn share(self) -> Arc<dyn Device> {
+        Arc::new(Turn::new(self))
+    }
+}
+
+impl Device for Turn<HostBridge> {
+    fn places(self: Arc<Self>) -> Vec<Place> {
+        vec![Place::Pci { slot: SLOT, device: self }]
+    }
+
+    /// Does nothing by itself.
+    fn quiesce(&self) -> Result<(), MigrateError> {
+        Ok(())
+    }
+
+    fn resume(&self) {}
+
+    fn reset(&self) {
+        // Nothing of it can be written.
+    }
+
+    fn blockers(&self, operation: Operation) -> Vec<String> {
+        on_board(operation)
+    }
+
+    fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
+        SavedDevice::of(&*self.lock(), name)
+    }
+
+    fn describe(&self, _: &mut dyn AmlSink) {}
 }
 
 #[cfg(test)]

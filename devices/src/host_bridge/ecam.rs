@@ -1,9 +1,9 @@
 //! The memory-mapped configuration space (PCI Express 5.0, 7.2.2): bus, slot and function are bits of the address.
 
-use std::sync::{Arc, Weak};
+use std::sync::Weak;
 
-use super::bus::{Address, PciBus};
 use crate::bus::Target;
+use crate::pci::bus::{Address, PciBus};
 
 /// Has no state: the address it answers at is the machine's, and the bus is rebuilt by the devices on it.
 pub struct Ecam {
@@ -12,8 +12,8 @@ pub struct Ecam {
 }
 
 impl Ecam {
-    pub fn new(bus: &Arc<PciBus>) -> Self {
-        Self { bus: Arc::downgrade(bus) }
+    pub fn new(bus: Weak<PciBus>) -> Self {
+        Self { bus }
     }
 }
 
@@ -47,13 +47,15 @@ impl Target for Ecam {
 
 #[cfg(test)]
 mod tests {
-    use super::super::bus::tests::bus_with_probe;
+    use crate::pci::bus::tests::bus_with_probe;
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]
     fn addresses_and_sizes() {
         let (bus, probe) = bus_with_probe(5);
-        let ecam = Ecam::new(&bus);
+        let ecam = Ecam::new(Arc::downgrade(&bus));
         let base = 5 << 15;
         let mut data = [0; 8];
         ecam.read(base + 0x104, &mut data);

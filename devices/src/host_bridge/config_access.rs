@@ -3,14 +3,22 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
+use acpi_tables::AmlSink;
 use serde::{Deserialize, Serialize};
+use theseus_resources::{Claims, layout};
 
-use super::bus::{Address, PciBus};
+use super::ecam::Ecam;
 use crate::bus::Target;
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::migratable::{Migratable, MigrateError};
+use crate::pci::bus::{Address, PciBus};
+use crate::spec::Spec;
+
+/// Its name in a [`crate::set::DeviceSet`].
+pub const NAME: &str = "pci-config-access";
 
 /// Ports: address and data, 4 bytes each.
-pub const CONFIG_ACCESS_SIZE: u64 = 8;
+const PORTS: u64 = 8;
 const DATA: u64 = 4;
 const ENABLE: u32 = 1 << 31;
 /// Enable, bus, device, function, register; the rest reads as 0.
@@ -27,11 +35,6 @@ pub struct PciConfigAccess {
 impl PciConfigAccess {
     pub fn new(bus: &Arc<PciBus>) -> Self {
         Self { bus: Arc::downgrade(bus), address: AtomicU32::new(0) }
-    }
-
-    /// The guest was reset.
-    pub fn reset(&self) {
-        self.address.store(0, Ordering::Relaxed);
     }
 
     fn address(&self) -> u32 {
@@ -96,10 +99,55 @@ impl Migratable for PciConfigAccess {
     }
 }
 
+impl Catalogued for PciConfigAccess {
+    fn boot(_: &Spec, around: &Surroundings<'_>) -> Result<Vec<(String, Self)>, DeviceError> {
+        Ok(vec![(NAME.to_owned(), Self::new(around.pci))])
+    }
+
+    fn parts<'a>(around: &Surroundings<'a>, _: &'a mut Claims) -> Self::Parts<'a> {
+        around.pci
+    }
+
+    fn share(self) -> Arc<dyn Device> {
+        Arc::new(self)
+    }
+}
+
+impl Device for PciConfigAccess {
+    fn places(self: Arc<Self>) -> Vec<Place> {
+        let ecam = Arc::new(Ecam::new(self.bus.clone()));
+        vec![
+            Place::Pio { base: layout::PCI_CONFIG_ADDRESS.into(), len: PORTS, device: self },
+            Place::Mmio { base: layout::ECAM_BASE, len: layout::ECAM_SIZE, device: ecam },
+        ]
+    }
+
+    /// Does nothing by itself.
+    fn quiesce(&self) -> Result<(), MigrateError> {
+        Ok(())
+    }
+
+    fn resume(&self) {}
+
+    fn reset(&self) {
+        self.address.store(0, Ordering::Relaxed);
+    }
+
+    fn blockers(&self, operation: Operation) -> Vec<String> {
+        on_board(operation)
+    }
+
+    fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
+        SavedDevice::of(self, name)
+    }
+
+    fn describe(&self, _: &mut dyn AmlSink) {}
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::bus::tests::bus_with_probe;
     use super::*;
+    use crate::pci::bus::tests::bus_with_probe;
 
     fn write(access: &PciConfigAccess, offset: u64, data: &[u8]) {
         assert!(access.write(offset, data, &|| false));
@@ -139,7 +187,7 @@ mod tests {
         let (bus, _probe) = bus_with_probe(3);
         let access = PciConfigAccess::new(&bus);
         write(&access, 0, &0x8000_1840u32.to_le_bytes());
-        let access = PciConfigAccess::restore(access.save().unwrap(), &bus).unwrap();
+        let access = PciConfigAccess::restore(Migratable::save(&access).unwrap(), &bus).unwrap();
         assert_eq!(read::<1>(&access, 4), [0x40]);
     }
 }

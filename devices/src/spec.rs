@@ -1,0 +1,30 @@
+//! What is made at a guest's boot, in the devices' own words.
+
+use std::path::PathBuf;
+
+/// Of a machine.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// In bytes.
+    pub ram_size: u64,
+    pub console: ConsoleConfig,
+    /// Of the host bridge.
+    pub revision: u8,
+}
+
+/// Where the serial port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConsoleConfig {
+    /// There is no serial port.
+    Off,
+    /// Output is dropped, there is no input.
+    Null,
+    /// Standard input and output of the VMM; a terminal is put into raw mode.
+    Tty,
+    /// A new pseudo-terminal, whose path the guest's tree of devices tells.
+    Pty,
+    /// Output is appended to a file.
+    File(PathBuf),
+    /// A unix stream socket that the VMM listens on.
+    Socket(PathBuf),
+}
