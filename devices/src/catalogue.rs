@@ -23,6 +23,8 @@ pub const DEVICES: &[Entry] = &[
     entry::<SerialDevice>(),
     entry::<PciConfigAccess>(),
     entry::<HostBridge>(),
+    #[cfg(feature = "test-devices")]
+    entry::<crate::counting::Counting>(),
 ];
 
 /// (kind, version) of the section that lists the others.

@@ -2,6 +2,8 @@
 
 pub mod bus;
 pub mod catalogue;
+#[cfg(feature = "test-devices")]
+mod counting;
 pub mod device;
 pub mod host_bridge;
 pub mod interrupt;

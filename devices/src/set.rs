@@ -203,3 +203,155 @@ fn unplug(buses: &Buses, at: At) {
         At::Pci(slot) => drop(buses.pci.remove(slot)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use acpi_tables::AmlSink;
+    use parking_lot::Mutex;
+    use theseus_resources::FdStore;
+
+    use super::*;
+    use crate::bus::BusDevice;
+    use crate::device::SavedDevice;
+    use crate::interrupt::{GuestRequests, IrqLine};
+    use crate::legacy::cmos::{self, Cmos};
+    use crate::legacy::test_parts::{Asked, Pulses};
+    use crate::spec::ConsoleConfig;
+
+    /// At two ranges of ports, and against everything that it is told to be against.
+    struct Fake {
+        places: [u64; 2],
+        against: Option<Operation>,
+        quiet: Mutex<Vec<&'static str>>,
+        fails: bool,
+    }
+
+    struct Registers;
+
+    impl BusDevice for Registers {
+        fn read(&mut self, _: u64, data: &mut [u8]) {
+            data.fill(1);
+        }
+
+        fn write(&mut self, _: u64, _: &[u8]) {}
+    }
+
+    impl Device for Fake {
+        fn places(self: Arc<Self>) -> Vec<Place> {
+            self.places.map(|base| Place::Pio { base, len: 4, device: Arc::new(Mutex::new(Registers)) }).into()
+        }
+
+        fn quiesce(&self) -> Result<(), MigrateError> {
+            self.quiet.lock().push("quiesce");
+            if self.fails { Err(MigrateError::State("it goes on".into())) } else { Ok(()) }
+        }
+
+        fn resume(&self) {
+            self.quiet.lock().push("resume");
+        }
+
+        fn reset(&self) {}
+
+        fn blockers(&self, operation: Operation) -> Vec<String> {
+            (self.against == Some(operation)).then(|| "it is busy: wait".to_owned()).into_iter().collect()
+        }
+
+        fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
+            SavedDevice::of(&Cmos::new(0), name)
+        }
+
+        fn describe(&self, _: &mut dyn AmlSink) {}
+    }
+
+    fn fake(places: [u64; 2]) -> Fake {
+        Fake { places, against: None, quiet: Mutex::default(), fails: false }
+    }
+
+    fn read(buses: &Buses, port: u64) -> u8 {
+        let mut byte = [0];
+        buses.pio.read(port, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn all_of_a_device_is_there_or_nothing() {
+        let buses = Buses::empty();
+        let mut set = DeviceSet::new(buses.clone());
+        set.insert("a".into(), Arc::new(fake([0x100, 0x200]))).unwrap();
+        assert!(matches!(set.insert("a".into(), Arc::new(fake([0x300, 0x400]))), Err(DeviceError::Twice(_))));
+        assert!(matches!(set.insert("b".into(), Arc::new(fake([0x300, 0x202]))), Err(DeviceError::Bus(_))));
+        assert_eq!([0x100, 0x200, 0x300].map(|port| read(&buses, port)), [1, 1, 0xFF]);
+        set.insert("b".into(), Arc::new(fake([0x300, 0x400]))).unwrap();
+        assert!(set.get::<Fake>("b").is_some() && set.get::<Mutex<Cmos>>("b").is_none());
+        set.remove("a").unwrap();
+        assert_eq!([0x100, 0x200, 0x300].map(|port| read(&buses, port)), [0xFF, 0xFF, 1]);
+        assert!(matches!(set.remove("a"), Err(DeviceError::Missing(_))));
+    }
+
+    #[test]
+    fn who_blocks_is_named() {
+        let mut set = DeviceSet::new(Buses::empty());
+        set.insert("a".into(), Arc::new(fake([0, 4]))).unwrap();
+        set.insert("b".into(), Arc::new(Fake { against: Some(Operation::Unplug), ..fake([8, 12]) })).unwrap();
+        assert_eq!(set.blockers(Operation::Update), [""; 0]);
+        assert_eq!(set.blockers(Operation::Unplug), ["device 'b': it is busy: wait"]);
+        assert!(set.remove("b").err().unwrap().to_string().contains("it is busy"));
+        assert_eq!(set.names().collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn who_was_stopped_before_one_that_fails_goes_on() {
+        let (a, b) = (Arc::new(fake([0, 4])), Arc::new(Fake { fails: true, ..fake([8, 12]) }));
+        let mut set = DeviceSet::new(Buses::empty());
+        set.insert("a".into(), a.clone()).unwrap();
+        set.insert("b".into(), b.clone()).unwrap();
+        assert_eq!(set.quiesce().unwrap_err().to_string(), "b: it goes on");
+        assert_eq!(
+            (a.quiet.lock().as_slice(), b.quiet.lock().as_slice()),
+            (&["quiesce", "resume"][..], &["quiesce"][..])
+        );
+    }
+
+    #[test]
+    fn the_manifest_says_what_there_is() {
+        let buses = Buses::empty();
+        let requests: Arc<dyn GuestRequests> = Arc::new(Asked::default());
+        let (pin, fd_store) = (|_| -> Arc<dyn IrqLine> { Arc::new(Pulses::default()) }, FdStore::new());
+        let around = Surroundings { pin: &pin, requests: &requests, fd_store: &fd_store, pci: &buses.pci };
+        let spec = Spec {
+            ram_size: 1 << 30,
+            console: ConsoleConfig::Off,
+            revision: 0,
+            #[cfg(feature = "test-devices")]
+            counting: false,
+        };
+        let set = DeviceSet::boot(&spec, &around, buses.clone()).unwrap();
+        let names: Vec<_> = set.names().map(str::to_owned).collect();
+        assert!(!names.iter().any(|name| name == "serial"), "it is off: {names:?}");
+        let cmos = set.get::<Mutex<Cmos>>(cmos::NAME).unwrap();
+        cmos.lock().write(0, &[0x40]);
+        cmos.lock().write(1, &[0x5A]);
+        let mut writer = StateWriter::new("id");
+        set.save(&mut writer).unwrap();
+        let bytes = writer.finish().unwrap();
+        let mut reader = StateReader::new(&bytes).unwrap();
+        let decoded = DecodedSet::decode(&mut reader).unwrap();
+        reader.finish().unwrap();
+
+        let buses = Buses::empty();
+        let around = Surroundings { pci: &buses.pci, ..around };
+        let restored = decoded.restore(&around, &mut Claims::default(), buses.clone()).unwrap();
+        assert_eq!(restored.names().collect::<Vec<_>>(), names);
+        assert_eq!(read(&buses, theseus_resources::layout::CMOS_PORT as u64 + 1), 0x5A);
+
+        let mut writer = StateWriter::new("id");
+        let listed = [Listed { name: "x".into(), kind: "of-tomorrow".into() }];
+        writer.add(MANIFEST_NAME, MANIFEST.0, MANIFEST.1, &listed).unwrap();
+        let bytes = writer.finish().unwrap();
+        let Err(error) = DecodedSet::decode(&mut StateReader::new(&bytes).unwrap()) else { panic!("it was decoded") };
+        assert!(
+            error.to_string().starts_with("device 'x' is a 'of-tomorrow', which this build does not have"),
+            "{error}"
+        );
+    }
+}

@@ -10,6 +10,9 @@ pub struct Spec {
     pub console: ConsoleConfig,
     /// Of the host bridge.
     pub revision: u8,
+    /// Whether there is one that counts.
+    #[cfg(feature = "test-devices")]
+    pub counting: bool,
 }
 
 /// Where the serial port leads.

@@ -9,6 +9,7 @@
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `fail-exec` | the exec is made to fail |
 //! | `skip-state-check` | state that KVM would not take is saved all the same |
+//! | `counting-device` | a guest that boots has a device that counts (devices/src/counting.rs) |
 //! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
@@ -70,6 +71,10 @@ mod hooks {
 
     pub fn fail_exec() -> bool {
         path("fail-exec").is_some()
+    }
+
+    pub fn counting_device() -> bool {
+        path("counting-device").is_some()
     }
 
     pub fn vcpu_panic() {

@@ -26,6 +26,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
             "device",
             "legacy",
             "host_bridge",
+            "counting",
             "vfio",
             "catalogue",
             "set",

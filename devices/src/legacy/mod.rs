@@ -6,7 +6,7 @@ pub mod pm;
 pub mod serial;
 
 #[cfg(test)]
-mod test_parts {
+pub(crate) mod test_parts {
     //! The machine around a legacy device, in its unit tests.
 
     use std::sync::atomic::{AtomicUsize, Ordering};

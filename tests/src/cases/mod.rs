@@ -87,6 +87,7 @@ const CASES: &[Case] = &[
     plain("nmi_from_outside", boot::nmi_from_outside),
     plain("told_that_it_stood_still", probes::told_that_it_stood_still),
     plain("deadline_in_doubt", probes::deadline_in_doubt),
+    plain("device_that_counts", probes::device_that_counts),
     plain("code_segment_that_kvm_refuses", probes::code_segment_that_kvm_refuses),
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),

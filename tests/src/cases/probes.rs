@@ -96,6 +96,42 @@ pub fn deadline_in_doubt() -> Result<()> {
     Ok(())
 }
 
+/// A device that is one file and one line of the catalogue: it comes at boot, goes over there and back, stands still in
+/// a pause, and can refuse.
+pub fn device_that_counts() -> Result<()> {
+    let vm = Vm::api_only()?;
+    let asked = Switch::on(&vm.dir, "counting-device")?;
+    let kernel = vm.dir.join("kernel");
+    guest::write_image(&kernel, &probes::counting())?;
+    let config = serde_json::json!({ "payload": { "kernel": kernel }, "memory": { "size": 128 << 20 } });
+    let created = vm.api.put("vm.create", &config.to_string())?;
+    ensure!(created.ok(), "{created:?}");
+    vm.api.order("vm.boot")?;
+    drop(asked);
+    let counter = Counter::of(vm.vmm()?)?;
+    let mut probe = Probe { vm, counter };
+    probe.goes_on_from(0, "after its boot")?;
+    for update in 1..=2 {
+        probe.vm.update()?;
+        probe.goes_on(&format!("after update {update}: has the device counted what it was written?"))?;
+    }
+    probe.vm.api.order("vm.pause")?;
+    probe.vm.update()?;
+    let paused = probe.count();
+    probe.vm.api.order("vm.resume")?;
+    probe.goes_on("after a pause that an update fell into")?;
+    ensure!(probe.count() > paused, "it has counted {paused} before and {} after a pause", probe.count());
+
+    probes::tell(probe.vm.vmm()?, 7)?;
+    // Twice, and the device has been told.
+    probe.goes_on("when it was told to block")?;
+    probe.goes_on("when it was told to block")?;
+    let answer = probe.vm.ask_update(&probe.vm.other_build()?)?;
+    let reasons = End::Refused.reasons(&answer)?;
+    ensure!(reasons.contains("device 'counting': it blocks 7: have the guest write 0"), "{reasons}");
+    probe.goes_on("after an update that was refused")
+}
+
 /// KVM gives CS.L outside of long mode, and does not take it back.
 pub fn code_segment_that_kvm_refuses() -> Result<()> {
     let mut probe = Probe::new(&probes::code_segment(), None)?;

@@ -165,6 +165,26 @@ theseus_probe_words:
     out 0x64, al
     jmp 42b
 theseus_probe_words_end:
+
+    // Writes to the device that counts, and goes on for as long as that has counted as often (vmm test hook
+    // `counting-device`). It blocks what the dword at 0x1F00010 says.
+    .global theseus_probe_counting, theseus_probe_counting_end
+theseus_probe_counting:
+    mov ebp, 0x1F00000
+    xor esi, esi
+43: mov edx, 0x5F4
+    mov eax, [rbp + 16]
+    out dx, eax
+    mov edx, 0x5F0
+    out dx, eax
+    inc esi
+    in eax, dx
+    mov [rbp], rax
+    cmp eax, esi
+44: jne 44b
+    inc qword ptr [rbp + 8]
+    jmp 43b
+theseus_probe_counting_end:
     .popsection
 "#
 );
@@ -215,11 +235,18 @@ probe!(
     theseus_probe_words_end
 );
 
+probe!(
+    /// Counts by a device, and stops where that has counted otherwise. What [`tell`] tells it blocks an update.
+    counting,
+    theseus_probe_counting,
+    theseus_probe_counting_end
+);
+
 /// What [`words`] is to do: to say so many lines in all, or to end.
 pub const SWITCH_OFF: u32 = 0x7FFF_FFFF;
 pub const RESET: u32 = 1 << 31;
 
-/// Tells the guest [`words`] of this VMM.
+/// Tells the guest [`words`] or [`counting`] of this VMM.
 pub fn tell(pid: u32, word: u32) -> Result<()> {
     let ram = proc::open_fd_to(pid, "/memfd:guest-ram", File::options().read(true).write(true))?;
     Ok(ram.write_all_at(&word.to_le_bytes(), 0x1F0_0010)?)

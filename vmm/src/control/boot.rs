@@ -132,7 +132,7 @@ impl Control {
         let runs = !matches!(wish, Wish::Reset { runs: false });
         let booted = built.and_then(|mut machine| {
             if runs {
-                machine.vcpus.resume()?;
+                machine.resume()?;
             }
             Ok(machine)
         });

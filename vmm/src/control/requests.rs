@@ -62,10 +62,7 @@ impl Control {
             }
             Request::Info => self.info(),
             Request::Pause => self.on_machine(|machine| machine.pause(PAUSE)),
-            Request::Resume => self.on_machine(|machine| {
-                machine.passthrough.settle(&machine.vm);
-                Ok(machine.vcpus.resume()?)
-            }),
+            Request::Resume => self.on_machine(Machine::resume),
             Request::Nmi => self.on_machine(|machine| machine.nmi()),
             Request::PowerButton => self.on_machine(|machine| {
                 if let Some(pm) = machine.power_management() {

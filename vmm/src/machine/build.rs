@@ -63,6 +63,8 @@ impl Machine {
             ram_size: ram.size(),
             console: devices::console_config(&config.serial)?,
             revision: build_info::HOST_BRIDGE_REVISION,
+            #[cfg(feature = "test-hooks")]
+            counting: crate::test_hooks::counting_device(),
         };
         let devices = devices::boot(&spec, &vm, host, &buses)?;
         let passthrough =

@@ -5,7 +5,7 @@ mod build;
 mod devices;
 mod fits;
 mod glue;
-pub mod passthrough;
+mod passthrough;
 mod populate;
 pub mod restore;
 pub mod state;
@@ -13,12 +13,14 @@ pub mod state;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use theseus_api::types::{DeviceNode, Resource, VmConfig};
-use theseus_devices::device::{Buses, DeviceError};
+use theseus_devices::device::{Buses, DeviceError, Operation};
 use theseus_devices::legacy::{pm, pm::Pm, serial, serial::SerialDevice};
 use theseus_devices::set::DeviceSet;
+use theseus_devices::vfio::Invalidated;
 use theseus_hypervisor::{ClockAnchor, Hypervisor, ReadyVm};
 use theseus_resources::fd_store::FdStoreError;
 use theseus_resources::ram::RamError;
@@ -81,8 +83,8 @@ impl Host {
 pub struct Machine {
     pub config: VmConfig,
     pub vcpus: Vcpus,
-    pub passthrough: PassthroughDevices,
-    pub devices: DeviceSet,
+    passthrough: PassthroughDevices,
+    devices: DeviceSet,
     pub vm: ReadyVm,
     pub ram: Arc<GuestRam>,
     /// What the guest's clock was set by in this image; None in the image it booted in.
@@ -99,10 +101,71 @@ impl Machine {
         self.ram.size()
     }
 
-    /// Stops the vCPUs. Where one does not come, the error names the devices that are being accessed.
-    pub fn pause(&mut self, within: std::time::Duration) -> Result<(), MachineError> {
+    /// Why `operation` cannot be now, each with its remedy. Empty if it can.
+    pub fn blockers(&self, operation: Operation) -> Vec<String> {
+        let mut reasons = self.devices.blockers(operation);
+        if operation == Operation::Update {
+            reasons.extend(self.passthrough.probe());
+        }
+        reasons
+    }
+
+    /// Stops the vCPUs, and then what devices do by themselves; all of it or, on an error, nothing. Where a vCPU does
+    /// not come, the error names the devices that are being accessed.
+    pub fn pause(&mut self, within: Duration) -> Result<(), MachineError> {
+        let ran = self.vcpus.is_running();
         let held = |source| MachineError::Stuck { source, held: self.passthrough.held() };
-        self.vcpus.pause(within).map_err(held)
+        self.vcpus.pause(within).map_err(held)?;
+        if let Err(error) = self.devices.quiesce() {
+            if ran {
+                self.vcpus.resume()?;
+            }
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// The guest goes on. What the host has refused before is tried again first.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        self.passthrough.settle(&self.vm);
+        self.devices.resume();
+        Ok(self.vcpus.resume()?)
+    }
+
+    /// In a pause, so that another VMM may have the guest: from now on interrupts wait in their eventfds. Undone by
+    /// [`Self::activate`].
+    pub fn quiesce(&self) -> Result<(), MachineError> {
+        self.passthrough.quiesce(&self.vm)
+    }
+
+    /// No DMA address of this process is valid any more; what was mapped goes on. Undone by dropping it.
+    pub fn invalidate(&self) -> Result<Option<Invalidated>, String> {
+        self.passthrough.invalidate()
+    }
+
+    /// In the new VMM: the DMA addresses are those of this process from now on.
+    pub fn remap(&self) -> Result<(), MachineError> {
+        self.passthrough.remap(&self.ram, &self.vm)
+    }
+
+    /// In the one VMM that has the guest: interrupts arrive again, and if it is to run, it does.
+    pub fn activate(&mut self, running: bool) -> Result<(), MachineError> {
+        self.passthrough.resume(&self.vm);
+        if running {
+            self.devices.resume();
+            self.vcpus.resume()?;
+        }
+        Ok(())
+    }
+
+    /// Of the devices that were passed through.
+    pub fn passthrough_ids(&self) -> Vec<String> {
+        self.passthrough.ids()
+    }
+
+    /// Of their DMA containers.
+    pub fn container_names(&self) -> Vec<String> {
+        self.passthrough.container_names()
     }
 
     /// Fills what is missing of this process's page tables, in the background.

@@ -141,7 +141,7 @@ pub fn adopt(
     let mut machine = restored.transpose().map_err(|error| text(&error))?;
     claims.finish().map_err(|error| text(&error))?;
     if let Some(machine) = &machine {
-        machine.passthrough.remap(&machine.ram, &machine.vm).map_err(|error| text(&error))?;
+        machine.remap().map_err(|error| text(&error))?;
         timeline.pass(Phase::Remap)?;
     }
 
@@ -151,11 +151,8 @@ pub fn adopt(
         superseded();
     }
     crate::test_hooks::fault("committed")?;
-    if let Some(machine) = &machine {
-        machine.passthrough.resume(&machine.vm);
-    }
-    if let Some(machine) = machine.as_mut().filter(|_| running) {
-        machine.vcpus.resume().map_err(|error| text(&error))?;
+    if let Some(machine) = &mut machine {
+        machine.activate(running).map_err(|error| text(&error))?;
     }
     timeline.stamp(Phase::Commit);
 
@@ -242,8 +239,8 @@ fn report(handover: &Handover, timeline: &Timeline, machine: Option<&Machine>) -
         vcpu_threads: machine.map(|machine| machine.vcpus.threads()).unwrap_or_default(),
         pause_us: timeline.pause_us(),
         phases: timeline.phases(),
-        devices: machine.map(|machine| machine.passthrough.ids()).unwrap_or_default(),
-        containers: machine.map(|machine| machine.passthrough.container_names()).unwrap_or_default(),
+        devices: machine.map(|machine| machine.passthrough_ids()).unwrap_or_default(),
+        containers: machine.map(|machine| machine.container_names()).unwrap_or_default(),
         reasons: Vec::new(),
     }
 }

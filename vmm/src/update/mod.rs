@@ -90,8 +90,8 @@ impl NotUpdated {
             vcpu_threads: machine.map(|machine| machine.vcpus.threads()).unwrap_or_default(),
             pause_us: self.timeline.as_ref().and_then(|timeline| timeline.pause_us()),
             phases: self.timeline.map(|timeline| timeline.phases()).unwrap_or_default(),
-            devices: machine.map(|machine| machine.passthrough.ids()).unwrap_or_default(),
-            containers: machine.map(|machine| machine.passthrough.container_names()).unwrap_or_default(),
+            devices: machine.map(|machine| machine.passthrough_ids()).unwrap_or_default(),
+            containers: machine.map(|machine| machine.container_names()).unwrap_or_default(),
             reasons: self.reasons,
         }
     }

@@ -41,10 +41,7 @@ struct StoppedGuest<'a> {
 
 impl Drop for StoppedGuest<'_> {
     fn drop(&mut self) {
-        self.machine.passthrough.resume(&self.machine.vm);
-        if self.was_running
-            && let Err(error) = self.machine.vcpus.resume()
-        {
+        if let Err(error) = self.machine.activate(self.was_running) {
             log::error!("the guest cannot go on: {error}");
         }
     }
@@ -84,7 +81,7 @@ impl<'a> Paused<'a> {
                 if (subject.guest_asked)() {
                     return Err(GUEST_ASKED.into());
                 }
-                guest.machine.passthrough.quiesce(&guest.machine.vm).map_err(|error| error.to_string())?;
+                guest.machine.quiesce().map_err(|error| error.to_string())?;
                 Some(guest)
             }
             None => None,
@@ -155,7 +152,7 @@ impl<'a> Saved<'a> {
     /// All DMA addresses of all containers; the DMA itself goes on.
     pub fn invalidate(self) -> Result<Invalidated<'a>, String> {
         let containers = match &self.paused.guest {
-            Some(guest) => guest.machine.passthrough.invalidate()?,
+            Some(guest) => guest.machine.invalidate()?,
             None => None,
         };
         let invalidated = Invalidated { _containers: containers, saved: self };

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateRequest};
+use theseus_devices::device::Operation;
 use theseus_resources::Pages;
 
 use super::preflight::{self, Requirements};
@@ -84,7 +85,7 @@ impl Order {
         }
         let mut needs = Requirements::default();
         if let Some(machine) = &subject.machine {
-            reasons.extend(machine.passthrough.probe());
+            reasons.extend(machine.blockers(Operation::Update));
             needs = Requirements {
                 placements: machine.vcpus.placements(),
                 ram: machine.memory_size(),

@@ -159,7 +159,13 @@ mod tests {
         let requests: Arc<dyn GuestRequests> = Arc::new(Nobody);
         let (pin, fd_store) = (|_| -> Arc<dyn IrqLine> { Arc::new(Nobody) }, FdStore::new());
         let around = Surroundings { pin: &pin, requests: &requests, fd_store: &fd_store, pci: &buses.pci };
-        let spec = Spec { ram_size: 6 << 30, console: ConsoleConfig::Null, revision: 0 };
+        let spec = Spec {
+            ram_size: 6 << 30,
+            console: ConsoleConfig::Null,
+            revision: 0,
+            #[cfg(feature = "test-hooks")]
+            counting: false,
+        };
         DeviceSet::boot(&spec, &around, buses.clone()).unwrap().describe()
     }
 
