@@ -1,7 +1,6 @@
 //! The event stream (`--event-monitor`): one JSON object a line, for whoever supervises many guests.
 //!
-//! `{"timestamp":{"secs":S,"nanos":N},"source":"vm|vmm|update","event":"NAME","properties":{...}}`. A reader that does
-//! not read loses events, and never holds the VMM up.
+//! What there is to be said is in [`Event`]. A reader that does not read loses events, and never holds the VMM up.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -12,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use serde_json::{Value, json};
 use theseus_api::args::ApiSocket;
+use theseus_api::types::{Event, EventLine, Timestamp};
 use theseus_resources::fd_store::FdStoreError;
 use theseus_resources::{Claims, FdKind, FdStore, Slot, StoredFd};
 
@@ -57,11 +57,12 @@ impl EventStream {
         Ok(Self(slot.map(|slot| claims.claim(slot, FdKind::Log)).transpose()?))
     }
 
-    pub fn say(&self, source: &str, event: &str, properties: Value) {
+    pub fn emit(&self, event: impl Into<Event>) {
         let Some(fd) = &self.0 else { return };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let timestamp = json!({ "secs": now.as_secs(), "nanos": now.subsec_nanos() });
-        let mut line = json!({ "timestamp": timestamp, "source": source, "event": event, "properties": properties });
+        let timestamp = Timestamp { secs: now.as_secs(), nanos: now.subsec_nanos() };
+        // It has no key that is not a text, and so none that JSON cannot have.
+        let mut line = serde_json::to_value(EventLine { timestamp, event: event.into() }).unwrap_or_default();
         if line.to_string().len() >= PIPE_BUF {
             // A pipe that can be written to has room for so much; a longer line could block.
             line["properties"] = shortened(&line["properties"]);
@@ -84,6 +85,7 @@ fn shortened(properties: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use theseus_api::types::VmEvent;
 
     #[test]
     fn events_are_appended_line_by_line() {
@@ -91,12 +93,12 @@ mod tests {
         let path = dir.path().join("events");
         std::fs::write(&path, "before\n").unwrap();
         let events = EventStream::open(Some(&ApiSocket::Path(path.clone())), &FdStore::new()).unwrap();
-        events.say("vm", "booted", json!({}));
-        events.say("update", "updated", json!({ "pid": 7 }));
+        events.emit(VmEvent::Booting {});
+        events.emit(VmEvent::MemoryError { gpa: 7, needed: false });
         let text = std::fs::read_to_string(&path).unwrap();
         let last: Value = serde_json::from_str(text.lines().nth(2).unwrap()).unwrap();
-        assert_eq!((&last["event"], &last["properties"]["pid"]), (&json!("updated"), &json!(7)));
-        EventStream::default().say("vm", "nobody hears this", json!({}));
+        assert_eq!((&last["event"], &last["properties"]["gpa"]), (&json!("memory_error"), &json!(7)));
+        EventStream::default().emit(VmEvent::Failed { reason: "nobody hears this".into() });
         let nowhere = ApiSocket::Path("/nowhere/events".into());
         assert!(EventStream::open(Some(&nowhere), &FdStore::new()).is_err());
     }
@@ -106,7 +108,7 @@ mod tests {
         let (_reader, writer) = rustix::pipe::pipe().unwrap();
         let events = EventStream(Some(FdStore::new().keep("pipe", FdKind::Log, writer)));
         for _ in 0..5000 {
-            events.say("vm", "booted", json!({}));
+            events.emit(VmEvent::Booting {});
         }
         assert!(lost() > 0);
     }

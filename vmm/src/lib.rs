@@ -39,7 +39,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use theseus_api::access::{ApiListen, Peers};
 use theseus_api::args::ApiSocket;
 use theseus_api::server::{self, KeptConnection, Server};
-use theseus_api::types::VmConfig;
+use theseus_api::types::{VmConfig, VmEvent, VmmEvent};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
 use theseus_resources::rate::Rate;
@@ -269,11 +269,10 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
     let peers = cli.api_socket.as_ref().map(|listen| listen.peers(&cli.api_uid)).unwrap_or_default();
     let mut control = parts.control(host, server, supervisor, events);
     control.peers = peers;
-    let say = |control: &Control, source, event| control.events.say(source, event, serde_json::json!({}));
-    say(&control, "vmm", "starting");
+    control.events.emit(VmmEvent::Starting {});
     if let Some(config) = config {
-        say(&control, "vm", "created");
-        say(&control, "vm", "booting");
+        control.events.emit(VmEvent::Created {});
+        control.events.emit(VmEvent::Booting {});
         control.vm = Vm::Created(config.clone());
         control.start_boot(config, Wish::CommandLine);
     } else {

@@ -17,6 +17,7 @@ use crate::{API_PREFIX, types};
 use Admission::{Always, In, WithoutVm};
 use Method::{Get, Put};
 use body::RequestBody;
+use types::VmEvent;
 use types::VmState::{Created, Paused, Running, Shutdown};
 
 /// A row of the table.
@@ -37,6 +38,10 @@ pub struct Endpoint {
     pub needs_machine: bool,
     /// It is served while an update is made ready, when all else is answered 429.
     pub in_update: bool,
+    /// What the event stream says before it is carried out, and once it was.
+    pub begins: Option<VmEvent>,
+    /// None too for a boot, whose end is told with its threads.
+    pub ends: Option<VmEvent>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,76 +144,91 @@ endpoints! {
     Ping -> types::PingInfo {
         method: Get, name: "vmm.ping", command: Some("ping"),
         admission: Always, needs_machine: false, in_update: true,
+        begins: None, ends: None,
     }
     /// Configuration and state of the VM
     Info -> types::VmInfo {
         method: Get, name: "vm.info", command: Some("info"),
         admission: In(&[Created, Running, Paused, Shutdown]), needs_machine: false, in_update: true,
+        begins: None, ends: None,
     }
     /// Counters of the devices
     Counters -> types::Counters {
         method: Get, name: "vm.counters", command: Some("counters"),
         admission: In(&[Running, Paused]), needs_machine: true, in_update: true,
+        begins: None, ends: None,
     }
     /// Create a VM from a JSON configuration
     Create(Box<types::VmConfig>) {
         method: Put, name: "vm.create", command: Some("create"),
         admission: WithoutVm, needs_machine: false, in_update: false,
+        begins: None, ends: Some(VmEvent::Created {}),
     }
     /// Boot the VM that was created
     Boot {
         method: Put, name: "vm.boot", command: Some("boot"),
         admission: In(&[Created, Shutdown]), needs_machine: true, in_update: false,
+        begins: Some(VmEvent::Booting {}), ends: None,
     }
     /// Pause the VM
     Pause {
         method: Put, name: "vm.pause", command: Some("pause"),
         admission: In(&[Running]), needs_machine: true, in_update: false,
+        begins: Some(VmEvent::Pausing {}), ends: Some(VmEvent::Paused {}),
     }
     /// Resume the paused VM
     Resume {
         method: Put, name: "vm.resume", command: Some("resume"),
         admission: In(&[Paused]), needs_machine: true, in_update: false,
+        begins: Some(VmEvent::Resuming {}), ends: Some(VmEvent::Resumed {}),
     }
     /// Reset the VM
     Reboot {
         method: Put, name: "vm.reboot", command: Some("reboot"),
         admission: In(&[Running, Paused]), needs_machine: true, in_update: false,
+        begins: Some(VmEvent::Rebooting {}), ends: None,
     }
     /// Press the ACPI power button
     PowerButton {
         method: Put, name: "vm.power-button", command: Some("power-button"),
         admission: In(&[Running]), needs_machine: true, in_update: false,
+        begins: None, ends: None,
     }
     /// Send a non-maskable interrupt to the guest
     Nmi {
         method: Put, name: "vm.nmi", command: Some("nmi"),
         admission: In(&[Running]), needs_machine: true, in_update: false,
+        begins: None, ends: None,
     }
     /// Stop the VM; it can be booted again
     Shutdown {
         method: Put, name: "vm.shutdown", command: Some("shutdown"),
         admission: In(&[Running, Paused]), needs_machine: false, in_update: false,
+        begins: None, ends: Some(VmEvent::Shutdown {}),
     }
     /// Delete the VM
     Delete {
         method: Put, name: "vm.delete", command: Some("delete"),
         admission: In(&[Created, Running, Paused, Shutdown]), needs_machine: false, in_update: false,
+        begins: None, ends: Some(VmEvent::Deleted {}),
     }
     /// End the VMM
     VmmShutdown -> () {
         method: Put, name: "vmm.shutdown", command: Some("shutdown-vmm"),
         admission: Always, needs_machine: false, in_update: true,
+        begins: None, ends: None,
     }
     /// Replace the VMM under the running guest
     Update(types::UpdateRequest) -> types::UpdateReport {
         method: Put, name: "vm.update", command: Some("update"),
         admission: Always, needs_machine: true, in_update: false,
+        begins: None, ends: None,
     }
     /// This API, as an OpenAPI document
     OpenApi -> serde_json::Map<String, serde_json::Value> {
         method: Get, name: "openapi.json", command: None,
         admission: Always, needs_machine: false, in_update: true,
+        begins: None, ends: None,
     }
 }
 
@@ -256,6 +276,22 @@ mod tests {
             let request = Request::parse(route.method.name(), &format!("{API_PREFIX}{}", route.name), body).unwrap();
             assert_eq!(request.name(), route.name);
         }
+    }
+
+    #[test]
+    fn what_the_event_stream_says_of_requests() {
+        let all = ENDPOINTS.iter().filter(|row| row.begins.is_some() || row.ends.is_some());
+        let found: Vec<_> = all.map(|row| (row.name, row.begins.clone(), row.ends.clone())).collect();
+        let expected = [
+            ("vm.create", None, Some(VmEvent::Created {})),
+            ("vm.boot", Some(VmEvent::Booting {}), None),
+            ("vm.pause", Some(VmEvent::Pausing {}), Some(VmEvent::Paused {})),
+            ("vm.resume", Some(VmEvent::Resuming {}), Some(VmEvent::Resumed {})),
+            ("vm.reboot", Some(VmEvent::Rebooting {}), None),
+            ("vm.shutdown", None, Some(VmEvent::Shutdown {})),
+            ("vm.delete", None, Some(VmEvent::Deleted {})),
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! granted. What goes out may grow, so the answers tolerate keys they do not know.
 
 mod config;
+mod event;
 pub(crate) mod foreign;
 mod json;
 mod tree;
@@ -14,6 +15,7 @@ pub use config::{
     CpuAffinity, CpusConfig, DEFAULT_CONTAINER, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, MemoryConfig,
     PayloadConfig, SerialConfig, SerialMode, VmConfig,
 };
+pub use event::{Event, EventLine, Threads, Timestamp, UpdateEvent, VmEvent, VmmEvent};
 pub(crate) use json::from_body;
 pub use update::{BuildInfo, PhaseTime, UpdateMode, UpdateOutcome, UpdateReport, UpdateRequest};
 pub use validate::{MAX_VCPUS, MIN_MEMORY, SOCKET_PATH_MAX};

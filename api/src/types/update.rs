@@ -80,18 +80,6 @@ pub enum UpdateOutcome {
     Ready,
 }
 
-impl UpdateOutcome {
-    /// As in JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Updated => "updated",
-            Self::RolledBack => "rolled_back",
-            Self::Refused => "refused",
-            Self::Ready => "ready",
-        }
-    }
-}
-
 /// Time spent in one phase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

@@ -13,9 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
-use serde_json::json;
 use theseus_api::server::ReplyTo;
-use theseus_api::types::VmConfig;
+use theseus_api::types::{Threads, VmConfig, VmEvent};
 use theseus_api::{ApiError, Body};
 use theseus_resources::threads::{self, Role};
 
@@ -39,10 +38,10 @@ pub enum Wish {
 
 impl Wish {
     /// The event that says that it was done.
-    fn event(&self) -> &'static str {
+    fn event(&self, threads: Threads) -> VmEvent {
         match self {
-            Self::CommandLine | Self::Boot(_) => "booted",
-            Self::Reboot(_) | Self::Reset { .. } => "rebooted",
+            Self::CommandLine | Self::Boot(_) => VmEvent::Booted(threads),
+            Self::Reboot(_) | Self::Reset { .. } => VmEvent::Rebooted(threads),
         }
     }
 }
@@ -138,9 +137,8 @@ impl Control {
         });
         let booted = booted.map(|machine| self.vm = Vm::Booted(Box::new(machine)));
         if booted.is_ok() {
-            let threads = self.vm.machine().map(|machine| machine.vcpus.threads()).unwrap_or_default();
-            let properties = json!({ "vmm_pid": std::process::id(), "vcpu_threads": threads });
-            self.events.say("vm", wish.event(), properties);
+            let vcpu_threads = self.vm.machine().map(|machine| machine.vcpus.threads()).unwrap_or_default();
+            self.events.emit(wish.event(Threads { vmm_pid: std::process::id(), vcpu_threads }));
         }
         match (wish, booted) {
             (Wish::CommandLine, Ok(())) => self.keeper.notify(crate::notify::READY),
@@ -148,8 +146,8 @@ impl Control {
             (Wish::CommandLine, Err(error)) => {
                 let reason = ApiError::chain(500, &error).to_string();
                 let what = format!("the guest cannot be booted: {reason}");
-                self.events.say("vm", "failed", json!({ "reason": reason }));
-                self.end(crate::EXIT_FAILURE, json!({}));
+                self.events.emit(VmEvent::Failed { reason });
+                self.end(crate::EXIT_FAILURE, None);
                 crate::say(std::io::stderr(), &what);
             }
             (Wish::Reset { .. }, Err(error)) => {
@@ -160,7 +158,7 @@ impl Control {
             (Wish::Boot(reply) | Wish::Reboot(reply), Ok(())) => reply.send(Ok(Body::Empty)),
             (Wish::Boot(reply), Err(error)) => reply.send(Err(ApiError::chain(500, &error))),
             (Wish::Reboot(reply), Err(error)) => {
-                self.events.say("vm", "shutdown", json!({}));
+                self.events.emit(VmEvent::Shutdown {});
                 reply.send(Err(ApiError::chain(500, &error)));
             }
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events};
-use serde_json::{Value, json};
+use theseus_api::types::{VmEvent, VmmEvent};
 use theseus_devices::interrupt::GuestRequest;
 use theseus_resources::rate::Rate;
 use vmm_sys_util::timerfd::TimerFd;
@@ -58,12 +58,12 @@ impl Control {
         }
         match request {
             GuestRequest::PowerOff => {
-                self.events.say("vm", "powered_off", json!({}));
+                self.events.emit(VmEvent::PoweredOff {});
                 self.end_with("the guest has powered off", crate::EXIT_POWER_OFF);
             }
             GuestRequest::Reset if reboots => self.reboot_in_place(),
             GuestRequest::Reset => {
-                self.events.say("vm", "reset", json!({}));
+                self.events.emit(VmEvent::Reset {});
                 self.end_with("the guest has asked for a reset", crate::EXIT_RESET);
             }
             GuestRequest::Failed(reason) => self.guest_failed(&reason),
@@ -74,8 +74,8 @@ impl Control {
     /// A new machine in this process, as vm.reboot gives; paused if the guest was.
     fn reboot_in_place(&mut self) {
         log::info!("the guest has asked for a reset: it is booted again");
-        self.events.say("vm", "reset", json!({}));
-        self.events.say("vm", "rebooting", json!({}));
+        self.events.emit(VmEvent::Reset {});
+        self.events.emit(VmEvent::Rebooting {});
         let runs = self.vm.machine().is_some_and(|machine| machine.vcpus.is_running());
         self.shut_down();
         if let Some(config) = self.vm.config().cloned() {
@@ -84,30 +84,30 @@ impl Control {
     }
 
     pub(super) fn guest_failed(&mut self, reason: &str) {
-        self.events.say("vm", "failed", json!({ "reason": reason }));
+        self.events.emit(VmEvent::Failed { reason: reason.into() });
         if self.vm.machine().is_none() {
-            self.events.say("vm", "shutdown", json!({}));
+            self.events.emit(VmEvent::Shutdown {});
         }
         self.end_with(&format!("the guest cannot go on: {reason}"), crate::EXIT_GUEST_FAILED);
     }
 
     fn end_with(&mut self, what: &str, code: i32) {
         log::info!("{what}");
-        self.end(code, json!({}));
+        self.end(code, None);
         crate::say(std::io::stdout(), what);
     }
 
-    /// The end of the guest, if there is one, and of the process. `properties`: of the last event.
-    pub(super) fn end(&mut self, code: i32, properties: Value) {
+    /// The end of the guest, if there is one, and of the process. `signal`: the cause, where it was one.
+    pub(super) fn end(&mut self, code: i32, signal: Option<i32>) {
         self.give_up_boot("the end of the VMM");
         if self.vm.machine().is_some() {
             self.shut_down();
-            self.events.say("vm", "shutdown", json!({}));
+            self.events.emit(VmEvent::Shutdown {});
         }
         if !matches!(std::mem::replace(&mut self.vm, Vm::None), Vm::None) {
-            self.events.say("vm", "deleted", json!({}));
+            self.events.emit(VmEvent::Deleted {});
         }
-        self.events.say("vmm", "shutdown", properties);
+        self.events.emit(VmmEvent::Shutdown { signal });
         self.exit = Some(code);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::ops::Deref;
 
-use serde_json::json;
+use theseus_api::types::VmEvent;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Control;
@@ -47,7 +47,7 @@ impl Control {
             }
             if is_new {
                 log::error!("the host's memory has an uncorrectable error: the guest has lost its page at {gpa:#x}");
-                self.events.say("vm", "memory_error", json!({ "gpa": gpa, "needed": by_vcpu }));
+                self.events.emit(VmEvent::MemoryError { gpa, needed: by_vcpu });
             }
         }
     }

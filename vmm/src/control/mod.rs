@@ -207,7 +207,7 @@ impl Control {
     fn signalled(&mut self) {
         for signal in self.signals.read() {
             log::info!("signal {signal}: shutting down");
-            self.end(crate::EXIT_OK, serde_json::json!({ "signal": signal }));
+            self.end(crate::EXIT_OK, Some(signal));
         }
     }
 }

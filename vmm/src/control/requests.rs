@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use serde_json::json;
 use theseus_api::endpoint::DOCUMENT;
 use theseus_api::server::ReplyTo;
 use theseus_api::types::{
-    Counters, DroppedBytes, LostEvents, PayloadConfig, PingInfo, SerialMode, VmConfig, VmInfo, VmState,
+    Counters, DroppedBytes, LostEvents, PayloadConfig, PingInfo, SerialMode, VmConfig, VmEvent, VmInfo, VmState,
 };
 use theseus_api::{ApiError, Body, Reply, Request};
 
@@ -28,10 +27,9 @@ impl Control {
             return reply.send(Err(error));
         }
         log::info!("API: {}", endpoint.name);
-        if let Some(event) = event_before(&request) {
-            self.events.say("vm", event, json!({}));
+        if let Some(event) = endpoint.begins.clone() {
+            self.events.emit(event);
         }
-        let event = event_after(&request);
         let answer = match request {
             // These answer when they are done.
             Request::Update(request) => return self.start_update(&request, reply),
@@ -42,7 +40,7 @@ impl Control {
             }
             Request::Ping => to_json(&ping()),
             Request::VmmShutdown => {
-                self.end(crate::EXIT_OK, json!({}));
+                self.end(crate::EXIT_OK, None);
                 Ok(Body::EmptyOk)
             }
             Request::Create(config) => self.create(*config),
@@ -50,7 +48,7 @@ impl Control {
                 self.give_up_boot("vm.delete");
                 if self.vm.machine().is_some() {
                     self.shut_down();
-                    self.events.say("vm", "shutdown", json!({}));
+                    self.events.emit(VmEvent::Shutdown {});
                 }
                 self.vm = Vm::None;
                 Ok(Body::Empty)
@@ -73,8 +71,8 @@ impl Control {
             Request::Counters => self.counters(),
             Request::OpenApi => Ok(Body::Text(DOCUMENT)),
         };
-        if let Some(event) = event.filter(|_| answer.is_ok()) {
-            self.events.say("vm", event, json!({}));
+        if let Some(event) = endpoint.ends.clone().filter(|_| answer.is_ok()) {
+            self.events.emit(event);
         }
         reply.send(answer);
     }
@@ -139,31 +137,6 @@ impl Control {
             events: LostEvents { lost: crate::events::lost() },
         })
     }
-}
-
-/// What the event stream says of the VM before a request is carried out.
-fn event_before(request: &Request) -> Option<&'static str> {
-    Some(match request {
-        Request::Boot => "booting",
-        Request::Pause => "pausing",
-        Request::Resume => "resuming",
-        Request::Reboot => "rebooting",
-        _ => return None,
-    })
-}
-
-/// And once it was.
-fn event_after(request: &Request) -> Option<&'static str> {
-    Some(match request {
-        Request::Create(_) => "created",
-        Request::Boot => "booted",
-        Request::Pause => "paused",
-        Request::Resume => "resumed",
-        Request::Shutdown => "shutdown",
-        Request::Reboot => "rebooted",
-        Request::Delete => "deleted",
-        _ => return None,
-    })
 }
 
 fn ping() -> PingInfo {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use theseus_api::ApiError;
 use theseus_api::server::ReplyTo;
-use theseus_api::types::{UpdateOutcome, UpdateRequest};
+use theseus_api::types::{UpdateEvent, UpdateOutcome, UpdateRequest};
 use theseus_api::{Body, Reply};
 use theseus_resources::threads::{self, Role};
 
@@ -129,7 +129,7 @@ impl Control {
         let outcome = not.outcome;
         let report = not.report(self.vm.machine());
         let told = serde_json::to_value(&report);
-        self.events.say("update", report.outcome.name(), told.as_ref().cloned().unwrap_or_default());
+        self.events.emit(UpdateEvent::from(report.clone()));
         let answer: Reply = match outcome {
             UpdateOutcome::Refused => Err(ApiError::conflict("the update is refused").because(report.reasons)),
             _ => told.map(Body::Json).map_err(|error| ApiError::internal(error.to_string())),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use theseus_api::access::Peers;
 use theseus_api::server::KeptConnection;
-use theseus_api::types::{UpdateOutcome, UpdateReport, VmConfig};
+use theseus_api::types::{UpdateEvent, UpdateOutcome, UpdateReport, VmConfig};
 use theseus_api::{Body, Reply};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
@@ -165,7 +165,7 @@ pub fn adopt(
     supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));
     let report = report(&handover, timeline, machine.as_ref());
     log::info!("{:?} from build {}: pause {} us", report.outcome, report.from.build_id, report.pause_us.unwrap_or(0));
-    events.say("update", report.outcome.name(), serde_json::to_value(&report).unwrap_or_default());
+    events.emit(UpdateEvent::from(report.clone()));
     let api = api.map(|api| api.open(&report)).transpose();
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
     let Handover { config, was_shut_down, peers, .. } = handover;

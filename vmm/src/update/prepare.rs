@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateRequest};
+use theseus_api::types::{BuildInfo, UpdateEvent, UpdateOutcome, UpdateRequest};
 use theseus_devices::device::Operation;
 use theseus_resources::Pages;
 
@@ -146,7 +146,7 @@ impl Order {
             let (outcome, reasons) = (UpdateOutcome::Ready, Vec::new());
             return Err(NotUpdated { outcome, to: Some(to), reasons, timeline: Some(timeline) });
         }
-        events.say("update", "prepared", serde_json::json!({ "to": to }));
+        events.emit(UpdateEvent::Prepared { to: to.clone() });
         let back = WayBack { keeper, supervisor, program, alone: MayBeAlone::new() };
         let new = || stand_by(&target, &back, &page, &timeline, &rehearsed, given_up);
         let half = |panic: Box<dyn Any + Send>| NotStarted { reason: panic_text(&*panic), is_whole: false };

@@ -6,6 +6,7 @@ use schemars::transform::{RecursiveTransform, Transform};
 use serde_json::{Map, Value, json};
 
 use super::super::{Admission, BodyRule, ENDPOINTS, Endpoint, Signature, admission, signatures};
+use crate::types::{EventLine, VmEvent};
 
 const JSON: &str = "application/json";
 
@@ -22,12 +23,14 @@ pub(super) fn document() -> Value {
             (format!("/{}", endpoint.name), json!({ method: operation(endpoint, &signature) }))
         })
         .collect();
+    schemas.subschema_for::<EventLine>();
     json!({
         "openapi": "3.1.0",
         "info": {
             "title": "Theseus",
             "description": "On the unix socket of --api-socket. A key that is unknown is an error unless its value \
-                            says nothing, such as null or false.",
+                            says nothing, such as null or false. The lines of --event-monitor are of the schema \
+                            EventLine.",
             "version": "1",
             "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" },
         },
@@ -77,7 +80,13 @@ fn description(endpoint: &Endpoint) -> String {
     };
     let boot = if endpoint.needs_machine { "; waits for the end of a boot that is under way" } else { "" };
     let update = if endpoint.in_update { "; also served while an update is made ready" } else { "" };
-    format!("{admission}{boot}{update}.")
+    let said: Vec<String> = [&endpoint.begins, &endpoint.ends].into_iter().flatten().map(event_name).collect();
+    let events = if said.is_empty() { String::new() } else { format!("; the event stream says {}", said.join(", ")) };
+    format!("{admission}{boot}{update}{events}.")
+}
+
+fn event_name(event: &VmEvent) -> String {
+    json!(event)["event"].as_str().unwrap().to_owned()
 }
 
 fn responses(endpoint: &Endpoint, answer: Option<&Schema>) -> Value {
