@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
-use theseus_resources::state::StateError;
+use theseus_resources::state::Format;
 use theseus_resources::{Claims, StateReader};
 
 use crate::device::{Catalogued, Device, DeviceError, Surroundings};
 use crate::host_bridge::{config_access::PciConfigAccess, function::HostBridge};
 use crate::legacy::{cmos::Cmos, i8042::I8042, pm::Pm, serial::SerialDevice};
-use crate::migratable::{Migratable, MigrateError};
+use crate::migratable::{self, Migratable, MigrateError};
 use crate::spec::Spec;
 use crate::vfio::{Passthrough, VfioPci};
 
@@ -27,11 +27,11 @@ pub const DEVICES: &[Entry] = &[
     entry::<crate::counting::Counting>(),
 ];
 
-/// (kind, version) of the section that lists the others.
-pub const MANIFEST: (&str, u16) = ("device-manifest", 1);
+/// Of the section that lists the others.
+pub const MANIFEST: Format = Format::new("device-manifest", 1);
 
 /// Kinds that are made ready before the guest stands still, and have their own order (vmm/src/machine/passthrough.rs).
-const PASSTHROUGH: &[(&str, u16)] = &[of::<Passthrough>(), of::<VfioPci>()];
+const PASSTHROUGH: &[Format] = &[Passthrough::FORMAT, VfioPci::FORMAT];
 
 /// A device whose state was read, and which is not made yet.
 pub trait Decoded {
@@ -57,36 +57,30 @@ impl<D: Catalogued> Decoded for State<D> {
 /// Devices by name.
 type Named = Vec<(String, Arc<dyn Device>)>;
 type Boot = fn(&Spec, &Surroundings<'_>) -> Result<Named, DeviceError>;
-type Decode = fn(&str, &mut StateReader<'_>) -> Result<Box<dyn Decoded>, StateError>;
+type Decode = fn(&str, &mut StateReader<'_>) -> Result<Box<dyn Decoded>, MigrateError>;
 
 pub struct Entry {
-    /// The kind of its sections in the saved state.
-    pub kind: &'static str,
-    /// The version this build writes; it reads the one before and the one after as well.
-    pub version: u16,
+    /// Of its sections in the saved state.
+    pub format: Format,
     pub boot: Boot,
     pub decode: Decode,
 }
 
 const fn entry<D: Catalogued + 'static>() -> Entry {
-    Entry { kind: D::KIND, version: D::VERSION, boot: boot::<D>, decode: decode::<D> }
-}
-
-const fn of<D: Migratable>() -> (&'static str, u16) {
-    (D::KIND, D::VERSION)
+    Entry { format: D::FORMAT, boot: boot::<D>, decode: decode::<D> }
 }
 
 fn boot<D: Catalogued>(spec: &Spec, around: &Surroundings<'_>) -> Result<Named, DeviceError> {
     Ok(D::boot(spec, around)?.into_iter().map(|(name, device)| (name, device.share())).collect())
 }
 
-fn decode<D: Catalogued + 'static>(name: &str, reader: &mut StateReader<'_>) -> Result<Box<dyn Decoded>, StateError> {
-    Ok(Box::new(State::<D>(reader.take(name, D::KIND, D::VERSION)?)))
+fn decode<D: Catalogued + 'static>(name: &str, reader: &mut StateReader<'_>) -> Result<Box<dyn Decoded>, MigrateError> {
+    Ok(Box::new(State::<D>(migratable::take::<D>(reader, name)?)))
 }
 
-/// (kind, version) of every section of a device that this build knows.
-pub fn supported() -> Vec<(&'static str, u16)> {
-    let devices = DEVICES.iter().map(|entry| (entry.kind, entry.version));
+/// Of every section of a device that this build knows.
+pub fn formats() -> Vec<Format> {
+    let devices = DEVICES.iter().map(|entry| entry.format);
     devices.chain(PASSTHROUGH.iter().copied()).chain([MANIFEST]).collect()
 }
 
@@ -97,8 +91,8 @@ mod tests {
 
     #[test]
     fn kinds_are_unique_and_versions_start_at_one() {
-        let kinds: HashSet<_> = supported().into_iter().map(|(kind, _)| kind).collect();
-        assert_eq!(kinds.len(), supported().len());
-        assert!(supported().iter().all(|(kind, version)| !kind.is_empty() && *version >= 1));
+        let kinds: HashSet<_> = formats().into_iter().map(|format| format.kind).collect();
+        assert_eq!(kinds.len(), formats().len());
+        assert!(formats().iter().all(|format| !format.kind.is_empty() && format.version >= 1));
     }
 }

@@ -7,6 +7,7 @@ use acpi_tables::AmlSink;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use theseus_resources::Claims;
+use theseus_resources::state::Format;
 
 use crate::bus::BusDevice;
 use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings};
@@ -49,14 +50,17 @@ pub struct CountingState {
 }
 
 impl Migratable for Counting {
-    const KIND: &'static str = "counting";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("counting", 1);
     type State = CountingState;
     type Parts<'a> = ();
 
     fn save(&self) -> Result<CountingState, MigrateError> {
         let Self { count, blocks, is_quiet: _ } = self;
         Ok(CountingState { count: *count, blocks: *blocks })
+    }
+
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
     }
 
     fn restore(state: CountingState, (): ()) -> Result<Self, MigrateError> {
@@ -69,7 +73,7 @@ impl Catalogued for Counting {
     fn boot(spec: &Spec, _: &Surroundings<'_>) -> Result<Vec<(String, Self)>, DeviceError> {
         Ok(spec
             .counting
-            .then(|| (Self::KIND.to_owned(), Self { is_quiet: true, ..Self::default() }))
+            .then(|| (Self::FORMAT.kind.to_owned(), Self { is_quiet: true, ..Self::default() }))
             .into_iter()
             .collect())
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use acpi_tables::AmlSink;
 use acpi_tables::aml::Interrupt;
-use theseus_resources::state::{Encoded, StateError};
+use theseus_resources::state::{Encoded, Format, StateError};
 use theseus_resources::{Claims, FdStore};
 
 use crate::bus::{Bus, SharedDevice};
@@ -82,15 +82,14 @@ pub trait Device: Any + Send + Sync {
 
 /// A section of the saved state that is not written yet.
 pub struct SavedDevice {
-    pub kind: &'static str,
-    pub version: u16,
+    pub format: Format,
     pub encoded: Encoded<()>,
 }
 
 impl SavedDevice {
     pub fn of<D: Migratable>(device: &D, name: &str) -> Result<Self, MigrateError> {
         let encoded = Encoded::new(name.to_owned(), &device.save()?)?;
-        Ok(Self { kind: D::KIND, version: D::VERSION, encoded: encoded.untyped() })
+        Ok(Self { format: D::FORMAT, encoded: encoded.untyped() })
     }
 }
 

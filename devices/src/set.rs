@@ -16,6 +16,11 @@ use crate::spec::Spec;
 const MANIFEST_NAME: &str = "devices";
 
 #[derive(Serialize, Deserialize)]
+struct Manifest {
+    devices: Vec<Listed>,
+}
+
+#[derive(Serialize, Deserialize)]
 struct Listed {
     /// The name of the device, and of its section.
     name: String,
@@ -125,17 +130,17 @@ impl DeviceSet {
 
     /// Pure.
     pub fn save(&self, writer: &mut StateWriter) -> Result<(), DeviceError> {
-        let mut manifest = Vec::new();
+        let mut devices = Vec::new();
         let mut sections = Vec::new();
         for Member { name, device } in &self.members {
             let failed = |source| DeviceError::Migrate { name: name.clone(), source };
             let saved = device.save(name).map_err(failed)?;
-            manifest.push(Listed { name: name.clone(), kind: saved.kind.to_owned() });
+            devices.push(Listed { name: name.clone(), kind: saved.format.kind.to_owned() });
             sections.push(saved);
         }
-        writer.add(MANIFEST_NAME, MANIFEST.0, MANIFEST.1, &manifest)?;
+        writer.add(MANIFEST_NAME, &MANIFEST, &Manifest { devices })?;
         for saved in sections {
-            writer.add_encoded(saved.encoded, saved.kind, saved.version)?;
+            writer.add_encoded(saved.encoded, &saved.format)?;
         }
         Ok(())
     }
@@ -146,14 +151,15 @@ pub struct DecodedSet(Vec<(String, Box<dyn Decoded>)>);
 
 impl DecodedSet {
     pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, DeviceError> {
-        let manifest: Vec<Listed> = reader.take(MANIFEST_NAME, MANIFEST.0, MANIFEST.1)?;
+        let (_, manifest): (_, Manifest) = reader.take(MANIFEST_NAME, &MANIFEST)?;
         let decode = |Listed { name, kind }: Listed| {
-            let entry = catalogue::DEVICES.iter().find(|entry| entry.kind == kind);
+            let entry = catalogue::DEVICES.iter().find(|entry| entry.format.kind == kind);
             let entry = entry.ok_or_else(|| DeviceError::UnknownKind { name: name.clone(), kind })?;
-            let decoded = (entry.decode)(&name, reader)?;
+            let decoded = (entry.decode)(&name, reader);
+            let decoded = decoded.map_err(|source| DeviceError::Migrate { name: name.clone(), source })?;
             Ok((name, decoded))
         };
-        Ok(Self(manifest.into_iter().map(decode).collect::<Result<_, DeviceError>>()?))
+        Ok(Self(manifest.devices.into_iter().map(decode).collect::<Result<_, DeviceError>>()?))
     }
 
     /// The interrupt controllers must be restored before: pending interrupts are raised again.
@@ -345,8 +351,8 @@ mod tests {
         assert_eq!(read(&buses, theseus_resources::layout::CMOS_PORT as u64 + 1), 0x5A);
 
         let mut writer = StateWriter::new("id");
-        let listed = [Listed { name: "x".into(), kind: "of-tomorrow".into() }];
-        writer.add(MANIFEST_NAME, MANIFEST.0, MANIFEST.1, &listed).unwrap();
+        let listed = Manifest { devices: vec![Listed { name: "x".into(), kind: "of-tomorrow".into() }] };
+        writer.add(MANIFEST_NAME, &MANIFEST, &listed).unwrap();
         let bytes = writer.finish().unwrap();
         let Err(error) = DecodedSet::decode(&mut StateReader::new(&bytes).unwrap()) else { panic!("it was decoded") };
         assert!(

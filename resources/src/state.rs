@@ -19,6 +19,28 @@ const MAGIC: [u8; 8] = *b"THESEUS\0";
 pub const FORMAT: u32 = 1;
 const HEADER: usize = 24;
 
+/// A kind of section: the version that this build writes, and those that it reads. A build one step back or on has the
+/// version before or the one after; what a state loses on that way has a default (`#[serde(default)]`) or is made up for
+/// by who gets the version that was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    pub kind: &'static str,
+    pub version: u16,
+    /// The oldest version that is read, and the newest.
+    pub reads: (u16, u16),
+}
+
+impl Format {
+    /// Reads what is one step away, too.
+    pub const fn new(kind: &'static str, version: u16) -> Self {
+        Self { kind, version, reads: (version - 1, version + 1) }
+    }
+
+    pub fn can_read(&self, found: u16) -> bool {
+        (self.reads.0..=self.reads.1).contains(&found)
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     #[error("not a saved state of Theseus (wrong magic)")]
@@ -33,8 +55,8 @@ pub enum StateError {
     Envelope(String),
     #[error("section '{name}': {reason}")]
     Section { name: String, reason: String },
-    #[error("section '{name}': version {found} of kind '{kind}' cannot be read by this build (it has version {ours})")]
-    Version { name: String, kind: String, found: u16, ours: u16 },
+    #[error("section '{name}': version {found} of kind '{kind}' cannot be read by this build (it reads {} to {})", reads.0, reads.1)]
+    Version { name: String, kind: String, found: u16, reads: (u16, u16) },
     #[error("sections that nothing read: {0}")]
     Leftover(String),
 }
@@ -104,19 +126,19 @@ impl StateWriter {
         Self { body: Body { build_id: build_id.to_owned(), sections: Vec::new() } }
     }
 
-    pub fn add<T: Serialize>(&mut self, name: &str, kind: &str, version: u16, value: &T) -> Result<(), StateError> {
-        self.add_encoded(Encoded::new(name.to_owned(), value)?, kind, version)
+    pub fn add<T: Serialize>(&mut self, name: &str, format: &Format, value: &T) -> Result<(), StateError> {
+        self.add_encoded(Encoded::new(name.to_owned(), value)?, format)
     }
 
-    pub fn add_encoded<T>(&mut self, encoded: Encoded<T>, kind: &str, version: u16) -> Result<(), StateError> {
+    pub fn add_encoded<T>(&mut self, encoded: Encoded<T>, format: &Format) -> Result<(), StateError> {
         let Encoded { name, data, of: _ } = encoded;
         if self.body.sections.iter().any(|other| other.name == name) {
             return Err(StateError::Section { name, reason: "is written twice".into() });
         }
         self.body.sections.push(Section {
             name: name.into(),
-            kind: kind.to_owned().into(),
-            version,
+            kind: format.kind.into(),
+            version: format.version,
             data: data.into(),
         });
         Ok(())
@@ -187,29 +209,30 @@ impl<'a> StateReader<'a> {
         self.sections.contains_key(name)
     }
 
-    /// Takes one section out. A reader takes the version before and the one after its own: new fields have defaults,
-    /// unknown ones are skipped.
-    pub fn take<T: DeserializeOwned>(&mut self, name: &str, kind: &str, version: u16) -> Result<T, StateError> {
-        decode(name, &self.take_data(name, kind, version)?)
+    /// Takes one section out, with the version that it has.
+    pub fn take<T: DeserializeOwned>(&mut self, name: &str, format: &Format) -> Result<(u16, T), StateError> {
+        let Section { version, data, .. } = self.take_section(name, format)?;
+        Ok((version, decode(name, &data)?))
     }
 
     /// As [`StateReader::take`], for who decodes it elsewhere.
-    pub fn take_encoded<T>(&mut self, name: &str, kind: &str, version: u16) -> Result<Encoded<T>, StateError> {
-        let data = self.take_data(name, kind, version)?.into_owned();
-        Ok(Encoded { name: name.to_owned(), data, of: PhantomData })
+    pub fn take_encoded<T>(&mut self, name: &str, format: &Format) -> Result<(u16, Encoded<T>), StateError> {
+        let Section { version, data, .. } = self.take_section(name, format)?;
+        Ok((version, Encoded { name: name.to_owned(), data: data.into_owned(), of: PhantomData }))
     }
 
-    fn take_data(&mut self, name: &str, kind: &str, version: u16) -> Result<Cow<'a, [u8]>, StateError> {
+    fn take_section(&mut self, name: &str, format: &Format) -> Result<Section<'a>, StateError> {
         let error = |reason: String| StateError::Section { name: name.to_owned(), reason };
         let section = self.sections.remove(name).ok_or_else(|| error("is missing, or read twice".into()))?;
+        let Format { kind, version: _, reads } = *format;
         if section.kind != kind {
             return Err(error(format!("is of kind '{}', not '{kind}'", section.kind)));
         }
-        if !readable(section.version, version) {
+        if !format.can_read(section.version) {
             let (name, kind) = (name.to_owned(), kind.to_owned());
-            return Err(StateError::Version { name, kind, found: section.version, ours: version });
+            return Err(StateError::Version { name, kind, found: section.version, reads });
         }
-        Ok(section.data)
+        Ok(section)
     }
 
     pub fn finish(self) -> Result<(), StateError> {
@@ -218,11 +241,6 @@ impl<'a> StateReader<'a> {
         }
         Err(StateError::Leftover(self.sections.into_keys().collect::<Vec<_>>().join(", ")))
     }
-}
-
-/// Whether a build whose version of a kind is `ours` reads version `found`.
-pub fn readable(found: u16, ours: u16) -> bool {
-    found.abs_diff(ours) <= 1
 }
 
 /// Of the body, as the header has it (CRC-32, ISO-HDLC).
@@ -246,11 +264,14 @@ mod tests {
         b: Option<u8>,
     }
 
+    const ONE: Format = Format::new("thing", 1);
+    const TWO: Format = Format::new("thing", 2);
+
     fn written() -> Vec<u8> {
         let mut writer = StateWriter::new("id");
-        writer.add("x", "thing", 1, &V1 { a: 5 }).unwrap();
-        assert!(writer.add("x", "thing", 1, &V1 { a: 5 }).is_err());
-        writer.add("y", "thing", 2, &V2 { a: 6, b: Some(1) }).unwrap();
+        writer.add("x", &ONE, &V1 { a: 5 }).unwrap();
+        assert!(writer.add("x", &ONE, &V1 { a: 5 }).is_err());
+        writer.add("y", &TWO, &V2 { a: 6, b: Some(1) }).unwrap();
         writer.finish().unwrap()
     }
 
@@ -259,13 +280,18 @@ mod tests {
         let bytes = written();
         let mut reader = StateReader::new(&bytes).unwrap();
         assert_eq!(reader.build_id(), "id");
-        assert_eq!(reader.take::<V2>("x", "thing", 2).unwrap(), V2 { a: 5, b: None });
-        assert_eq!(reader.take::<V1>("y", "thing", 1).unwrap(), V1 { a: 6 });
-        assert!(reader.take::<V1>("y", "thing", 1).is_err());
+        assert_eq!(reader.take::<V2>("x", &TWO).unwrap(), (1, V2 { a: 5, b: None }));
+        assert_eq!(reader.take::<V1>("y", &ONE).unwrap(), (2, V1 { a: 6 }));
+        assert!(reader.take::<V1>("y", &ONE).is_err());
         reader.finish().unwrap();
         let mut reader = StateReader::new(&bytes).unwrap();
-        assert!(matches!(reader.take::<V1>("x", "thing", 3), Err(StateError::Version { found: 1, ours: 3, .. })));
-        assert!(reader.take::<V1>("y", "other", 1).is_err());
+        let error = reader.take::<V1>("x", &Format::new("thing", 3)).unwrap_err();
+        assert!(matches!(error, StateError::Version { found: 1, reads: (2, 4), .. }));
+        assert!(error.to_string().contains("(it reads 2 to 4)"), "{error}");
+        // One that still knows the first version.
+        let mut reader = StateReader::new(&bytes).unwrap();
+        assert_eq!(reader.take::<V1>("x", &Format { reads: (1, 4), ..Format::new("thing", 3) }).unwrap().0, 1);
+        assert!(reader.take::<V1>("y", &Format::new("other", 1)).is_err());
         assert!(StateReader::new(&written()).unwrap().finish().is_err());
     }
 

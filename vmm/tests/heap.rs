@@ -5,6 +5,7 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use theseus_resources::StateWriter;
+use theseus_resources::state::Format;
 use theseus_vmm::heap;
 
 /// The threads that die in the middle of whatever they are at.
@@ -16,7 +17,7 @@ fn serialised() -> Vec<u8> {
     let mut writer = StateWriter::new("id");
     for section in 0..64u64 {
         let registers: Vec<(u64, String)> = (0..500).map(|n| (n * section, format!("register {n}"))).collect();
-        writer.add(&format!("vcpu{section}"), "vcpu", 1, &registers).unwrap();
+        writer.add(&format!("vcpu{section}"), &Format::new("vcpu", 1), &registers).unwrap();
     }
     writer.finish().unwrap()
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use rmpv::Value;
+use theseus_resources::state::Format;
 use theseus_resources::{StateReader, StateWriter};
 
 fn golden() -> Vec<(PathBuf, Vec<u8>)> {
@@ -80,7 +81,8 @@ fn of_a_later_build(bytes: &[u8], mut change: impl FnMut(&str, &mut Vec<(Value, 
         let mut fields: Value = rmp_serde::from_slice(&section.data).unwrap();
         let Value::Map(map) = &mut fields else { panic!("section '{}' is no map", section.name) };
         change(&section.name, map);
-        writer.add(&section.name, &section.kind, section.version + 1, &fields).unwrap();
+        let kind = section.kind.to_string().leak();
+        writer.add(&section.name, &Format::new(kind, section.version + 1), &fields).unwrap();
     }
     writer
 }
@@ -148,7 +150,9 @@ fn a_new_section_is_refused_by_name() {
     for (_, bytes) in golden() {
         let mut later = of_a_later_build(&bytes, |_, _| {});
         check(&later).unwrap();
-        later.add("virtio-net0", "virtio-net", 1, &Value::Map(vec![("queues".into(), Value::from(2))])).unwrap();
+        later
+            .add("virtio-net0", &Format::new("virtio-net", 1), &Value::Map(vec![("queues".into(), Value::from(2))]))
+            .unwrap();
         let reason = check(&later).unwrap_err();
         assert!(reason.contains("virtio-net0"), "{reason}");
     }

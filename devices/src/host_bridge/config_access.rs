@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 
 use acpi_tables::AmlSink;
 use serde::{Deserialize, Serialize};
+use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use super::ecam::Ecam;
@@ -83,14 +84,17 @@ pub struct PciConfigAccessState {
 }
 
 impl Migratable for PciConfigAccess {
-    const KIND: &'static str = "pci-config-access";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("pci-config-access", 1);
     type State = PciConfigAccessState;
     type Parts<'a> = &'a Arc<PciBus>;
 
     fn save(&self) -> Result<PciConfigAccessState, MigrateError> {
         let Self { bus: _, address: _ } = self;
         Ok(PciConfigAccessState { address: self.address() })
+    }
+
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
     }
 
     fn restore(state: PciConfigAccessState, bus: &Arc<PciBus>) -> Result<Self, MigrateError> {

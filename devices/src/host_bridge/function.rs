@@ -5,6 +5,7 @@ use std::sync::Arc;
 use acpi_tables::AmlSink;
 use serde::{Deserialize, Serialize};
 use theseus_resources::Claims;
+use theseus_resources::state::Format;
 
 use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::migratable::{Migratable, MigrateError};
@@ -57,14 +58,17 @@ pub struct HostBridgeState {
 }
 
 impl Migratable for HostBridge {
-    const KIND: &'static str = "pci-host-bridge";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("pci-host-bridge", 1);
     type State = HostBridgeState;
     type Parts<'a> = ();
 
     fn save(&self) -> Result<HostBridgeState, MigrateError> {
         let Self { config } = self;
         Ok(HostBridgeState { config: config.clone() })
+    }
+
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
     }
 
     fn restore(state: HostBridgeState, (): ()) -> Result<Self, MigrateError> {

@@ -10,6 +10,7 @@ use acpi_tables::aml::{Device as AmlDevice, EISAName, IO, Name, ResourceTemplate
 use acpi_tables::{Aml, AmlSink};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use crate::bus::BusDevice;
@@ -170,14 +171,17 @@ pub struct CmosState {
 }
 
 impl Migratable for Cmos {
-    const KIND: &'static str = "cmos";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("cmos", 1);
     type State = CmosState;
     type Parts<'a> = ();
 
     fn save(&self) -> Result<CmosState, MigrateError> {
         let Self { index, ram } = self;
         Ok(CmosState { index: *index, ram: ram.to_vec() })
+    }
+
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
     }
 
     fn restore(state: CmosState, (): ()) -> Result<Self, MigrateError> {

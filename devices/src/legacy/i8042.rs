@@ -6,6 +6,7 @@ use std::sync::Arc;
 use acpi_tables::AmlSink;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use crate::bus::BusDevice;
@@ -84,14 +85,17 @@ pub struct I8042State {
 }
 
 impl Migratable for I8042 {
-    const KIND: &'static str = "i8042";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("i8042", 1);
     type State = I8042State;
     type Parts<'a> = Arc<dyn GuestRequests>;
 
     fn save(&self) -> Result<I8042State, MigrateError> {
         let Self { requests: _, port_b } = self;
         Ok(I8042State { port_b: *port_b })
+    }
+
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
     }
 
     fn restore(state: I8042State, requests: Arc<dyn GuestRequests>) -> Result<Self, MigrateError> {

@@ -10,6 +10,7 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use crate::bus::BusDevice;
@@ -121,14 +122,17 @@ pub struct PmParts {
 }
 
 impl Migratable for Pm {
-    const KIND: &'static str = "acpi-pm";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("acpi-pm", 1);
     type State = PmState;
     type Parts<'a> = PmParts;
 
     fn save(&self) -> Result<PmState, MigrateError> {
         let Self { requests: _, ged: _, ged_status } = self;
         Ok(PmState { ged_status: *ged_status })
+    }
+
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
     }
 
     fn restore(state: PmState, parts: PmParts) -> Result<Self, MigrateError> {

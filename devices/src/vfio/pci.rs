@@ -18,6 +18,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
 use theseus_resources::fd_store::Claims;
+use theseus_resources::state::Format;
 
 use super::bars::{Active, Bar, BarAddress, BarParts};
 use super::config::{BarRegister, ConfigError, ConfigFilter, ConfigSpace, MsixLayout};
@@ -316,8 +317,7 @@ impl PciDevice for VfioPci {
 }
 
 impl Migratable for VfioPci {
-    const KIND: &'static str = "vfio-pci";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("vfio-pci", 1);
     type State = VfioPciState;
     type Parts<'a> = VfioPciParts<'a>;
 
@@ -360,6 +360,10 @@ impl Migratable for VfioPci {
     }
 
     /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
+    }
+
     fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, MigrateError> {
         let VfioPciState { id, group, device, mut filter, layout, msix, bars, decoded, command, in_d3hot } = state;
         let VfioPciParts { claims, groups, windows, wiring } = parts;

@@ -299,15 +299,15 @@ fn carried_untouched(rig: Rig) -> Rig {
 /// What the device and its registry are, as they would be saved, in bytes.
 fn saved(rig: &Rig) -> Vec<u8> {
     let mut writer = StateWriter::new("test");
-    writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &rig.passthrough.save().unwrap()).unwrap();
-    writer.add("nic0", VfioPci::KIND, VfioPci::VERSION, &rig.pci.save().unwrap()).unwrap();
+    writer.add("vfio", &Passthrough::FORMAT, &rig.passthrough.save().unwrap()).unwrap();
+    writer.add("nic0", &VfioPci::FORMAT, &rig.pci.save().unwrap()).unwrap();
     writer.finish().unwrap()
 }
 
 fn read(bytes: &[u8]) -> (super::super::PassthroughState, VfioPciState) {
     let mut reader = StateReader::new(bytes).unwrap();
-    let vfio = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION).unwrap();
-    (vfio, reader.take("nic0", VfioPci::KIND, VfioPci::VERSION).unwrap())
+    let vfio = crate::migratable::take::<Passthrough>(&mut reader, "vfio").unwrap();
+    (vfio, crate::migratable::take::<VfioPci>(&mut reader, "nic0").unwrap())
 }
 
 /// A new VMM gets ready while the guest goes on, and is then brought to the guest's last state: whatever has changed in

@@ -7,6 +7,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
 use theseus_resources::fd_store::Claims;
+use theseus_resources::state::Format;
 use theseus_resources::{FdStore, StoredFd};
 
 use super::container::{Container, ContainerError, ContainerState, DmaMap, MapSource, RamRange};
@@ -261,8 +262,7 @@ impl Inner {
 }
 
 impl Migratable for Passthrough {
-    const KIND: &'static str = "vfio";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("vfio", 1);
     type State = PassthroughState;
     type Parts<'a> = (FdStore, &'a mut Claims);
 
@@ -277,6 +277,10 @@ impl Migratable for Passthrough {
     }
 
     /// Touches nothing in the kernel. Restore the devices next, then [`Passthrough::remap`].
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
+    }
+
     fn restore(state: PassthroughState, (fd_store, claims): Self::Parts<'_>) -> Result<Self, MigrateError> {
         let PassthroughState { containers, groups } = state;
         let mut inner = Inner::default();

@@ -97,6 +97,7 @@ impl Machine {
         let vcpus = Vcpus::start(&host.for_vcpus(&buses), starts)?.create(&vm)?;
         Ok(Self {
             config,
+            version: boot::MACHINE_VERSION,
             vcpus,
             passthrough,
             devices,

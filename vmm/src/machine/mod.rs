@@ -82,6 +82,8 @@ impl Host {
 /// Fields are dropped in this order: vCPU threads end before what they use goes away.
 pub struct Machine {
     pub config: VmConfig,
+    /// [`MACHINE_VERSION`](crate::boot::MACHINE_VERSION) of the build that the guest was booted in.
+    version: u32,
     pub vcpus: Vcpus,
     passthrough: PassthroughDevices,
     devices: DeviceSet,
@@ -182,7 +184,19 @@ impl Machine {
 
     /// Ends the guest and gives its devices back. Returns what it takes to boot it again.
     pub fn shut_down(self) -> VmConfig {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock: _, unfilled: _, populating, _watched } = self;
+        let Self {
+            config,
+            version: _,
+            vcpus,
+            passthrough,
+            devices,
+            vm,
+            ram,
+            clock: _,
+            unfilled: _,
+            populating,
+            _watched,
+        } = self;
         drop(populating);
         // Nothing may touch the devices any more before they are released.
         drop(vcpus);

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
 use theseus_devices::device::Buses;
-use theseus_devices::migratable::Migratable;
+use theseus_devices::migratable::{self, Migratable};
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::turn::Turn;
 use theseus_devices::vfio::pci::SOON;
@@ -18,6 +18,7 @@ use theseus_devices::vfio::{
 };
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
+use theseus_resources::state::Format;
 use theseus_resources::{Claims, FdStore, GuestRam, StateReader, StateWriter};
 
 use super::MachineError;
@@ -62,7 +63,7 @@ struct Layout {
     devices: Vec<(u8, String)>,
 }
 
-pub const LAYOUT: (&str, u16) = ("vfio-layout", 1);
+pub const LAYOUT: Format = Format::new("vfio-layout", 1);
 
 /// Decoded; nothing is claimed yet.
 pub struct PassthroughState {
@@ -272,14 +273,14 @@ impl PassthroughDevices {
             window64: (window64.start, window64.end),
             devices: plugged.iter().map(|plugged| (plugged.slot, plugged.id.clone())).collect(),
         };
-        writer.add("vfio-layout", LAYOUT.0, LAYOUT.1, &layout)?;
+        writer.add("vfio-layout", &LAYOUT, &layout)?;
         let state = registry.save().map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
-        writer.add("vfio", Passthrough::KIND, Passthrough::VERSION, &state)?;
+        writer.add("vfio", &Passthrough::FORMAT, &state)?;
         for (plugged, (_, id)) in plugged.iter().zip(&layout.devices) {
             let name = section(id);
             let device = plugged.device.lock_first(SOON).map_err(|held| failed(format!("device '{id}': {held}")))?;
             let state = device.save().map_err(|source| MachineError::Device { name: name.clone(), source })?;
-            writer.add(&name, VfioPci::KIND, VfioPci::VERSION, &state)?;
+            writer.add(&name, &VfioPci::FORMAT, &state)?;
         }
         Ok(())
     }
@@ -343,12 +344,19 @@ fn section(id: &str) -> String {
 
 impl PassthroughState {
     pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
-        let layout: Layout = reader.take("vfio-layout", LAYOUT.0, LAYOUT.1)?;
-        let registry = reader.take("vfio", Passthrough::KIND, Passthrough::VERSION)?;
+        let (_, layout): (_, Layout) = reader.take("vfio-layout", &LAYOUT)?;
+        let taken = |name: &str| {
+            let name = name.to_owned();
+            |source| MachineError::Device { name, source }
+        };
+        let registry = migratable::take::<Passthrough>(reader, "vfio").map_err(taken("vfio"))?;
         let devices = layout
             .devices
             .iter()
-            .map(|(_, id)| Ok(reader.take(&section(id), VfioPci::KIND, VfioPci::VERSION)?))
+            .map(|(_, id)| {
+                let name = section(id);
+                migratable::take::<VfioPci>(reader, &name).map_err(taken(&name))
+            })
             .collect::<Result<_, MachineError>>()?;
         Ok(Self { layout, registry, devices })
     }

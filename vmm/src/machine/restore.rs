@@ -64,7 +64,17 @@ impl Prewarmed {
     /// From the state of a dry run. Order matters: memslots, those of BARs too, before the interrupt controllers
     /// (cost), these before vCPUs.
     pub fn new(state: MachineState, host: &Host, claims: &mut Claims) -> Result<Self, MachineError> {
-        let MachineState { config: _, running: _, ram, irqchip: _, clock: _, shapes, devices: _, passthrough } = state;
+        let MachineState {
+            config: _,
+            version: _,
+            running: _,
+            ram,
+            irqchip: _,
+            clock: _,
+            shapes,
+            devices: _,
+            passthrough,
+        } = state;
         let ram = Arc::new(GuestRam::restore(ram, claims)?);
         let watched = memory_errors::watch(&ram);
         let vm = BareVm::new(&host.hypervisor)?;
@@ -100,8 +110,17 @@ impl Prewarmed {
         timeline: &Timeline,
     ) -> Result<Machine, MachineError> {
         let Self { vcpus, passthrough, vm, ram, buses, watched, unfilled } = self;
-        let MachineState { config, running: _, ram: _, irqchip, clock, shapes: _, devices: set, passthrough: mend } =
-            state;
+        let MachineState {
+            config,
+            version,
+            running: _,
+            ram: _,
+            irqchip,
+            clock,
+            shapes: _,
+            devices: set,
+            passthrough: mend,
+        } = state;
         let passed = |phase| timeline.pass(phase).map_err(MachineError::Config);
         vcpus.all_ready()?;
         if let Some(error) = vm.restore_clock(&clock)? {
@@ -121,6 +140,7 @@ impl Prewarmed {
         let clock = Some(clock);
         Ok(Machine {
             config,
+            version,
             vcpus,
             passthrough,
             devices,

@@ -5,27 +5,31 @@ use theseus_api::types::VmConfig;
 use theseus_devices::set::DecodedSet;
 use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuShape};
 use theseus_resources::ram::RamState;
+use theseus_resources::state::Format;
 use theseus_resources::{StateReader, StateWriter};
 
 use super::passthrough::PassthroughState;
 use super::{Machine, MachineError};
+use crate::boot::MACHINE_VERSION;
 use crate::build_info;
 use crate::vcpus::Saving;
 use crate::vcpus::placement::Placement;
 use crate::vcpus::saved::{self, EncodedVcpu};
 
-const MACHINE: (&str, u16) = ("machine", 1 + build_info::IS_LATER as u16);
-const RAM: (&str, u16) = ("guest-ram", 1);
-const IRQCHIP: (&str, u16) = ("kvm-irqchip", 1);
-const CLOCK: (&str, u16) = ("kvm-clock", 1);
-const VCPU: (&str, u16) = ("vcpu", 1);
+const MACHINE: Format = Format::new("machine", 1 + build_info::IS_LATER as u16);
+const RAM: Format = Format::new("guest-ram", 1);
+const IRQCHIP: Format = Format::new("kvm-irqchip", 1);
+const CLOCK: Format = Format::new("kvm-clock", 1);
+const VCPU: Format = Format::new("vcpu", 1);
 
-/// (kind, version) of the sections that are not a device's.
-pub const VERSIONS: &[(&str, u16)] = &[MACHINE, RAM, IRQCHIP, CLOCK, VCPU, super::passthrough::LAYOUT];
+/// Of the sections that are not a device's.
+pub const FORMATS: &[Format] = &[MACHINE, RAM, IRQCHIP, CLOCK, VCPU, super::passthrough::LAYOUT];
 
 /// What the other sections hang on.
 #[derive(Serialize, Deserialize)]
 struct MachineSection {
+    /// What the guest was booted with: [`MACHINE_VERSION`] of that build.
+    machine_version: u32,
     config: VmConfig,
     /// Whether the vCPUs ran before the update, and so will after it.
     running: bool,
@@ -44,6 +48,7 @@ struct MachineSection {
 /// starts from.
 pub struct MachineState {
     pub config: VmConfig,
+    pub version: u32,
     pub running: bool,
     pub ram: RamState,
     pub irqchip: IrqchipState,
@@ -65,12 +70,14 @@ pub enum SaveScope<'a> {
 impl Machine {
     /// Pure. `was_running`: whether the guest is to run again.
     pub fn save(&self, writer: &mut StateWriter, depth: SaveScope<'_>, was_running: bool) -> Result<(), MachineError> {
-        let Self { config, vcpus, passthrough, devices, vm, ram, clock, unfilled: _, populating: _, _watched } = self;
+        let Self { config, version, vcpus, passthrough, devices, vm, ram, clock, unfilled: _, populating: _, _watched } =
+            self;
         let (saving, shapes, placements) = match depth {
             SaveScope::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
             SaveScope::DryRun(placements) => (None, vcpus.shapes(), placements),
         };
         let section = MachineSection {
+            machine_version: *version,
             config: config.clone(),
             running: was_running,
             vcpus: saving.as_ref().map(|_| vcpus.count()),
@@ -79,10 +86,10 @@ impl Machine {
             #[cfg(later_build)]
             of_a_later_version: Some(1),
         };
-        writer.add("machine", MACHINE.0, MACHINE.1, &section)?;
-        writer.add("ram", RAM.0, RAM.1, &ram.save())?;
-        writer.add("irqchip", IRQCHIP.0, IRQCHIP.1, &vm.save_irqchip()?)?;
-        writer.add("clock", CLOCK.0, CLOCK.1, &vm.save_clock(*clock, vcpus.tsc_khz())?)?;
+        writer.add("machine", &MACHINE, &section)?;
+        writer.add("ram", &RAM, &ram.save())?;
+        writer.add("irqchip", &IRQCHIP, &vm.save_irqchip()?)?;
+        writer.add("clock", &CLOCK, &vm.save_clock(*clock, vcpus.tsc_khz())?)?;
         devices.save(writer)?;
         passthrough.save(writer)?;
         let saved = saving.map(Saving::finish).transpose()?.unwrap_or_default();
@@ -90,7 +97,7 @@ impl Machine {
         if !refused.is_empty() && !crate::test_hooks::skip_state_check() {
             return Err(MachineError::Refused(refused.join("; ")));
         }
-        saved.into_iter().try_for_each(|vcpu| Ok(writer.add_encoded(vcpu.state, VCPU.0, VCPU.1)?))
+        saved.into_iter().try_for_each(|vcpu| Ok(writer.add_encoded(vcpu.state, &VCPU)?))
     }
 }
 
@@ -102,26 +109,34 @@ pub fn take_vcpus(reader: &mut StateReader<'_>) -> Result<Vec<EncodedVcpu>, Mach
         if !reader.has(&name) {
             return Ok(vcpus);
         }
-        vcpus.push(reader.take_encoded(&name, VCPU.0, VCPU.1)?);
+        vcpus.push(reader.take_encoded(&name, &VCPU)?.1);
     }
 }
 
 impl MachineState {
     /// `vcpus`: how many [`take_vcpus`] has found.
     pub fn decode(reader: &mut StateReader<'_>, vcpus: usize) -> Result<Self, MachineError> {
-        let section: MachineSection = reader.take("machine", MACHINE.0, MACHINE.1)?;
-        let MachineSection { config, running, vcpus: count, shapes, placements, .. } = section;
+        let (_, section): (_, MachineSection) = reader.take("machine", &MACHINE)?;
+        let MachineSection { machine_version: version, config, running, vcpus: count, shapes, placements, .. } =
+            section;
         let mut placements = placements.into_iter();
         let count = count.unwrap_or(0);
         if vcpus != count as usize {
             return Err(MachineError::Config(format!("the saved state is of {count} vCPUs, and holds {vcpus}")));
         }
+        if version > MACHINE_VERSION {
+            return Err(MachineError::Config(format!(
+                "the guest was booted as version {version} of the machine, this build knows those up to \
+                 {MACHINE_VERSION}: update to a later build"
+            )));
+        }
         Ok(Self {
             config,
+            version,
             running,
-            ram: reader.take("ram", RAM.0, RAM.1)?,
-            irqchip: reader.take("irqchip", IRQCHIP.0, IRQCHIP.1)?,
-            clock: reader.take("clock", CLOCK.0, CLOCK.1)?,
+            ram: reader.take("ram", &RAM)?.1,
+            irqchip: reader.take("irqchip", &IRQCHIP)?.1,
+            clock: reader.take("clock", &CLOCK)?.1,
             shapes: shapes.into_iter().map(|shape| (shape, placements.next().unwrap_or_default())).collect(),
             devices: DecodedSet::decode(reader)?,
             passthrough: PassthroughState::decode(reader)?,

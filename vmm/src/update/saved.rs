@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use theseus_api::access::Peers;
 use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::fd_store::Record;
+use theseus_resources::state::Format;
 use theseus_resources::{Slot, StateReader, StateWriter};
 
 use super::UpdateContext;
@@ -20,7 +21,7 @@ use crate::machine::state::{self, MachineState};
 use crate::supervisor::Supervisor;
 use crate::vcpus::saved::EncodedVcpu;
 
-const HANDOVER: (&str, u16) = ("handover", 3);
+const HANDOVER: Format = Format::new("handover", 3);
 
 /// What the new VMM needs beside the machine.
 #[derive(Serialize, Deserialize)]
@@ -58,10 +59,10 @@ pub struct ApiSlots {
     pub caller: Option<Slot>,
 }
 
-/// (kind, version) of every section that this build writes. It reads the versions before and after them too.
-pub fn versions() -> Vec<(&'static str, u16)> {
-    let devices = theseus_devices::catalogue::supported();
-    [HANDOVER].into_iter().chain(state::VERSIONS.iter().copied()).chain(devices).collect()
+/// Of every section that this build writes.
+pub fn formats() -> Vec<Format> {
+    let devices = theseus_devices::catalogue::formats();
+    [HANDOVER].into_iter().chain(state::FORMATS.iter().copied()).chain(devices).collect()
 }
 
 pub struct Saved {
@@ -93,7 +94,7 @@ impl Handover {
     }
 
     pub fn encode(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
-        Ok(writer.add("handover", HANDOVER.0, HANDOVER.1, self)?)
+        Ok(writer.add("handover", &HANDOVER, self)?)
     }
 }
 
@@ -118,7 +119,7 @@ impl<'a> Opened<'a> {
     /// Decodes everything else; nothing is claimed or created. A section that is left over is an error.
     pub fn decode(self) -> Result<Saved, MachineError> {
         let Self { mut reader, vcpus: _, count } = self;
-        let handover: Handover = reader.take("handover", HANDOVER.0, HANDOVER.1)?;
+        let (_, handover): (_, Handover) = reader.take("handover", &HANDOVER)?;
         let machine = handover.booted.then(|| MachineState::decode(&mut reader, count)).transpose()?;
         reader.finish()?;
         Ok(Saved { handover, machine })
@@ -177,6 +178,15 @@ pub fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What makes an update of one step, and the way back later, possible at all.
+    #[test]
+    fn every_section_can_go_a_step_there_and_back() {
+        for format in formats() {
+            let Format { kind, version, .. } = format;
+            assert!((version - 1..=version + 1).all(|found| format.can_read(found)), "'{kind}', version {version}");
+        }
+    }
 
     #[test]
     fn what_is_sealed_is_read_back() {

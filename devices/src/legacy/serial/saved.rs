@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::fd_store::{Claims, FdKind, FdStore, Slot, StoredFd};
+use theseus_resources::state::Format;
 use vm_superio::Serial;
 use vm_superio::serial::NoEvents;
 
@@ -77,8 +78,7 @@ pub struct SerialParts<'a> {
 }
 
 impl Migratable for SerialDevice {
-    const KIND: &'static str = "serial";
-    const VERSION: u16 = 1;
+    const FORMAT: Format = Format::new("serial", 1);
     type State = SerialState;
     type Parts<'a> = SerialParts<'a>;
 
@@ -93,6 +93,10 @@ impl Migratable for SerialDevice {
             unsent: unsent.iter().copied().collect(),
             dropped: *dropped,
         })
+    }
+
+    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
+        Ok(state)
     }
 
     fn restore(state: SerialState, parts: SerialParts<'_>) -> Result<Self, MigrateError> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
-use theseus_resources::state::{Section, StateError, readable};
+use theseus_resources::state::{Format, Section, StateError};
 
 use super::Target;
 use crate::build_info;
@@ -55,21 +55,23 @@ fn judge(target: &Target, verdict: Verdict) -> Result<(), Vec<String>> {
         return Err(vec![format!("it calls itself build {own}, its file says {note}")]);
     }
     let mut reasons = verdict.reasons;
-    reasons.extend(one_way(&verdict.writes, &saved::versions()));
+    reasons.extend(one_way(&verdict.writes, &saved::formats()));
     if reasons.is_empty() { Ok(()) } else { Err(reasons) }
 }
 
-/// Which of the sections that it `writes` we could not read, who have the versions `ours`.
-fn one_way(writes: &[(String, u16)], ours: &[(&str, u16)]) -> Vec<String> {
+/// Which of the sections that it `writes` we could not read, who have the formats `ours`.
+fn one_way(writes: &[(String, u16)], ours: &[Format]) -> Vec<String> {
     let unreadable = writes.iter().filter_map(|(kind, theirs)| {
-        let ours = version_of(kind, ours).filter(|ours| !readable(*theirs, *ours))?;
-        Some(format!("it writes version {theirs} of '{kind}', which this build (version {ours}) could not take back"))
+        let Format { version, .. } = format_of(kind, ours).filter(|ours| !ours.can_read(*theirs))?;
+        Some(format!(
+            "it writes version {theirs} of '{kind}', which this build (version {version}) could not take back"
+        ))
     });
     unreadable.collect()
 }
 
-fn version_of(kind: &str, versions: &[(&str, u16)]) -> Option<u16> {
-    versions.iter().find_map(|(found, version)| (*found == kind).then_some(*version))
+fn format_of<'a>(kind: &str, formats: &'a [Format]) -> Option<&'a Format> {
+    formats.iter().find(|format| format.kind == kind)
 }
 
 fn converse(
@@ -128,28 +130,28 @@ pub fn answer() -> std::io::Result<()> {
     let reasons = match crate::test_hooks::state_as_read(StateReader::new(&state)) {
         Err(error) => vec![error.to_string()],
         Ok(reader) => {
-            let foreign = foreign(&reader, &saved::versions());
+            let foreign = foreign(&reader, &saved::formats());
             // What a decoder says of a section is of use only where all of them are known.
             let decoded = if foreign.is_empty() { Opened::new(reader).and_then(Opened::decode).err() } else { None };
             foreign.into_iter().chain(decoded.map(|error| error.to_string())).collect()
         }
     };
-    let writes = saved::versions().into_iter().map(|(kind, version)| (kind.to_owned(), version)).collect();
+    let writes = saved::formats().iter().map(|format| (format.kind.to_owned(), format.version)).collect();
     let verdict = Verdict { build_id: build_info::this().build_id.clone(), reasons, writes };
     println!("{}", serde_json::to_string(&verdict)?);
     Ok(())
 }
 
-/// Which sections of a state a build with the versions `ours` cannot read: all of them, where a decoder would stop at
+/// Which sections of a state a build with the formats `ours` cannot read: all of them, where a decoder would stop at
 /// the first.
-fn foreign(state: &StateReader<'_>, ours: &[(&str, u16)]) -> Vec<String> {
+fn foreign(state: &StateReader<'_>, ours: &[Format]) -> Vec<String> {
     let unreadable = state.sections().filter_map(|section| {
         let Section { name, kind, version, data: _ } = section;
         let (name, kind, found) = (name.to_string(), kind.to_string(), *version);
-        match version_of(&kind, ours) {
+        match format_of(&kind, ours) {
             None => Some(format!("section '{name}': kind '{kind}' is unknown to this build")),
-            Some(ours) if readable(found, ours) => None,
-            Some(ours) => Some(StateError::Version { name, kind, found, ours }.to_string()),
+            Some(ours) if ours.can_read(found) => None,
+            Some(ours) => Some(StateError::Version { name, kind, found, reads: ours.reads }.to_string()),
         }
     });
     unreadable.collect()
@@ -209,21 +211,23 @@ mod tests {
         assert_eq!(capabilities(&open(), Some(4711)), lock);
     }
 
+    const OURS: [Format; 2] = [Format::new("vcpu", 1), Format::new("ram", 1)];
+
     #[test]
     fn every_foreign_section_is_named() {
         let mut writer = StateWriter::new("id");
         for (name, kind, version) in [("ram", "ram", 2), ("tap0", "virtio-net", 1), ("vcpu0", "vcpu", 3)] {
-            writer.add(name, kind, version, &()).unwrap();
+            writer.add(name, &Format::new(kind, version), &()).unwrap();
         }
         let bytes = writer.finish().unwrap();
-        let reasons = foreign(&StateReader::new(&bytes).unwrap(), &[("vcpu", 1), ("ram", 1)]);
+        let reasons = foreign(&StateReader::new(&bytes).unwrap(), &OURS);
         assert!(matches!(&reasons[..], [a, b] if a.contains("'virtio-net'") && b.contains("version 3")), "{reasons:?}");
     }
 
     #[test]
     fn a_step_of_one_version_leads_both_ways() {
         let writes = [("vcpu", 3), ("ram", 2), ("new", 9)].map(|(kind, version)| (kind.to_owned(), version));
-        let reasons = one_way(&writes, &[("vcpu", 1), ("ram", 1)]);
+        let reasons = one_way(&writes, &OURS);
         assert!(matches!(&reasons[..], [one] if one.contains("version 3 of 'vcpu'")), "{reasons:?}");
         let verdict: Verdict = serde_json::from_str(r#"{"build_id":"a","reasons":[]}"#).unwrap();
         assert!(verdict.writes.is_empty(), "a verdict of the format before");
