@@ -1,4 +1,5 @@
-//! A configuration space as bytes, with a mask of the bits a guest can write.
+//! A configuration space as the guest sees it: for each bit whether we answer it, and whether the guest can write it.
+//! The rest, of a passed-through function, is the device's.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,25 +15,43 @@ pub const REVISION_ID: u16 = 0x08;
 /// Programming interface, subclass, class: three bytes.
 pub const CLASS_CODE: u16 = 0x09;
 
+/// The device behind a configuration space that is not all emulated. `data` is 1, 2 or 4 bytes inside a dword; what is
+/// not there reads as ones.
+pub trait PhysicalConfig {
+    fn read(&self, offset: u16, data: &mut [u8]);
+    fn write(&self, offset: u16, data: &[u8]);
+}
+
 /// Serialisable as a whole: what a guest has seen stays as it is, also in a build that would begin with other values.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigSpace {
+    /// The emulated bits; zero where the device answers.
     #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,
-    /// A set bit can be written by the guest. As long as `bytes`.
+    /// A set bit is emulated. As long as `bytes`.
+    #[serde(with = "serde_bytes")]
+    emulated: Vec<u8>,
+    /// A set bit can be written by the guest; it is emulated. As long as `bytes`.
     #[serde(with = "serde_bytes")]
     writable: Vec<u8>,
 }
 
 impl ConfigSpace {
-    /// All zero and read-only. `size` is [`CONFIG_SIZE`] or [`EXTENDED_CONFIG_SIZE`].
+    /// Of an emulated function: all zero and read-only. `size` is [`CONFIG_SIZE`] or [`EXTENDED_CONFIG_SIZE`].
     pub fn new(size: usize) -> Self {
-        Self { bytes: vec![0; size], writable: vec![0; size] }
+        Self { bytes: vec![0; size], emulated: vec![0xFF; size], writable: vec![0; size] }
     }
 
-    /// For a state that was read: are both halves there?
+    /// Of a device of the host's: nothing is emulated yet.
+    pub fn over_device() -> Self {
+        Self { emulated: vec![0; EXTENDED_CONFIG_SIZE], ..Self::new(EXTENDED_CONFIG_SIZE) }
+    }
+
+    /// For a state that was read: are all parts there?
     pub fn is_whole(&self) -> bool {
-        matches!(self.bytes.len(), CONFIG_SIZE | EXTENDED_CONFIG_SIZE) && self.bytes.len() == self.writable.len()
+        let Self { bytes, emulated, writable } = self;
+        let len = bytes.len();
+        matches!(len, CONFIG_SIZE | EXTENDED_CONFIG_SIZE) && emulated.len() == len && writable.len() == len
     }
 
     /// Sets a value, whatever is writable. What exceeds the space is left out.
@@ -42,14 +61,38 @@ impl ConfigSpace {
         }
     }
 
-    /// Lets the guest write the bits set in `mask`.
+    /// Lets the guest write the bits set in `mask`, which are emulated.
     pub fn allow(&mut self, offset: u16, mask: &[u8]) {
-        for (to, from) in self.writable.iter_mut().skip(offset.into()).zip(mask) {
-            *to = *from;
+        let registers = self.writable.iter_mut().zip(&self.emulated).skip(offset.into());
+        for ((to, emulated), from) in registers.zip(mask) {
+            *to = from & emulated;
         }
     }
 
-    /// An access by the guest. Beyond the space it reads ones, which tells a guest that there is no extended space.
+    /// From now on the bits of `mask` in each byte are emulated, read as in `values`, and can be written by the guest
+    /// where `writable` has them too.
+    pub fn emulate(&mut self, offset: u16, values: &[u8], mask: u8, writable: u8) {
+        for (at, value) in (usize::from(offset)..).zip(values) {
+            if let Some(emulated) = self.emulated.get_mut(at) {
+                *emulated = mask;
+                self.set(at as u16, &[value & mask]);
+                self.allow(at as u16, &[writable]);
+            }
+        }
+    }
+
+    /// The bits of a byte that are emulated.
+    pub fn emulated(&self, offset: u16) -> u8 {
+        self.emulated.get(usize::from(offset)).copied().unwrap_or(0)
+    }
+
+    /// The emulated bits of some bytes.
+    pub fn value<const N: usize>(&self, offset: u16) -> [u8; N] {
+        std::array::from_fn(|n| self.bytes.get(usize::from(offset) + n).copied().unwrap_or(0))
+    }
+
+    /// An access by the guest to an emulated function. Beyond the space it reads ones, which tells a guest that there
+    /// is no extended space.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         for (at, to) in (usize::from(offset)..).zip(data) {
             *to = self.bytes.get(at).copied().unwrap_or(0xFF);
@@ -62,6 +105,37 @@ impl ConfigSpace {
         for ((to, mask), from) in registers.zip(data) {
             *to = *to & !mask | from & mask;
         }
+    }
+
+    /// As [`ConfigSpace::read`], over a device.
+    pub fn read_over(&self, device: &dyn PhysicalConfig, offset: u16, data: &mut [u8]) {
+        let emulated: Vec<u8> = (offset..).map(|at| self.emulated(at)).take(data.len()).collect();
+        if emulated.iter().any(|mask| *mask != 0xFF) {
+            device.read(offset, data);
+        }
+        for ((at, mask), out) in (offset..).zip(emulated).zip(data) {
+            let [value] = self.value(at);
+            *out = *out & !mask | value;
+        }
+    }
+
+    /// As [`ConfigSpace::write`], over a device. Returns what is to be written to it, if anything.
+    pub fn write_over(&mut self, device: &dyn PhysicalConfig, offset: u16, data: &[u8]) -> Option<Vec<u8>> {
+        self.write(offset, data);
+        let emulated: Vec<u8> = (offset..).map(|at| self.emulated(at)).take(data.len()).collect();
+        if emulated.iter().all(|mask| *mask == 0xFF) {
+            return None;
+        }
+        let mut physical = data.to_vec();
+        if emulated.iter().any(|mask| *mask != 0) {
+            // The device's own value in the emulated bits: the write must not change them.
+            let mut current = vec![0; data.len()];
+            device.read(offset, &mut current);
+            for ((out, mask), current) in physical.iter_mut().zip(emulated).zip(current) {
+                *out = *out & !mask | current & mask;
+            }
+        }
+        Some(physical)
     }
 }
 

@@ -1,8 +1,13 @@
-//! PCI: the bus, configuration space, MSI-X.
+//! PCI: the bus, and what functions are made of, emulated and passed-through ones: configuration space, BARs and their
+//! places in the guest's windows, MSI-X.
 
+pub mod bar;
 pub mod bus;
 pub mod config;
 pub mod msix;
+pub mod msix_capability;
+pub mod placement;
+pub mod regs;
 
 /// A function on the PCI bus as its configuration space.
 pub trait PciDevice: Send {
@@ -10,3 +15,7 @@ pub trait PciDevice: Send {
     fn config_read(&mut self, offset: u16, data: &mut [u8]);
     fn config_write(&mut self, offset: u16, data: &[u8]);
 }
+
+#[cfg(test)]
+#[path = "function_tests.rs"]
+mod tests;

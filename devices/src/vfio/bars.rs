@@ -16,14 +16,16 @@ use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use theseus_resources::rate::Rate;
 
-use super::config::{BarRegister, MsixLayout};
 use super::container::{Container, MapSource};
-use super::device::{DeviceError, PAGE, Region, VfioDevice};
-use super::pci_regs::*;
+use super::device::{DeviceError, Region, VfioDevice};
 use super::signals;
 use super::wiring::Wiring;
-use crate::bus::{SharedDevice, Target as BusTarget};
+use crate::bus::{SharedDevice, Target};
+use crate::pci::bar::{BarAddress, BarRegister, PAGE};
+use crate::pci::config::PhysicalConfig;
 use crate::pci::msix::Msix;
+use crate::pci::msix_capability::{MsixInBar, MsixLayout};
+use crate::pci::regs::*;
 use crate::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
 
@@ -116,23 +118,6 @@ struct Leftover {
     dma: Vec<u64>,
 }
 
-/// A BAR that decodes, as the guest sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BarAddress {
-    pub index: u8,
-    pub address: u64,
-    pub size: u64,
-    pub kind: BarKind,
-    pub prefetchable: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BarKind {
-    Io,
-    Memory32,
-    Memory64,
-}
-
 /// What a BAR is built on.
 pub struct BarParts<'a> {
     pub device: &'a Arc<VfioDevice>,
@@ -143,17 +128,14 @@ pub struct BarParts<'a> {
 impl Bar {
     /// Maps what can be mapped. Nothing is before the guest yet.
     pub fn new(register: BarRegister, region: &Region, parts: &BarParts<'_>) -> Result<Self, DeviceError> {
-        let (table, pba) = parts.layout.ranges();
-        let in_bar = |bar: u8, range: Range<u64>| (bar == register.index).then_some(range);
-        let (table, pba) = (in_bar(parts.layout.table_bar, table), in_bar(parts.layout.pba_bar, pba));
-        let cuts: Vec<_> = [&table, &pba].into_iter().flatten().cloned().collect();
+        let here = parts.layout.in_bar(register.index);
         let mappable = if register.is_io() { &[][..] } else { &region.mappable };
-        let (direct, trapped) = split(register.size, mappable, &cuts);
+        let (direct, trapped) = split(register.size, mappable, &here.ranges());
         let direct =
             direct.into_iter().map(|(offset, size)| Ok((offset, Mapping::new(parts.device, region, offset, size)?)));
         let trapped = trapped.into_iter().map(|(start, size)| {
             let (device, region, msix) = (parts.device.clone(), region.clone(), parts.msix.clone());
-            let trap = Trap { device, region, start, msix, table: table.clone(), pba: pba.clone() };
+            let trap = Trap { device, region, start, msix, here: here.clone() };
             (start, size, Arc::new(trap) as SharedDevice)
         });
         Ok(Self {
@@ -172,14 +154,7 @@ impl Bar {
 
     /// None while it does not decode.
     pub fn shown(&self) -> Option<BarAddress> {
-        let register = &self.register;
-        let kind = match (register.is_io(), register.is_64bit) {
-            (true, _) => BarKind::Io,
-            (false, true) => BarKind::Memory64,
-            (false, false) => BarKind::Memory32,
-        };
-        let prefetchable = kind != BarKind::Io && register.flags & BAR_MEMORY_PREFETCHABLE != 0;
-        Some(BarAddress { index: register.index, address: self.address()?, size: register.size, kind, prefetchable })
+        Some(self.register.at(self.address()?))
     }
 
     /// Takes `active` of a later state, if the BAR is where that says.
@@ -309,19 +284,26 @@ impl Bar {
     }
 }
 
-impl BarRegister {
-    pub fn is_io(&self) -> bool {
-        self.flags & BAR_IO != 0
+/// The BARs the device has, without an address yet.
+pub fn discover_bars(device: &VfioDevice) -> Vec<BarRegister> {
+    let mut found = Vec::new();
+    let mut upper_half = false;
+    for (index, region) in (0u8..).zip(device.bars()) {
+        if std::mem::take(&mut upper_half) || region.size == 0 {
+            continue;
+        }
+        let mut data = [0; 4];
+        PhysicalConfig::read(device, BAR0 + 4 * u16::from(index), &mut data);
+        let low = u32::from_le_bytes(data);
+        let flags = low & if low & BAR_IO != 0 { BAR_IO_FLAGS } else { BAR_MEMORY_FLAGS };
+        let is_64bit = low & BAR_IO == 0 && low & BAR_MEMORY_TYPE == BAR_MEMORY_64 && index < 5;
+        // Below 16 bytes the address bits would reach into the flags.
+        let least = if low & BAR_IO != 0 { 4 } else { 16 };
+        let Some(size) = region.size.max(least).checked_next_power_of_two() else { continue };
+        upper_half = is_64bit;
+        found.push(BarRegister { index, flags, size, address: 0, is_64bit });
     }
-}
-
-impl MsixLayout {
-    /// Where in their BARs the table and the pending bits are.
-    pub fn ranges(&self) -> (Range<u64>, Range<u64>) {
-        let (table, pba) = Msix::sizes(self.vectors);
-        let (table_start, pba_start) = (u64::from(self.table_offset), u64::from(self.pba_offset));
-        (table_start..table_start + table, pba_start..pba_start + pba)
-    }
+    found
 }
 
 type Pieces = Vec<(u64, u64)>;
@@ -354,16 +336,7 @@ struct Trap {
     /// Where in the BAR the part starts.
     start: u64,
     msix: Arc<Turn<Msix>>,
-    /// In this BAR, if they are here.
-    table: Option<Range<u64>>,
-    pba: Option<Range<u64>>,
-}
-
-/// Whom an access is for, with the offset there.
-enum Target {
-    Table(u64),
-    Pba(u64),
-    Device(u64),
+    here: MsixInBar,
 }
 
 impl Trap {
@@ -372,68 +345,20 @@ impl Trap {
         let _ = signals::settle(&self.device, &mut msix);
         msix
     }
-
-    fn target(&self, at: u64) -> Target {
-        let inside = |range: &Option<Range<u64>>| range.as_ref().filter(|r| r.contains(&at)).map(|r| at - r.start);
-        match (inside(&self.table), inside(&self.pba)) {
-            (Some(offset), _) => Target::Table(offset),
-            (_, Some(offset)) => Target::Pba(offset),
-            _ => Target::Device(at),
-        }
-    }
-
-    /// The pieces of an access: all of it at once where the device answers alone (its registers may need the width),
-    /// else by dword, the smallest unit in which the table and the pending bits begin and end.
-    fn pieces(&self, offset: u64, len: usize) -> Vec<(u64, Range<usize>)> {
-        let start = self.start.saturating_add(offset);
-        let end = start.saturating_add(len as u64);
-        let touches = |range: &Option<Range<u64>>| range.as_ref().is_some_and(|r| r.start < end && start < r.end);
-        if !touches(&self.table) && !touches(&self.pba) {
-            return vec![(start, 0..len)];
-        }
-        let mut pieces = Vec::new();
-        let mut done = 0;
-        while done < len {
-            let at = start.saturating_add(done as u64);
-            let step = (4 - (at % 4) as usize).min(len - done);
-            pieces.push((at, done..done + step));
-            done += step;
-        }
-        pieces
-    }
 }
 
-impl BusTarget for Trap {
+impl Target for Trap {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let msix = self.settled(self.msix.lock());
-        for (at, range) in self.pieces(offset, data.len()) {
-            let data = &mut data[range];
-            match self.target(at) {
-                Target::Table(at) => msix.table_read(at, data),
-                Target::Pba(at) => msix.pba_read(at, data),
-                Target::Device(at) => self.device.read(&self.region, at, data),
-            }
-        }
+        let device = |at, data: &mut [u8]| self.device.read(&self.region, at, data);
+        self.here.read(&msix, self.start.saturating_add(offset), data, device);
     }
 
     fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
         let Some(msix) = self.msix.lock_unless(is_wanted) else { return false };
         let mut msix = self.settled(msix);
-        // All of an access to the table is one write: an unmask must not be seen before the message beside it.
-        if let (Some((at, _)), true) = (self.pieces(offset, data.len()).first(), data.len() == 8)
-            && let (Target::Table(first), Target::Table(_)) = (self.target(*at), self.target(at.saturating_add(4)))
-        {
-            msix.table_write(first, data);
-            return true;
-        }
-        for (at, range) in self.pieces(offset, data.len()) {
-            let data = &data[range];
-            match self.target(at) {
-                Target::Table(at) => msix.table_write(at, data),
-                Target::Pba(_) => {}
-                Target::Device(at) => self.device.write(&self.region, at, data),
-            }
-        }
+        let device = |at, data: &[u8]| self.device.write(&self.region, at, data);
+        self.here.write(&mut msix, self.start.saturating_add(offset), data, device);
         true
     }
 }

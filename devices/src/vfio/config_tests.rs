@@ -7,7 +7,7 @@ use super::*;
 /// Everything writable, so that what reaches it shows.
 struct Space(RefCell<Vec<u8>>);
 
-impl ConfigSpace for Space {
+impl PhysicalConfig for Space {
     fn read(&self, offset: u16, data: &mut [u8]) {
         let (bytes, at) = (self.0.borrow(), usize::from(offset));
         match bytes.get(at..at + data.len()) {

@@ -10,9 +10,8 @@ use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
 use vfio_bindings::bindings::vfio::*;
 
 use super::ioctl;
-use super::pci_regs::{COMMAND, DISABLE_INTX};
-
-pub const PAGE: u64 = 4096;
+use crate::pci::bar::PAGE;
+use crate::pci::regs::{COMMAND, DISABLE_INTX};
 
 /// One region of the device file: a BAR or the configuration space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,9 +33,7 @@ pub struct DeviceState {
     bars: Vec<Region>,
     config: Region,
     vectors: u32,
-    /// None of a build that did not look: as the guest has it.
-    #[serde(default)]
-    signals: Option<bool>,
+    signals: bool,
 }
 
 /// VFIO_DEVICE_SET_IRQS, apart so that what follows from it can be tested without a device.
@@ -226,12 +223,12 @@ impl VfioDevice {
             bars: bars.clone(),
             config: config.clone(),
             vectors: *vectors,
-            signals: Some(self.signals()),
+            signals: self.signals(),
         }
     }
 
-    /// Takes a later state of the same device. `enabled`: see [`VfioDevice::restore`].
-    pub(super) fn mend(&self, state: &DeviceState, enabled: bool) -> Result<(), String> {
+    /// Takes a later state of the same device.
+    pub(super) fn mend(&self, state: &DeviceState) -> Result<(), String> {
         let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
         let is_same = *bdf == self.bdf
             && *slot == self.fd.slot()
@@ -241,15 +238,15 @@ impl VfioDevice {
         if !is_same {
             return Err(format!("it was device {}, and is another one now ({bdf})", self.bdf));
         }
-        self.signals.store(signals.unwrap_or(enabled), Ordering::Relaxed);
+        self.signals.store(*signals, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Touches nothing in the kernel: the device is in use. `enabled`: whether the guest has MSI-X on.
-    pub(super) fn restore(state: DeviceState, enabled: bool, claims: &mut Claims) -> Result<Self, FdStoreError> {
+    /// Touches nothing in the kernel: the device is in use.
+    pub(super) fn restore(state: DeviceState, claims: &mut Claims) -> Result<Self, FdStoreError> {
         let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
         let fd = claims.claim(slot, FdKind::VfioDevice)?;
-        let signals = AtomicBool::new(signals.unwrap_or(enabled));
+        let signals = AtomicBool::new(signals);
         Ok(Self { bdf, irqs: Box::new(fd.clone()), fd, bars, config, vectors, signals })
     }
 }

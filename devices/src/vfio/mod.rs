@@ -26,13 +26,11 @@ pub mod group;
 pub mod invalidate;
 mod ioctl;
 pub mod pci;
-mod pci_regs;
-mod placement;
 pub mod registry;
 mod signals;
 mod wiring;
 
-pub use bars::{BarAddress, BarKind, unmap_bars};
+pub use bars::unmap_bars;
 pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
 pub use group::Group;
 pub use invalidate::{InvalidateError, Invalidated, invalidate_all};

@@ -20,17 +20,20 @@ use theseus_resources::alloc::Windows;
 use theseus_resources::fd_store::Claims;
 use theseus_resources::state::Format;
 
-use super::bars::{Active, Bar, BarAddress, BarParts};
-use super::config::{BarRegister, ConfigError, ConfigFilter, ConfigSpace, MsixLayout};
+use super::bars::{Active, Bar, BarParts, discover_bars};
+use super::config::{ConfigError, ConfigFilter};
 use super::device::{DeviceError, DeviceState, VfioDevice};
 use super::group::Group;
-use super::pci_regs::*;
-use super::placement::{Decoded, discover_bars, place, reserve, vacate};
 use super::signals;
 use super::wiring::{PassthroughError, Wiring};
 use crate::migratable::{Migratable, MigrateError};
 use crate::pci::PciDevice;
+use crate::pci::bar::{BarAddress, BarRegister};
+use crate::pci::config::PhysicalConfig;
 use crate::pci::msix::{Msix, MsixError, MsixState};
+use crate::pci::msix_capability::MsixLayout;
+use crate::pci::placement::{Decoded, place, reserve, vacate};
+use crate::pci::regs::*;
 use crate::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
 
@@ -53,8 +56,6 @@ pub struct VfioPci {
     in_d3hot: bool,
     /// Memslots or mappings of BARs that were refused: tried again by [`VfioPci::settle`].
     dirty: bool,
-    /// Of a build that has left DisINTx to the guest.
-    is_loud: bool,
     wiring: Wiring,
     complaints: RateLimitedLog,
 }
@@ -79,7 +80,6 @@ struct BarState {
     register: BarRegister,
     region: u32,
     active: Option<Active>,
-    #[serde(default)]
     leftover_dma: Vec<u64>,
 }
 
@@ -92,7 +92,7 @@ pub struct VfioPciParts<'a> {
     pub wiring: Wiring,
 }
 
-impl ConfigSpace for VfioDevice {
+impl PhysicalConfig for VfioDevice {
     fn read(&self, offset: u16, data: &mut [u8]) {
         VfioDevice::read(self, self.config(), offset.into(), data);
     }
@@ -123,7 +123,7 @@ impl VfioPci {
             return Err(ConfigError::BadMsix(layout).into());
         }
         // The BARs below are put before the guest when it asks for it, and not where the host has them.
-        ConfigSpace::write(&device, COMMAND, &[0, 0]);
+        PhysicalConfig::write(&device, COMMAND, &[0, 0]);
         // VFIO clears it at open (vfio_pci_core_enable).
         device.silence_intx();
 
@@ -150,7 +150,6 @@ impl VfioPci {
             command: 0,
             in_d3hot: false,
             dirty: false,
-            is_loud: false,
             wiring,
             complaints: RateLimitedLog::default(),
         })
@@ -213,15 +212,14 @@ impl VfioPci {
             bar.unmap(&container, &self.wiring);
             vacate(windows, &[bar.register]);
         }
-        ConfigSpace::write(&*self.device, COMMAND, &[0, DISABLE_INTX]);
+        PhysicalConfig::write(&*self.device, COMMAND, &[0, DISABLE_INTX]);
         self.command = 0;
     }
 
     /// Where a BAR is to be now, if anywhere.
     fn wanted(&self, bar: &Bar) -> Option<u64> {
-        let decodes = if bar.register.is_io() { COMMAND_IO } else { COMMAND_MEMORY };
         let address = self.filter.bar_address(&bar.register);
-        let on = self.command & decodes != 0 && !self.in_d3hot;
+        let on = self.command & bar.register.decode_bit() != 0 && !self.in_d3hot;
         (on && self.decoded.covers(&bar.register, address)).then_some(address)
     }
 
@@ -257,9 +255,6 @@ impl VfioPci {
             self.complaints.warn(|| format!("device '{}': {e}", self.id));
         }
         drop(msix);
-        if std::mem::take(&mut self.is_loud) && !self.device.signals() {
-            self.device.silence_intx();
-        }
         if std::mem::take(&mut self.dirty) {
             for bar in &mut self.bars {
                 self.dirty |= !bar.settle(self.group.container(), &self.wiring);
@@ -302,11 +297,11 @@ impl PciDevice for VfioPci {
         // mapping there and nothing behind it, and KVM_RUN would fail.
         self.unmap_stale();
         if let Some(physical) = physical {
-            ConfigSpace::write(&*self.device, offset, &physical);
+            PhysicalConfig::write(&*self.device, offset, &physical);
         }
         if let Some(at) = power {
             let mut state = [0];
-            ConfigSpace::read(&*self.device, at, &mut state);
+            PhysicalConfig::read(&*self.device, at, &mut state);
             self.in_d3hot = state[0] & PM_STATE == PM_D3HOT;
         }
         self.map_missing();
@@ -334,7 +329,6 @@ impl Migratable for VfioPci {
             command,
             in_d3hot,
             dirty: _,
-            is_loud: _,
             wiring: _,
             complaints: _,
         } = self;
@@ -365,13 +359,14 @@ impl Migratable for VfioPci {
     }
 
     fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, MigrateError> {
-        let VfioPciState { id, group, device, mut filter, layout, msix, bars, decoded, command, in_d3hot } = state;
+        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, in_d3hot } = state;
         let VfioPciParts { claims, groups, windows, wiring } = parts;
         let wrong = |what: String| MigrateError::State(what);
         let group = groups(group).ok_or_else(|| wrong(format!("group {group} is not in the saved state")))?;
-        let enabled = filter.msix_control() & MSIX_ENABLE != 0;
-        let device = Arc::new(VfioDevice::restore(device, enabled, claims)?);
-        let is_loud = filter.adopt_intx_disable(&*device);
+        if !filter.is_whole() {
+            return Err(wrong("the configuration space is not whole".into()));
+        }
+        let device = Arc::new(VfioDevice::restore(device, claims)?);
         let msix = Msix::restore(&id, msix, wiring.interrupts.clone(), wiring.fd_store.clone(), claims);
         let msix = Arc::new(Turn::new(msix.map_err(|e| wrong(e.to_string()))?));
         let mut this = Self {
@@ -386,7 +381,6 @@ impl Migratable for VfioPci {
             command,
             in_d3hot,
             dirty: true,
-            is_loud,
             wiring,
             complaints: RateLimitedLog::default(),
         };
@@ -417,10 +411,11 @@ impl VfioPci {
         if !is_same || bars.len() != self.bars.len() {
             return Err(wrong("it is another device than the one that was made ready".into()));
         }
-        let enabled = filter.msix_control() & MSIX_ENABLE != 0;
-        self.device.mend(&device, enabled).map_err(wrong)?;
+        if !filter.is_whole() {
+            return Err(wrong("the configuration space is not whole".into()));
+        }
+        self.device.mend(&device).map_err(wrong)?;
         self.filter = filter;
-        self.is_loud = self.filter.adopt_intx_disable(&*self.device);
         self.msix().mend(msix, claims).map_err(|e| wrong(e.to_string()))?;
         (self.command, self.in_d3hot) = (command, in_d3hot);
         let mut moved = Vec::new();

@@ -494,24 +494,6 @@ fn intx_stays_off_in_the_device() {
     assert_eq!(physical(&rig), DISABLE_INTX);
 }
 
-/// An older build has left the bit to the guest.
-#[test]
-fn intx_of_an_older_build_is_silenced_once_the_guest_is_ours() {
-    let mut rig = rig();
-    rig.pci.filter.forget_intx_disable();
-    rustix::io::pwrite(&rig.file, &[0], CONFIG + 5).unwrap();
-    let mut new = carried_untouched(rig);
-    let physical = |rig: &Rig| {
-        let mut high = [0];
-        rustix::io::pread(&rig.file, &mut high, CONFIG + 5).unwrap();
-        high[0]
-    };
-    assert_eq!(physical(&new), 0, "not before the commit");
-    new.pci.settle();
-    assert_eq!(physical(&new), DISABLE_INTX);
-    assert_eq!(new.read32(COMMAND) & 0x400, 0);
-}
-
 #[test]
 fn release_gives_all_back() {
     let mut rig = rig();

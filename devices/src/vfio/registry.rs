@@ -15,9 +15,9 @@ use super::device::VfioDevice;
 use super::group::{Group, GroupError, GroupState};
 use super::invalidate::{InvalidateError, Invalidated, invalidate_all};
 use super::pci::VfioPci;
-use super::pci_regs::{COMMAND, DISABLE_INTX, INTERRUPT_PIN};
 use super::wiring::{PassthroughError, Wiring};
 use crate::migratable::{Migratable, MigrateError};
+use crate::pci::regs::{COMMAND, DISABLE_INTX, INTERRUPT_PIN};
 use crate::turn::Turn;
 
 /// The container of devices that name none.

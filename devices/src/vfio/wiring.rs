@@ -8,6 +8,7 @@ use super::config::ConfigError;
 use super::device::DeviceError;
 use crate::bus::Bus;
 use crate::interrupt::{InterruptController, Memslots};
+use crate::pci::placement::NoRoom;
 
 /// What a device is wired to in this image.
 #[derive(Clone)]
@@ -26,6 +27,6 @@ pub enum PassthroughError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Device(#[from] DeviceError),
-    #[error("BAR {index} of {size:#x} bytes: no room in the guest's PCI windows")]
-    NoRoom { index: u8, size: u64 },
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
 }

@@ -10,12 +10,11 @@ use serde::{Deserialize, Serialize};
 use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
 use theseus_devices::device::Buses;
 use theseus_devices::migratable::{self, Migratable};
+use theseus_devices::pci::bar::{BarAddress, BarKind};
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::turn::Turn;
 use theseus_devices::vfio::pci::SOON;
-use theseus_devices::vfio::{
-    self, BarAddress, BarKind, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring,
-};
+use theseus_devices::vfio::{self, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring};
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
 use theseus_resources::state::Format;

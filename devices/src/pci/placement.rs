@@ -1,14 +1,18 @@
-//! Which BARs a device has, and where the guest's PCI windows have room for them.
+//! Where the guest's PCI windows have room for BARs.
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::{Taken, Window, Windows};
 
-use super::config::{BarRegister, ConfigSpace};
-use super::device::{PAGE, VfioDevice};
-use super::pci_regs::*;
-use super::wiring::PassthroughError;
+use super::bar::{BarRegister, PAGE};
+
+#[derive(Debug, thiserror::Error)]
+#[error("BAR {index} of {size:#x} bytes: no room in the guest's PCI windows")]
+pub struct NoRoom {
+    index: u8,
+    size: u64,
+}
 
 /// The host bridge's windows, frozen at the guest's boot: a BAR decodes only inside them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +51,7 @@ fn window_of<'a>(windows: &'a mut Windows, bar: &BarRegister) -> &'a mut Window 
 }
 
 /// Gives each BAR its address; all or none.
-pub fn place(windows: &mut Windows, registers: &mut [BarRegister]) -> Result<(), PassthroughError> {
+pub fn place(windows: &mut Windows, registers: &mut [BarRegister]) -> Result<(), NoRoom> {
     for n in 0..registers.len() {
         let BarRegister { index, size, is_64bit, .. } = registers[n];
         let need = footprint(&registers[n]);
@@ -58,7 +62,7 @@ pub fn place(windows: &mut Windows, registers: &mut [BarRegister]) -> Result<(),
         };
         let Some(address) = address else {
             vacate(windows, &registers[..n]);
-            return Err(PassthroughError::NoRoom { index, size });
+            return Err(NoRoom { index, size });
         };
         registers[n].address = address;
     }
@@ -70,28 +74,6 @@ pub fn vacate(windows: &mut Windows, registers: &[BarRegister]) {
     for bar in registers {
         window_of(windows, bar).free(bar.address);
     }
-}
-
-/// The BARs the device has, without an address yet.
-pub fn discover_bars(device: &VfioDevice) -> Vec<BarRegister> {
-    let mut found = Vec::new();
-    let mut upper_half = false;
-    for (index, region) in (0u8..).zip(device.bars()) {
-        if std::mem::take(&mut upper_half) || region.size == 0 {
-            continue;
-        }
-        let mut data = [0; 4];
-        ConfigSpace::read(device, BAR0 + 4 * u16::from(index), &mut data);
-        let low = u32::from_le_bytes(data);
-        let flags = low & if low & BAR_IO != 0 { BAR_IO_FLAGS } else { BAR_MEMORY_FLAGS };
-        let is_64bit = low & BAR_IO == 0 && low & BAR_MEMORY_TYPE == BAR_MEMORY_64 && index < 5;
-        // Below 16 bytes the address bits would reach into the flags.
-        let least = if low & BAR_IO != 0 { 4 } else { 16 };
-        let Some(size) = region.size.max(least).checked_next_power_of_two() else { continue };
-        upper_half = is_64bit;
-        found.push(BarRegister { index, flags, size, address: 0, is_64bit });
-    }
-    found
 }
 
 /// Takes a BAR's address again, in a new image.

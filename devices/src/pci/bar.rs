@@ -1,0 +1,85 @@
+//! A BAR's register (PCI Local Bus 3.0, 6.2.5), and where it puts the BAR.
+
+use serde::{Deserialize, Serialize};
+
+use super::config::ConfigSpace;
+use super::regs::*;
+
+/// What a memory BAR takes of the guest's memory at least, in bytes.
+pub const PAGE: u64 = 4096;
+
+/// A BAR to emulate. `size` is a power of two; `address` is the one it has at the guest's boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BarRegister {
+    pub index: u8,
+    /// The read-only low bits: type and prefetchable.
+    pub flags: u32,
+    pub size: u64,
+    pub address: u64,
+    /// Takes the next register too.
+    pub is_64bit: bool,
+}
+
+/// A BAR that decodes, as the guest sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarAddress {
+    pub index: u8,
+    pub address: u64,
+    pub size: u64,
+    pub kind: BarKind,
+    pub prefetchable: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BarKind {
+    Io,
+    Memory32,
+    Memory64,
+}
+
+impl BarRegister {
+    pub fn is_io(&self) -> bool {
+        self.flags & BAR_IO != 0
+    }
+
+    /// What of COMMAND lets it decode.
+    pub fn decode_bit(&self) -> u16 {
+        if self.is_io() { COMMAND_IO } else { COMMAND_MEMORY }
+    }
+
+    fn offset(&self) -> u16 {
+        BAR0 + 4 * u16::from(self.index)
+    }
+
+    /// The address bits.
+    fn mask(&self) -> u64 {
+        !self.size.saturating_sub(1)
+    }
+
+    /// Puts it in, with its address at boot.
+    pub fn emulate(&self, config: &mut ConfigSpace) {
+        let value = self.address & self.mask() | u64::from(self.flags);
+        let count = if self.is_64bit { 8 } else { 4 };
+        for (n, (value, writable)) in (0..count).zip(value.to_le_bytes().into_iter().zip(self.mask().to_le_bytes())) {
+            config.emulate(self.offset() + n, &[value], 0xFF, writable);
+        }
+    }
+
+    /// The address that the guest has programmed.
+    pub fn address_in(&self, config: &ConfigSpace) -> u64 {
+        let value = u64::from_le_bytes(config.value(self.offset()));
+        let value = if self.is_64bit { value } else { value & u64::from(u32::MAX) };
+        value & self.mask()
+    }
+
+    /// How the guest sees it at `address`.
+    pub fn at(&self, address: u64) -> BarAddress {
+        let kind = match (self.is_io(), self.is_64bit) {
+            (true, _) => BarKind::Io,
+            (false, true) => BarKind::Memory64,
+            (false, false) => BarKind::Memory32,
+        };
+        let prefetchable = kind != BarKind::Io && self.flags & BAR_MEMORY_PREFETCHABLE != 0;
+        BarAddress { index: self.index, address, size: self.size, kind, prefetchable }
+    }
+}
