@@ -6,15 +6,9 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
-/// A device's registers. `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian.
-/// No access may take long: other vCPUs wait for it, see [`Target`].
-pub trait BusDevice: Send {
-    fn read(&mut self, offset: u64, data: &mut [u8]);
-    fn write(&mut self, offset: u64, data: &[u8]);
-}
-
-/// What answers on a bus, to several vCPUs at once.
-pub trait Target: Send + Sync {
+/// What answers on a bus, to several vCPUs at once: a device locks itself, and no more of itself than an access needs.
+/// `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian.
+pub trait BusDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// False: other accesses were under way, and before their end this vCPU `is_wanted` elsewhere. Then nothing was
     /// written, and whoever has taken the data from the guest owes it this write.
@@ -22,7 +16,13 @@ pub trait Target: Send + Sync {
     fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool;
 }
 
-impl<D: BusDevice> Target for Mutex<D> {
+/// The registers of a device of which no access takes long: `Mutex` makes a [`BusDevice`] of it.
+pub trait LockedDevice: Send {
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+    fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+impl<D: LockedDevice> BusDevice for Mutex<D> {
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.lock().read(offset, data);
     }
@@ -33,7 +33,7 @@ impl<D: BusDevice> Target for Mutex<D> {
     }
 }
 
-pub type SharedDevice = Arc<dyn Target>;
+pub type SharedDevice = Arc<dyn BusDevice>;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{name} bus: range {base:#x}+{len:#x} is empty, wraps, or overlaps another device")]
@@ -91,7 +91,7 @@ impl Bus {
         let _never_gives_up = self.write_unless(addr, data, &|| false);
     }
 
-    /// As [`Target::write`].
+    /// As [`BusDevice::write`].
     #[must_use]
     pub fn write_unless(&self, addr: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
         self.find(addr, data.len()).is_none_or(|(offset, device)| device.write(offset, data, is_wanted))
@@ -104,7 +104,7 @@ mod tests {
 
     struct Ram([u8; 8]);
 
-    impl BusDevice for Ram {
+    impl LockedDevice for Ram {
         fn read(&mut self, offset: u64, data: &mut [u8]) {
             let at = offset as usize;
             data.copy_from_slice(&self.0[at..at + data.len()]);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::Claims;
 use theseus_resources::state::Format;
 
-use crate::bus::BusDevice;
+use crate::bus::LockedDevice;
 use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings};
 use crate::migratable::{Migratable, MigrateError};
 use crate::spec::Spec;
@@ -27,7 +27,7 @@ pub struct Counting {
     is_quiet: bool,
 }
 
-impl BusDevice for Counting {
+impl LockedDevice for Counting {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let value = if offset < BLOCK { self.count } else { self.blocks };
         data.iter_mut().zip(value.to_le_bytes()).for_each(|(to, byte)| *to = byte);

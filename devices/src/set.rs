@@ -217,7 +217,7 @@ mod tests {
     use theseus_resources::FdStore;
 
     use super::*;
-    use crate::bus::BusDevice;
+    use crate::bus::LockedDevice;
     use crate::device::SavedDevice;
     use crate::interrupt::{GuestRequests, IrqLine};
     use crate::legacy::cmos::{self, Cmos};
@@ -234,7 +234,7 @@ mod tests {
 
     struct Registers;
 
-    impl BusDevice for Registers {
+    impl LockedDevice for Registers {
         fn read(&mut self, _: u64, data: &mut [u8]) {
             data.fill(1);
         }

@@ -9,7 +9,7 @@ use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use super::ecam::Ecam;
-use crate::bus::Target;
+use crate::bus::BusDevice;
 use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::migratable::{Migratable, MigrateError};
 use crate::pci::bus::{Address, PciBus};
@@ -55,7 +55,7 @@ impl PciConfigAccess {
     }
 }
 
-impl Target for PciConfigAccess {
+impl BusDevice for PciConfigAccess {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some((target, bus)) = self.target(offset, data.len()).zip(self.bus.upgrade()) {
             return bus.read(target, data);

@@ -2,7 +2,7 @@
 
 use std::sync::Weak;
 
-use crate::bus::Target;
+use crate::bus::BusDevice;
 use crate::pci::bus::{Address, PciBus};
 
 /// Has no state: the address it answers at is the machine's, and the bus is rebuilt by the devices on it.
@@ -31,7 +31,7 @@ fn target(offset: u64, len: usize) -> Option<Address> {
     })
 }
 
-impl Target for Ecam {
+impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match target(offset, data.len()).zip(self.bus.upgrade()) {
             Some((target, bus)) => bus.read(target, data),
@@ -47,10 +47,19 @@ impl Target for Ecam {
 
 #[cfg(test)]
 mod tests {
-    use crate::pci::bus::tests::bus_with_probe;
     use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
 
+    use super::super::config_access::PciConfigAccess;
     use super::*;
+    use crate::bus::Bus;
+    use crate::pci::PciDevice;
+    use crate::pci::bus::tests::bus_with_probe;
+    use crate::turn::Turn;
+
+    /// A hang, not a slow machine.
+    const PATIENCE: Duration = Duration::from_secs(600);
 
     #[test]
     fn addresses_and_sizes() {
@@ -75,5 +84,51 @@ mod tests {
         }
         assert!(ecam.write(base + 0xFFC, &[1, 2], &|| true));
         assert_eq!(probe.lock().written, [(0xFFC, vec![1, 2])]);
+    }
+
+    /// A function whose accesses end when they are told to.
+    struct Slow {
+        begun: Sender<()>,
+        end: Receiver<()>,
+    }
+
+    impl PciDevice for Slow {
+        fn config_read(&mut self, _: u16, data: &mut [u8]) {
+            data.fill(0);
+        }
+
+        fn config_write(&mut self, _: u16, _: &[u8]) {
+            self.begun.send(()).unwrap();
+            self.end.recv().unwrap();
+        }
+    }
+
+    /// A reset of a function may keep its vCPU in an access for a minute (pci_dev_wait).
+    #[test]
+    fn a_long_access_to_one_function_holds_up_no_access_to_another() {
+        let (pci, _probe) = bus_with_probe(5);
+        let ((begin, begun), (finish, end)) = (channel(), channel());
+        pci.add(Some(6), Arc::new(Turn::new(Slow { begun: begin, end }))).unwrap();
+        let (mmio, pio) = (Arc::new(Bus::new("MMIO")), Arc::new(Bus::new("port")));
+        mmio.insert(0, 1 << 20, Arc::new(Ecam::new(Arc::downgrade(&pci)))).unwrap();
+        pio.insert(0xCF8, 8, Arc::new(PciConfigAccess::new(&pci))).unwrap();
+        let theirs = mmio.clone();
+        let slow = std::thread::spawn(move || theirs.write(6 << 15, &[0; 4]));
+        begun.recv().unwrap();
+        let (done, answer) = channel();
+        std::thread::spawn(move || {
+            let (mut ecam, mut port) = ([0; 4], [0; 4]);
+            mmio.read(5 << 15, &mut ecam);
+            mmio.write(5 << 15, &[1; 4]);
+            pio.write(0xCF8, &0x8000_2800u32.to_le_bytes());
+            pio.read(0xCFC, &mut port);
+            // A guest that moves a BAR meanwhile.
+            mmio.insert(1 << 30, 1, Arc::new(Ecam::new(Arc::downgrade(&pci)))).unwrap();
+            done.send((ecam, port)).unwrap();
+        });
+        let seen = answer.recv_timeout(PATIENCE);
+        finish.send(()).unwrap();
+        slow.join().unwrap();
+        assert_eq!(seen, Ok(([0, 1, 2, 3], [0, 1, 2, 3])));
     }
 }

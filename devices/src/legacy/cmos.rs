@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
-use crate::bus::BusDevice;
+use crate::bus::LockedDevice;
 use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::migratable::{Migratable, MigrateError};
 use crate::spec::Spec;
@@ -143,7 +143,7 @@ fn civil(days: u64) -> (u64, u64, u64) {
     (era * 400 + year_of_era + u64::from(month <= 2), month, day)
 }
 
-impl BusDevice for Cmos {
+impl LockedDevice for Cmos {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (port, byte) in (offset..=u64::MAX).zip(data) {
             // The index is write-only.

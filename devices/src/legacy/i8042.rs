@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
-use crate::bus::BusDevice;
+use crate::bus::LockedDevice;
 use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
 use crate::interrupt::{GuestRequest, GuestRequests};
 use crate::migratable::{Migratable, MigrateError};
@@ -54,7 +54,7 @@ impl I8042 {
     }
 }
 
-impl BusDevice for I8042 {
+impl LockedDevice for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (port, byte) in (offset..=u64::MAX).zip(data) {
             *byte = match port {

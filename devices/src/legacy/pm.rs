@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
-use crate::bus::BusDevice;
+use crate::bus::LockedDevice;
 use crate::device::{
     Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, edge_interrupt, on_board,
 };
@@ -89,7 +89,7 @@ fn ticks(seconds: u64, nanoseconds: u64) -> u32 {
     (ns * TIMER_HZ / 1_000_000_000) as u32
 }
 
-impl BusDevice for Pm {
+impl LockedDevice for Pm {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         // All bytes of an access are of one moment.
         let timer = (offset.saturating_add(data.len() as u64) > TIMER).then(Self::timer).unwrap_or_default();

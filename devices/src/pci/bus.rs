@@ -103,7 +103,7 @@ impl PciBus {
         rest.fill(0xFF);
     }
 
-    /// As [`crate::bus::Target::write`].
+    /// As [`crate::bus::BusDevice::write`].
     pub(crate) fn write(&self, address: Address, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
         let Some(device) = self.find(address) else { return true };
         let Some(mut device) = device.lock_unless(is_wanted) else { return false };

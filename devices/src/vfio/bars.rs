@@ -20,7 +20,7 @@ use super::container::{Container, MapSource};
 use super::device::{DeviceError, Region, VfioDevice};
 use super::signals;
 use super::wiring::Wiring;
-use crate::bus::{SharedDevice, Target};
+use crate::bus::{BusDevice, SharedDevice};
 use crate::pci::bar::{BarAddress, BarRegister, PAGE};
 use crate::pci::config::PhysicalConfig;
 use crate::pci::msix::Msix;
@@ -347,7 +347,7 @@ impl Trap {
     }
 }
 
-impl Target for Trap {
+impl BusDevice for Trap {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let msix = self.settled(self.msix.lock());
         let device = |at, data: &mut [u8]| self.device.read(&self.region, at, data);

@@ -267,7 +267,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use parking_lot::Mutex;
-    use theseus_devices::bus::Target;
+    use theseus_devices::bus::BusDevice;
 
     use super::*;
 
@@ -278,7 +278,7 @@ mod tests {
         written: Mutex<Vec<(u64, Vec<u8>)>>,
     }
 
-    impl Target for Busy {
+    impl BusDevice for Busy {
         fn read(&self, _: u64, _: &mut [u8]) {}
 
         fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {

@@ -33,7 +33,7 @@ pub use open::ConsoleError;
 pub use saved::{ConsoleState, SerialParts, SerialState};
 pub use tty::SavedTermios;
 
-use crate::bus::BusDevice;
+use crate::bus::LockedDevice;
 use crate::interrupt::IrqLine;
 use poller::Poller;
 use stream::Input;
@@ -202,7 +202,7 @@ impl SerialDevice {
     }
 }
 
-impl BusDevice for SerialDevice {
+impl LockedDevice for SerialDevice {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (register, byte) in (offset..=u64::MAX).zip(data) {
             *byte = u8::try_from(register).map_or(0xFF, |register| self.read_register(register));
