@@ -112,7 +112,7 @@ impl Device for Mutex<Counting> {
     }
 
     fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
-        SavedDevice::of(&*self.lock(), name)
+        SavedDevice::of_locked(self, name)
     }
 
     fn describe(&self, _: &mut dyn AmlSink) {}

@@ -11,9 +11,13 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use theseus_resources::survivor::{self, look};
 
 /// How often a vCPU that waits looks whether it is wanted elsewhere.
 const LOOK: Duration = Duration::from_millis(1);
+
+/// How long a save waits for a vCPU that is in an access to the device. Else a guest could block whoever saves.
+const SOON: Duration = Duration::from_secs(5);
 
 /// See the module.
 pub struct Turn<T: ?Sized> {
@@ -120,8 +124,30 @@ impl<T: ?Sized> Turn<T> {
         }
     }
 
+    /// For a save: as [`Turn::lock_first`], but a survivor waits for no turn.
+    pub fn look(&self) -> Result<Look<'_, T>, Held> {
+        if survivor::is_alone() { Ok(Look::Past(look(&self.value))) } else { self.lock_first(SOON).map(Look::Turn) }
+    }
+
     pub fn held(&self) -> Option<Held> {
         held(&self.queue())
+    }
+}
+
+/// The value of a [`Turn`], to be read.
+pub enum Look<'a, T: ?Sized> {
+    Turn(TurnGuard<'a, T>),
+    Past(survivor::Look<'a, T>),
+}
+
+impl<T: ?Sized> Deref for Look<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        match self {
+            Self::Turn(guard) => guard,
+            Self::Past(value) => value,
+        }
     }
 }
 

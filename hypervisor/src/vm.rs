@@ -8,6 +8,7 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_msi, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use parking_lot::{Mutex, MutexGuard};
 use theseus_resources::layout;
+use theseus_resources::survivor::look;
 
 use crate::routing::Routing;
 use crate::vfio::VfioFiles;
@@ -123,7 +124,7 @@ impl Vm {
 
     /// What its memslots cover.
     pub fn memory(&self) -> Vec<Range<u64>> {
-        self.slots().values().cloned().collect()
+        look(&self.slots).values().cloned().collect()
     }
 
     /// One edge on an IOAPIC pin.

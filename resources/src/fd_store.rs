@@ -12,6 +12,8 @@ use std::sync::{Arc, Weak};
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
+use crate::survivor::look;
+
 /// What an fd is for: named in errors, and checked when a slot is claimed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FdKind {
@@ -144,7 +146,7 @@ impl FdStore {
     }
 
     fn live(&self) -> Vec<StoredFd> {
-        self.lock().entries.values().filter_map(Weak::upgrade).map(StoredFd).collect()
+        look(&self.0).entries.values().filter_map(Weak::upgrade).map(StoredFd).collect()
     }
 
     /// Every fd in keeping now, as the next VMM has to know it.

@@ -1,6 +1,6 @@
 //! What a VM owns that outlives one process image: kept file descriptors ([`fd_store`]), guest memory ([`ram`]), the saved
 //! state's envelope ([`state`]), how both travel ([`channel`]), and the layout of the guest's physical address space
-//! ([`layout`], [`alloc`]). Beside it [`rate`], [`socket`] and [`threads`], which several crates use.
+//! ([`layout`], [`alloc`]). Beside it [`rate`], [`socket`], [`survivor`] and [`threads`], which several crates use.
 
 pub mod alloc;
 pub mod channel;
@@ -11,6 +11,7 @@ pub mod ram;
 pub mod rate;
 pub mod socket;
 pub mod state;
+pub mod survivor;
 pub mod threads;
 
 pub use channel::Channel;

@@ -21,8 +21,8 @@ const KEPT: c_int = 4 << 20;
 const STEP: c_int = 512 << 10;
 
 /// Of the arena, in bytes: address space until it is used. Several times what a save of the largest machine takes,
-/// with nothing given back (machine/alone_tests.rs).
-const ARENA: usize = 64 << 20;
+/// with nothing given back (machine/survivor_tests.rs).
+const ARENA: usize = 32 << 20;
 
 #[global_allocator]
 static HEAP: Heap = Heap::new();

@@ -159,6 +159,8 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
 
 /// Starts the other threads, with what `prepare` boots or takes over, and then serves them. Returns the exit code.
 fn run(keeper: Keeper, if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::Result<Control>) -> anyhow::Result<i32> {
+    // Found out now: a save may have to do without files, and without the lock of who would find it out.
+    build_info::this();
     let memory_errors = memory_errors::install().context("signals")?;
     let signals = Signals::new().context("signals")?;
     vcpus::install_kick_handler().context("signals")?;

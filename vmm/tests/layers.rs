@@ -9,7 +9,19 @@ use std::path::{Path, PathBuf};
 const LAYERS: [(&str, &[&str]); 6] = [
     (
         "resources",
-        &["rate", "threads", "socket", "channel", "hugepages", "layout", "alloc", "fd_store", "ram", "state"],
+        &[
+            "rate",
+            "survivor",
+            "threads",
+            "socket",
+            "channel",
+            "hugepages",
+            "layout",
+            "alloc",
+            "fd_store",
+            "ram",
+            "state",
+        ],
     ),
     ("api", &["types", "args", "access", "reply", "endpoint", "server", "client"]),
     ("hypervisor", &["error", "system", "clock", "irqchip", "raw", "routing", "vfio", "vm", "vcpu"]),

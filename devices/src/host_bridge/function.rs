@@ -113,7 +113,7 @@ impl Device for Turn<HostBridge> {
     }
 
     fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
-        SavedDevice::of(&*self.lock(), name)
+        SavedDevice::of(&*self.look().map_err(|held| MigrateError::State(held.to_string()))?, name)
     }
 
     fn describe(&self, _: &mut dyn AmlSink) {}

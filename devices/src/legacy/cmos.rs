@@ -226,7 +226,7 @@ impl Device for Mutex<Cmos> {
     }
 
     fn save(&self, name: &str) -> Result<SavedDevice, MigrateError> {
-        SavedDevice::of(&*self.lock(), name)
+        SavedDevice::of_locked(self, name)
     }
 
     fn describe(&self, aml: &mut dyn AmlSink) {

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use theseus_resources::fd_store::{Claims, FdStoreError};
+use theseus_resources::survivor::look;
 use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
 use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_VADDR, VFIO_DMA_MAP_FLAG_WRITE,
@@ -151,7 +152,7 @@ impl Container {
 
     /// What is mapped now.
     pub fn maps(&self) -> Vec<DmaMap> {
-        self.lock().clone()
+        look(&self.maps).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<DmaMap>> {

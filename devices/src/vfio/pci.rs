@@ -13,7 +13,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
@@ -36,9 +35,6 @@ use crate::pci::placement::{Decoded, place, reserve, vacate};
 use crate::pci::regs::*;
 use crate::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
-
-/// How long a save waits for a vCPU that is in an access to the device. Else a guest could block whoever saves.
-pub const SOON: Duration = Duration::from_secs(5);
 
 /// See the module.
 pub struct VfioPci {
@@ -338,7 +334,7 @@ impl Migratable for VfioPci {
             active: bar.active().clone(),
             leftover_dma: bar.leftover_dma().to_vec(),
         });
-        let msix = self.msix.lock_first(SOON).map_err(|held| MigrateError::State(held.to_string()))?;
+        let msix = self.msix.look().map_err(|held| MigrateError::State(held.to_string()))?;
         Ok(VfioPciState {
             id: id.clone(),
             group: group.number(),

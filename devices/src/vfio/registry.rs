@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
 use theseus_resources::fd_store::Claims;
 use theseus_resources::state::Format;
+use theseus_resources::survivor::look;
 use theseus_resources::{FdStore, StoredFd};
 
 use super::container::{Container, ContainerError, ContainerState, DmaMap, MapSource, RamRange};
@@ -269,7 +270,7 @@ impl Migratable for Passthrough {
     fn save(&self) -> Result<PassthroughState, MigrateError> {
         let Self { fd_store: _, inner } = self;
         // `ram` is this image's addresses: the next one gives its own at remap.
-        let Inner { containers, groups, ram: _ } = &*inner.lock();
+        let Inner { containers, groups, ram: _ } = &*look(inner);
         Ok(PassthroughState {
             containers: containers.iter().map(|container| container.save()).collect(),
             groups: groups.iter().map(|group| group.save()).collect(),

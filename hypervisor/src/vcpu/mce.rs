@@ -120,7 +120,7 @@ impl Vcpu {
 
     /// Tells the guest, at its next instruction. One that has machine checks off (CR4.MCE), or is in the middle of one,
     /// shuts down, as a real CPU would: but not because of another CPU's.
-    pub fn inject(&mut self, check: Check) -> Result<()> {
+    pub fn inject(&self, check: Check) -> Result<()> {
         if check == Check::OfOther {
             let waits = self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED);
             if waits || self.sregs()?.cr4 & CR4_MCE == 0 {

@@ -79,9 +79,18 @@ impl Drop for Vcpu {
     }
 }
 
+/// `exit_reason` of the run page.
+struct ExitReason(NonNull<AtomicU32>);
+
+// SAFETY: only accessed atomically, and only while the vCPU that it is a field of has its run page mapped.
+unsafe impl Send for ExitReason {}
+// SAFETY: as above.
+unsafe impl Sync for ExitReason {}
+
 pub struct Vcpu {
     fd: VcpuFd,
     exit_flag: ExitFlag,
+    exit_reason: ExitReason,
     index: u32,
     /// As it was set: KVM's own has bits in it that follow the guest's registers.
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -104,10 +113,12 @@ impl Vcpu {
         let has_nested = vm.fd().check_extension_int(kvm_ioctls::Cap::NestedState) > 0;
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         let byte = NonNull::from(&mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
+        let exit_reason = ExitReason(NonNull::from(&mut fd.get_kvm_run().exit_reason).cast());
         let exit_flag = ExitFlag(Arc::new(Mutex::new(FlagAddr(Some(byte)))));
         Ok(Self {
             fd,
             exit_flag,
+            exit_reason,
             index,
             cpuid: Vec::new(),
             msr_list: Vec::new(),
@@ -178,21 +189,19 @@ impl Vcpu {
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    fn exit_reason(&mut self) -> &AtomicU32 {
-        let reason = NonNull::from(&mut self.fd.get_kvm_run().exit_reason).cast::<AtomicU32>();
-        // SAFETY: in the run page, which is mapped as long as self, and aligned; nobody else writes to it while no
-        // KVM_RUN is under way.
-        unsafe { reason.as_ref() }
+    fn exit_reason(&self) -> &AtomicU32 {
+        // SAFETY: in the run page, which is mapped as long as self, and aligned.
+        unsafe { self.exit_reason.0.as_ref() }
     }
 
     /// What the last exit asked for is done, or noted by whom it will be. To be called as soon as it is.
-    pub fn exit_handled(&mut self) {
+    pub fn exit_handled(&self) {
         // After all of that, as another process may see it.
         self.exit_reason().store(HANDLED, Ordering::Release);
     }
 
     /// Whether its last exit asked for something that nobody has done.
-    pub fn has_unhandled_exit(&mut self) -> bool {
+    pub fn has_unhandled_exit(&self) -> bool {
         let reason = self.exit_reason().load(Ordering::Acquire);
         ![HANDLED, KVM_EXIT_UNKNOWN, KVM_EXIT_INTR].contains(&reason)
     }

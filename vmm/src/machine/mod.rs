@@ -9,6 +9,8 @@ mod passthrough;
 mod populate;
 pub mod restore;
 pub mod state;
+#[cfg(test)]
+mod survivor_tests;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -13,7 +13,6 @@ use theseus_devices::migratable::{self, Migratable};
 use theseus_devices::pci::bar::{BarAddress, BarKind};
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::turn::Turn;
-use theseus_devices::vfio::pci::SOON;
 use theseus_devices::vfio::{self, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring};
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
@@ -277,7 +276,7 @@ impl PassthroughDevices {
         writer.add("vfio", &Passthrough::FORMAT, &state)?;
         for (plugged, (_, id)) in plugged.iter().zip(&layout.devices) {
             let name = section(id);
-            let device = plugged.device.lock_first(SOON).map_err(|held| failed(format!("device '{id}': {held}")))?;
+            let device = plugged.device.look().map_err(|held| failed(format!("device '{id}': {held}")))?;
             let state = device.save().map_err(|source| MachineError::Device { name: name.clone(), source })?;
             writer.add(&name, &VfioPci::FORMAT, &state)?;
         }

@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use parking_lot::{Mutex, MutexGuard};
 use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
+use theseus_resources::survivor::look;
 
 use super::signal;
 
@@ -61,6 +62,11 @@ impl Checks {
     /// What waits for vCPU `index`.
     pub fn take(&self, index: u32) -> Vec<Check> {
         self.0.get(index as usize).map(|mailbox| std::mem::take(&mut *mailbox.lock())).unwrap_or_default()
+    }
+
+    /// The same, left where they are.
+    pub fn waiting(&self, index: u32) -> Vec<Check> {
+        self.0.get(index as usize).map(|mailbox| look(&mailbox.waiting).clone()).unwrap_or_default()
     }
 }
 

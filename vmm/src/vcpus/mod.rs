@@ -7,7 +7,9 @@
 
 mod answers;
 mod checks;
+mod owed;
 pub mod placement;
+mod processor;
 pub mod saved;
 mod signal;
 mod thread;
@@ -20,12 +22,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
+use parking_lot::Mutex;
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
 use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuShape};
 use theseus_resources::state::StateError;
+use theseus_resources::survivor::{self, look};
 use theseus_resources::threads::{self, Role, ThreadError};
 
 use crate::boot::Entry;
@@ -33,6 +37,7 @@ use crate::spin::Spin;
 use answers::{Answers, Command};
 use checks::Checks;
 use placement::Placement;
+use processor::Processor;
 use saved::{EncodedVcpu, SavedVcpu};
 pub use signal::install_kick_handler;
 
@@ -61,6 +66,10 @@ pub enum VcpuError {
     Count { states: usize, vcpus: usize },
     #[error("a vCPU thread has ended")]
     Gone,
+    #[error("the vCPUs run")]
+    Run,
+    #[error("vCPU {0} has left something to be done that nobody has")]
+    Unhandled(u32),
 }
 
 /// What a vCPU begins with.
@@ -90,6 +99,7 @@ pub struct Shared {
 /// One thread as its owner sees it.
 struct Handle {
     tid: libc::pid_t,
+    processor: Arc<Mutex<Processor>>,
     shape: VcpuShape,
     tsc_khz: u32,
     /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a
@@ -122,6 +132,7 @@ impl Handle {
 /// What a thread says of itself once it has its vCPU.
 struct Introduction {
     tid: libc::pid_t,
+    processor: Arc<Mutex<Processor>>,
     exit_flag: ExitFlag,
     shape: VcpuShape,
     tsc_khz: u32,
@@ -154,8 +165,9 @@ impl Starting {
         let mut vcpus = Vcpus { handles: Vec::new(), checks, answers, running: false, late: 0, saves: Cell::new(0) };
         for Newcomer { vm: _, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
-            if let Ok(Introduction { tid, exit_flag, shape, tsc_khz }) = introduced.recv() {
-                vcpus.handles.push(Handle { tid, shape, tsc_khz, pauses, exit_flag, commands, thread: Some(thread) });
+            if let Ok(Introduction { tid, processor, exit_flag, shape, tsc_khz }) = introduced.recv() {
+                let thread = Some(thread);
+                vcpus.handles.push(Handle { tid, processor, shape, tsc_khz, pauses, exit_flag, commands, thread });
             } else {
                 drop(commands);
                 let _ = thread.join();
@@ -280,7 +292,42 @@ impl Vcpus {
         for handle in &self.handles {
             handle.send(Command::Save(turn))?;
         }
-        Ok(Saving { vcpus: self, turn })
+        Ok(Saving { vcpus: self, turn: Some(turn) })
+    }
+
+    /// The same, but the caller's thread will do it alone, in [`Saving::finish`].
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the rescue after a crash: docs/architecture.md"))]
+    pub fn begin_save_alone(&self) -> Saving<'_> {
+        Saving { vcpus: self, turn: None }
+    }
+
+    /// Saves the states of all vCPUs by this thread alone: theirs wait for a command, or are dead, with their vCPU in
+    /// hand or not. What a vCPU has left to be done was done before, and was completed.
+    fn save_alone(&self) -> Result<Vec<SavedVcpu>, VcpuError> {
+        if self.running && !survivor::is_alone() {
+            return Err(VcpuError::Run);
+        }
+        let processors: Vec<_> = self.handles.iter().map(|handle| look(&handle.processor)).collect();
+        if let Some(processor) = processors.iter().find(|processor| processor.vcpu.has_unhandled_exit()) {
+            return Err(VcpuError::Unhandled(processor.index));
+        }
+        for (index, processor) in (0u32..).zip(&processors) {
+            for check in self.checks.waiting(index) {
+                // What the guest is not told now it learns when it needs the page.
+                let _ = processor.vcpu.inject(check);
+                if matches!(check, Check::Optional(_)) && processor.vcpu.broadcasts() {
+                    let others = processors.iter().filter(|other| other.index != index);
+                    others.for_each(|other| drop(other.vcpu.inject(Check::OfOther)));
+                }
+            }
+        }
+        processors.iter().map(|processor| processor.save()).collect()
+    }
+
+    /// How many threads have their vCPU locked.
+    #[cfg(test)]
+    pub fn in_hand(&self) -> usize {
+        self.handles.iter().filter(|handle| handle.processor.is_locked()).count()
     }
 
     pub fn count(&self) -> u32 {
@@ -315,13 +362,17 @@ impl Vcpus {
 /// States that are being saved.
 pub struct Saving<'a> {
     vcpus: &'a Vcpus,
-    turn: u64,
+    /// None: not by their threads.
+    turn: Option<u64>,
 }
 
 impl Saving<'_> {
     /// In order of their index.
     pub fn finish(self) -> Result<Vec<SavedVcpu>, VcpuError> {
-        self.vcpus.answers.saved(self.turn, self.vcpus.handles.len(), ANSWER)
+        match self.turn {
+            Some(turn) => self.vcpus.answers.saved(turn, self.vcpus.handles.len(), ANSWER),
+            None => self.vcpus.save_alone(),
+        }
     }
 }
 

@@ -5,45 +5,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 
-use theseus_devices::bus::Bus;
+use parking_lot::Mutex;
 use theseus_devices::interrupt::GuestRequest;
 use theseus_hypervisor::vcpu::mce::Check;
-use theseus_hypervisor::vcpu::{OwedWrite, reasons};
 use theseus_hypervisor::{Exit, ReadyVm, Vcpu, VcpuState};
 
 use super::answers::{Command, Event};
 use super::checks::Checks;
-use super::saved::{self, EncodedVcpu, SavedVcpu};
+use super::owed::Owed;
+use super::processor::Processor;
+use super::saved;
 use super::{Introduction, Shared, Start, VcpuError, placement, signal};
 use crate::boot;
 use crate::memory_errors;
 use crate::panics::panic_text;
 use crate::spin::Spin;
-
-/// Writes that this vCPU was taken away from while it waited for its turn at a device. A read waits: KVM cannot
-/// complete its instruction without it.
-struct Owed(Vec<OwedWrite>);
-
-impl Owed {
-    fn write(&mut self, bus: &Bus, is_port: bool, address: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) {
-        // One after the other, as the guest has made them.
-        if !self.0.is_empty() || !bus.write_unless(address, data, is_wanted) {
-            self.0.push(OwedWrite { is_port, address, data: data.to_vec() });
-        }
-    }
-
-    /// Carries them out. False: the vCPU was wanted again before that.
-    fn pay(&mut self, pio: &Bus, mmio: &Bus, is_wanted: &dyn Fn() -> bool) -> bool {
-        while let Some(OwedWrite { is_port, address, data }) = self.0.first() {
-            let bus = if *is_port { pio } else { mmio };
-            if !bus.write_unless(*address, data, is_wanted) {
-                return false;
-            }
-            self.0.remove(0);
-        }
-        true
-    }
-}
 
 pub(super) struct Body {
     pub index: u32,
@@ -73,62 +49,56 @@ impl Body {
         }
         // None if the machine has come to nothing meanwhile.
         let Ok(vm) = vm.recv() else { return };
-        let mut vcpu = match self.create(start, &vm) {
+        let vcpu = match self.create(start, &vm) {
             Ok(vcpu) => vcpu,
             Err(error) => return self.tell(Event::Ready(Err(error))),
         };
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         self.checks.introduce(self.index, tid, vcpu.exit_flag());
         let (exit_flag, shape, tsc_khz) = (vcpu.exit_flag(), vcpu.shape(), vcpu.tsc_khz());
-        let _ = introduce.send(Introduction { tid, exit_flag, shape, tsc_khz });
+        let processor = Processor { index: self.index, vcpu, vm, owed: Owed::default() };
+        let processor = Arc::new(Mutex::new(processor));
+        let _ = introduce.send(Introduction { tid, processor: processor.clone(), exit_flag, shape, tsc_khz });
         self.tell(Event::Ready(Ok(())));
-        let mut owed = Owed(Vec::new());
         // Of which the late part is still to come.
         let mut restored = None;
         // Whether the next command is about to come. Not so after a save: its CPU is wanted for the new VMM.
         let mut is_expected = false;
         while let Ok(command) = if is_expected { self.spin.receive(&self.commands) } else { self.commands.recv() } {
             is_expected = !matches!(command, Command::Save(_) | Command::Run);
+            let processor = &mut *processor.lock();
             match command {
                 Command::RestoreEarly(encoded) => {
                     crate::test_hooks::vcpu_panic();
                     let result = saved::decode(&encoded, self.index).and_then(|mut state| {
-                        owed.0 = std::mem::take(&mut state.owed);
+                        processor.owed.0 = std::mem::take(&mut state.owed);
                         let state = restored.insert(state);
-                        vcpu.restore_early(state).map_err(|source| self.error(source))
+                        processor.vcpu.restore_early(state).map_err(|source| self.error(source))
                     });
                     self.tell(Event::Ready(result));
                 }
                 Command::RestoreLate => {
-                    let result = restored.take().map_or(Ok(()), |state| self.restore_late(&mut vcpu, &vm, &state));
+                    let result = restored.take().map_or(Ok(()), |state| self.restore_late(processor, &state));
                     self.tell(Event::Ready(result.map_err(|source| self.error(source))));
                 }
-                Command::Run => self.run(&mut vcpu, &mut owed),
+                Command::Run => self.run(processor),
                 Command::Pause => {
                     self.pauses.fetch_sub(1, Ordering::SeqCst);
                     self.tell(Event::Paused);
                 }
                 Command::Save(turn) => {
-                    self.take_checks(&mut vcpu);
-                    self.tell(Event::Saved(turn, self.index, self.save(&vcpu, &vm, &owed)));
+                    self.take_checks(&processor.vcpu);
+                    self.tell(Event::Saved(turn, self.index, processor.save()));
                 }
                 Command::End => return,
             }
         }
     }
 
-    fn save(&self, vcpu: &Vcpu, vm: &ReadyVm, owed: &Owed) -> Result<SavedVcpu, VcpuError> {
-        let mut state = vcpu.save().map_err(|source| self.error(source))?;
-        state.owed.clone_from(&owed.0);
-        let refused = reasons(&state, &vm.memory());
-        let state = EncodedVcpu::new(saved::section(self.index as usize), &state);
-        Ok(SavedVcpu { state: state.map_err(|source| VcpuError::State { index: self.index, source })?, refused })
-    }
-
-    fn restore_late(&self, vcpu: &mut Vcpu, vm: &ReadyVm, state: &VcpuState) -> Result<(), theseus_hypervisor::Error> {
-        vcpu.restore_late(state)?;
+    fn restore_late(&self, processor: &mut Processor, state: &VcpuState) -> Result<(), theseus_hypervisor::Error> {
+        processor.vcpu.restore_late(state)?;
         // A kick too many is legal, one too few a guest that waits for a spin lock for ever.
-        if state.may_have_been_kicked() { vm.kick_halted(self.index) } else { Ok(()) }
+        if state.may_have_been_kicked() { processor.vm.kick_halted(self.index) } else { Ok(()) }
     }
 
     fn error(&self, source: theseus_hypervisor::Error) -> VcpuError {
@@ -140,7 +110,7 @@ impl Body {
         self.pauses.load(Ordering::SeqCst) > 0
     }
 
-    fn clear_exit_flag(&self, vcpu: &mut Vcpu) {
+    fn clear_exit_flag(&self, vcpu: &Vcpu) {
         vcpu.set_immediate_exit(false);
         // Who was wanted before the line above has the exit flag cleared by it: look again.
         if self.is_wanted() {
@@ -149,7 +119,7 @@ impl Body {
     }
 
     /// Tells the guest of a page that it has just needed, and that is lost.
-    fn page_lost(&self, vcpu: &mut Vcpu, gpa: u64) {
+    fn page_lost(&self, vcpu: &Vcpu, gpa: u64) {
         self.inject(vcpu, Check::Required(gpa));
         if vcpu.broadcasts() {
             self.checks.post_others(self.index, Check::OfOther);
@@ -157,7 +127,7 @@ impl Body {
     }
 
     /// Machine checks that others have for this vCPU.
-    fn take_checks(&self, vcpu: &mut Vcpu) {
+    fn take_checks(&self, vcpu: &Vcpu) {
         for check in self.checks.take(self.index) {
             self.inject(vcpu, check);
             if matches!(check, Check::Optional(_)) && vcpu.broadcasts() {
@@ -166,7 +136,7 @@ impl Body {
         }
     }
 
-    fn inject(&self, vcpu: &mut Vcpu, check: Check) {
+    fn inject(&self, vcpu: &Vcpu, check: Check) {
         if let Err(error) = vcpu.inject(check) {
             log::error!("vCPU {}: the guest is not told of a memory error: {error}", self.index);
         }
@@ -209,7 +179,8 @@ impl Body {
 
     /// In the guest until a pause is asked for, until it cannot go on, or until its machine is about to end: a vCPU
     /// that has asked for that waits like one that is stopped, and so do the others from their next exit on.
-    fn run(&self, vcpu: &mut Vcpu, owed: &mut Owed) {
+    fn run(&self, processor: &mut Processor) {
+        let Processor { index: _, vcpu, vm: _, owed } = processor;
         let Shared { pio, mmio, .. } = &self.shared;
         let is_wanted = || self.is_wanted();
         if !owed.pay(pio, mmio, &is_wanted) {
@@ -258,57 +229,5 @@ impl Body {
             }
             vcpu.exit_handled();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
-
-    use parking_lot::Mutex;
-    use theseus_devices::bus::BusDevice;
-
-    use super::*;
-
-    /// A device that another vCPU is in an access to.
-    #[derive(Default)]
-    struct Busy {
-        busy: AtomicBool,
-        written: Mutex<Vec<(u64, Vec<u8>)>>,
-    }
-
-    impl BusDevice for Busy {
-        fn read(&self, _: u64, _: &mut [u8]) {}
-
-        fn write(&self, offset: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) -> bool {
-            if self.busy.load(Ordering::SeqCst) && is_wanted() {
-                return false;
-            }
-            self.written.lock().push((offset, data.to_vec()));
-            true
-        }
-    }
-
-    #[test]
-    fn what_a_vcpu_is_taken_away_from_it_owes() {
-        let (device, pio, mmio) = (Arc::new(Busy::default()), Bus::new("port"), Bus::new("MMIO"));
-        pio.insert(0xCF8, 8, device.clone()).unwrap();
-        mmio.insert(0x1000, 16, device.clone()).unwrap();
-        let mut owed = Owed(Vec::new());
-        device.busy.store(true, Ordering::SeqCst);
-        owed.write(&pio, true, 0xCFC, &[1], &|| true);
-        device.busy.store(false, Ordering::SeqCst);
-        // The second half of an access that crosses a page: free by now, but not its turn.
-        owed.write(&mmio, false, 0x1008, &[2, 3], &|| true);
-        assert!(device.written.lock().is_empty());
-        let carried = owed.0.clone();
-        device.busy.store(true, Ordering::SeqCst);
-        assert!(!owed.pay(&pio, &mmio, &|| true), "wanted again");
-        assert_eq!(owed.0, carried);
-        device.busy.store(false, Ordering::SeqCst);
-        assert!(owed.pay(&pio, &mmio, &|| true));
-        assert_eq!(*device.written.lock(), [(4, vec![1]), (8, vec![2, 3])]);
-        assert!(owed.0.is_empty());
     }
 }
