@@ -23,7 +23,7 @@ struct State {
 }
 
 impl Vm {
-    /// Adds a group. On first boot: only after a device of it was opened (kernel.md: a VM reference would leak
+    /// Adds a group. On first boot: only after a device of it was opened (kernel-facts.md: a VM reference would leak
     /// otherwise).
     pub fn vfio_add(&self, group: BorrowedFd<'_>) -> Result<()> {
         let mut state = self.vfio.0.lock();

@@ -176,6 +176,25 @@ fn crates_import_from_lower_ones() {
     }
 }
 
+/// One that is not is compiled, updated and trusted for nothing.
+#[test]
+fn dependencies_are_used() {
+    for (krate, _) in LAYERS {
+        let folder = root().join(krate);
+        let manifest = fs::read_to_string(folder.join("Cargo.toml")).unwrap();
+        let mut files = Vec::new();
+        for part in ["src", "tests"].map(|part| folder.join(part)).iter().filter(|part| part.exists()) {
+            sources(part, &mut files);
+        }
+        let text: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
+        let tables = manifest.split("\n[").filter(|table| table.contains("dependencies]"));
+        for name in tables.flat_map(str::lines).skip(1).filter_map(|line| line.split(['.', ' ', '=']).next()) {
+            let used = name.replace('-', "_");
+            assert!(name.is_empty() || name.contains(']') || text.contains(&used), "{krate}: {name} is not used");
+        }
+    }
+}
+
 #[test]
 fn names_are_found() {
     let text = "use crate::a::b;\nuse crate::{c::{d, e}, f};\n// crate::g\nlet x = crate::h::i(crate::j());\n";

@@ -17,7 +17,7 @@ const CHUNK: usize = 200;
 const WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
 const IA32_DEBUGCTL: u32 = 0x1d9;
 
-/// What KVM_GET_MSR_INDEX_LIST leaves out: MTRRs and machine check banks (kernel.md), and DEBUGCTL.
+/// What KVM_GET_MSR_INDEX_LIST leaves out: MTRRs and machine check banks (kernel-facts.md), and DEBUGCTL.
 fn unlisted() -> impl Iterator<Item = u32> {
     let mtrrs = [0x250, 0x258, 0x259, 0x2ff].into_iter().chain(0x200..0x210).chain(0x268..0x270);
     let mce = [0x179, 0x17a, 0x17b].into_iter().chain(0x400..0x480);

@@ -154,7 +154,7 @@ impl Vcpu {
         let debugregs = fd.get_debug_regs().map_err(self.err("KVM_GET_DEBUGREGS"))?;
         let lapic = fd.get_lapic().map_err(self.err("KVM_GET_LAPIC"))?;
         let nested = self.get_nested()?;
-        // Last: reading the others may turn something into an event (kernel.md).
+        // Last: reading the others may turn something into an event (kernel-facts.md).
         let events = fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
         Ok(Box::new(VcpuState {
             index: self.index,
