@@ -31,6 +31,7 @@ use theseus_resources::{FdStore, GuestRam, layout};
 
 use crate::boot::BootError;
 use crate::memory_errors::Watched;
+use crate::timeline::NotPassed;
 use crate::vcpus::{Shared, VcpuError, Vcpus};
 use passthrough::PassthroughDevices;
 use populate::Populating;
@@ -62,6 +63,8 @@ pub enum MachineError {
     Passthrough(String),
     #[error("{source}{}", held.iter().map(|held| format!("; {held}")).collect::<String>())]
     Stuck { source: VcpuError, held: Vec<String> },
+    #[error(transparent)]
+    NotPassed(#[from] NotPassed),
     #[error("no KVM would take the guest's state as it is: {0}: try again when the guest has gone on")]
     Refused(String),
 }
@@ -143,7 +146,7 @@ impl Machine {
     }
 
     /// No DMA address of this process is valid any more; what was mapped goes on. Undone by dropping it.
-    pub fn invalidate(&self) -> Result<Option<Invalidated>, String> {
+    pub fn invalidate(&self) -> Result<Option<Invalidated>, MachineError> {
         self.passthrough.invalidate()
     }
 

@@ -191,22 +191,22 @@ impl PassthroughDevices {
     }
 
     /// None where there is nothing to invalidate.
-    pub fn invalidate(&self) -> Result<Option<Invalidated>, String> {
+    pub fn invalidate(&self) -> Result<Option<Invalidated>, MachineError> {
         if self.plugged.is_empty() {
             return Ok(None);
         }
         if let Some(refusing) = crate::test_hooks::fault_number("invalidate", "ebusy") {
             return self.refuse(refusing);
         }
-        self.registry.invalidate().map(Some).map_err(|error| error.to_string())
+        self.registry.invalidate().map(Some).map_err(failed)
     }
 
     /// As if container `refusing` were busy: those before it are invalidated, and put back.
-    fn refuse(&self, refusing: u32) -> Result<Option<Invalidated>, String> {
+    fn refuse(&self, refusing: u32) -> Result<Option<Invalidated>, MachineError> {
         let containers = self.registry.containers();
         let before = containers.get(..refusing as usize).unwrap_or(&containers);
-        drop(vfio::invalidate_all(before).map_err(|error| error.to_string())?);
-        Err(format!("container {refusing} of {}: device or resource busy (test)", containers.len()))
+        drop(vfio::invalidate_all(before).map_err(failed)?);
+        Err(failed(format!("container {refusing} of {}: device or resource busy (test)", containers.len())))
     }
 
     /// Takes a later state of the same guest, while none of it is in use.

@@ -121,21 +121,20 @@ impl Prewarmed {
             devices: set,
             passthrough: mend,
         } = state;
-        let passed = |phase| timeline.pass(phase).map_err(MachineError::Config);
         vcpus.all_ready()?;
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }
         vcpus.restore_late()?;
-        passed(Phase::Vcpus)?;
+        timeline.pass(Phase::Vcpus)?;
 
         passthrough.mend(mend, claims)?;
-        passed(Phase::Passthrough)?;
+        timeline.pass(Phase::Passthrough)?;
 
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
         let devices = devices::restore(set, &vm, host, claims, &buses)?;
-        passed(Phase::Devices)?;
+        timeline.pass(Phase::Devices)?;
 
         let clock = Some(clock);
         Ok(Machine {

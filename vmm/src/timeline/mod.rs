@@ -70,6 +70,15 @@ const CAUSE: usize = 2048;
 
 /// All zero at the start. Two builds read it: what is there stays where it is, and what is new comes last. Atomics
 /// only: it is shared with processes that may be killed at any moment.
+/// Why a phase is the last of its update.
+#[derive(Debug, thiserror::Error)]
+pub enum NotPassed {
+    #[error("the update has taken {late:.1?} longer than its deadline of {all:?} (deadline_ms)")]
+    Late { late: Duration, all: Duration },
+    #[error("{0}")]
+    Test(String),
+}
+
 #[repr(C)]
 pub struct Page {
     word: Word,
@@ -133,22 +142,22 @@ impl Timeline {
     }
 
     /// The end of `phase`, which fails if the update has taken too long by now.
-    pub fn pass(&self, phase: Phase) -> Result<(), String> {
+    pub fn pass(&self, phase: Phase) -> Result<(), NotPassed> {
         self.check(phase)?;
         self.stamp(phase);
         Ok(())
     }
 
     /// [`Timeline::pass`] for a phase that is not over yet.
-    pub fn check(&self, phase: Phase) -> Result<(), String> {
-        crate::test_hooks::fault(phase.name())?;
+    pub fn check(&self, phase: Phase) -> Result<(), NotPassed> {
+        crate::test_hooks::fault(phase.name()).map_err(NotPassed::Test)?;
         let (deadline, now) = (self.page().deadline.load(Ordering::Relaxed), now_ns());
         if deadline == 0 || now < deadline {
             return Ok(());
         }
         let all = Duration::from_nanos(self.page().patience.load(Ordering::Relaxed));
         let late = Duration::from_nanos(now - deadline);
-        Err(format!("the update has taken {late:.1?} longer than its deadline of {all:?} (deadline_ms)"))
+        Err(NotPassed::Late { late, all })
     }
 
     /// From now on the update has `patience`.
@@ -265,7 +274,7 @@ mod tests {
         timeline.pass(Phase::Save).unwrap();
         assert!(timeline.left() > Duration::from_secs(500));
         timeline.start_deadline(Duration::ZERO);
-        assert!(timeline.pass(Phase::Save).unwrap_err().contains("deadline_ms"));
+        assert!(timeline.pass(Phase::Save).unwrap_err().to_string().contains("deadline_ms"));
         assert_eq!(timeline.left(), Duration::ZERO);
     }
 }

@@ -17,6 +17,7 @@ use theseus_hypervisor::Hypervisor;
 use theseus_resources::channel::ChannelError;
 use theseus_resources::{Channel, Claims, FdKind, FdStore, StateReader, StoredFd};
 
+use super::UpdateError;
 use super::dispensable::Dispensable;
 use super::saved::{self, ApiSlots, Handover, Opened, Saved};
 use super::words::{ToNew, ToOld};
@@ -58,7 +59,7 @@ struct Inbox<'a> {
 }
 
 impl Inbox<'_> {
-    fn hear(&self, wanted: ToNew) -> Result<Vec<OwnedFd>, String> {
+    fn hear(&self, wanted: ToNew) -> Result<Vec<OwnedFd>, UpdateError> {
         let now = || match hear::<ToNew>(self.channel, Duration::ZERO) {
             Err(ChannelError::Silent(_)) => None,
             heard => Some(heard),
@@ -68,34 +69,37 @@ impl Inbox<'_> {
             match spin.awake(now).unwrap_or_else(|| hear(self.channel, FOR_EVER)) {
                 Ok((ToNew::Soon, _)) => spin = self.spin,
                 Ok((word, fds)) if word == wanted => return Ok(fds),
-                Ok((word, _)) => return Err(format!("the old VMM says {word:?} instead of {wanted:?}")),
-                Err(error) => return Err(format!("the old VMM: {error}")),
+                Ok((word, _)) => {
+                    return Err(UpdateError::Talk(format!("the old VMM says {word:?} instead of {wanted:?}")));
+                }
+                Err(error) => return Err(UpdateError::ToOld(error)),
             }
         }
     }
 
     /// The state that comes with `word`, and descriptors that it names.
-    fn state(&self, word: ToNew) -> Result<(Vec<u8>, Vec<OwnedFd>), String> {
+    fn state(&self, word: ToNew) -> Result<(Vec<u8>, Vec<OwnedFd>), UpdateError> {
         let mut came = self.hear(word)?.into_iter();
-        let state = came.next().ok_or("the old VMM has sent no state")?;
-        let bytes = saved::unseal(state.as_fd()).map_err(|error| format!("the saved state cannot be read: {error}"))?;
+        let state = came.next().ok_or_else(|| UpdateError::Talk("the old VMM has sent no state".into()))?;
+        let bytes = saved::unseal(state.as_fd()).map_err(UpdateError::os("the saved state cannot be read"))?;
         Ok((bytes, came.collect()))
     }
 
     /// Decodes it, and gets the rest of the descriptors. `fds`: those that came with it.
-    fn decode(&mut self, state: Opened<'_>, mut fds: Vec<OwnedFd>) -> Result<Saved, String> {
-        let mut saved = state.decode().map_err(|error| error.to_string())?;
+    fn decode(&mut self, state: Opened<'_>, mut fds: Vec<OwnedFd>) -> Result<Saved, UpdateError> {
+        let mut saved = state.decode()?;
         let records = std::mem::take(&mut saved.handover.fd_store);
         let missing = self.fd_store.missing(&records);
         while fds.len() < missing {
-            say(self.channel, &ToOld::More, &[]).map_err(|error| format!("the old VMM: {error}"))?;
+            say(self.channel, &ToOld::More, &[]).map_err(UpdateError::ToOld)?;
             let more = self.hear(ToNew::Fds)?;
             if more.is_empty() {
-                return Err(format!("the old VMM has sent {} of {missing} descriptors", fds.len()));
+                let sent = format!("the old VMM has sent {} of {missing} descriptors", fds.len());
+                return Err(UpdateError::Talk(sent));
             }
             fds.extend(more);
         }
-        self.fd_store.receive(&mut self.claims, records, fds).map_err(|error| error.to_string())?;
+        self.fd_store.receive(&mut self.claims, records, fds)?;
         Ok(saved)
     }
 }
@@ -107,8 +111,7 @@ pub fn adopt(
     timeline: &Timeline,
     requests: Arc<dyn GuestRequests>,
     started: u64,
-) -> Result<Adopted, String> {
-    let text = |error: &dyn std::error::Error| error.to_string();
+) -> Result<Adopted, UpdateError> {
     timeline.check(Phase::Exec)?;
     timeline.stamp_at(Phase::Exec, started);
     let dispensable = Dispensable::new();
@@ -119,40 +122,39 @@ pub fn adopt(
     if let Err(error) = std::mem::take(&mut handover.log).start_held() {
         crate::say(std::io::stderr(), &format!("after an update: {error:#}"));
     }
-    let kvm = inbox.claims.claim(handover.kvm, FdKind::Kvm).map_err(|error| text(&error))?;
-    let events = EventStream::claim(handover.events, &mut inbox.claims).map_err(|error| text(&error))?;
+    let kvm = inbox.claims.claim(handover.kvm, FdKind::Kvm)?;
+    let events = EventStream::claim(handover.events, &mut inbox.claims)?;
     let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), fd_store: inbox.fd_store.clone(), requests };
-    let prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose();
-    let prewarmed = prewarmed.map_err(|error| text(&error))?;
+    let prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose()?;
     timeline.pass(Phase::Prewarm)?;
-    say(channel, &ToOld::Ready, &[]).map_err(|error| text(&error))?;
+    say(channel, &ToOld::Ready, &[]).map_err(UpdateError::ToOld)?;
 
     // From here on the guest stands still. Its vCPUs' threads begin before the rest is decoded.
     let (bytes, fds) = inbox.state(ToNew::State)?;
     let mut state = open(crate::test_hooks::truncated("claim", &bytes))?;
     let vcpus = state.take_vcpus();
-    prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus)).map_err(|error| text(&error))?;
+    prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus))?;
     let Saved { mut handover, machine } = inbox.decode(state, fds)?;
     timeline.pass(Phase::Claim)?;
     let Inbox { mut claims, .. } = inbox;
     let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
     let running = machine.as_ref().is_some_and(|machine| machine.running);
     let restored = prewarmed.zip(machine).map(|(ready, state)| ready.restore(state, &host, &mut claims, timeline));
-    let mut machine = restored.transpose().map_err(|error| text(&error))?;
-    claims.finish().map_err(|error| text(&error))?;
+    let mut machine = restored.transpose()?;
+    claims.finish()?;
     if let Some(machine) = &machine {
-        machine.remap().map_err(|error| text(&error))?;
+        machine.remap()?;
         timeline.pass(Phase::Remap)?;
     }
 
     timeline.check(Phase::Commit)?;
-    crate::test_hooks::fault("word")?;
+    crate::test_hooks::fault("word").map_err(UpdateError::Test)?;
     if !timeline.word().commit() {
         superseded();
     }
-    crate::test_hooks::fault("committed")?;
+    crate::test_hooks::fault("committed").map_err(UpdateError::Test)?;
     if let Some(machine) = &mut machine {
-        machine.activate(running).map_err(|error| text(&error))?;
+        machine.activate(running)?;
     }
     timeline.stamp(Phase::Commit);
 
@@ -172,9 +174,8 @@ pub fn adopt(
     Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, events })
 }
 
-fn open(bytes: &[u8]) -> Result<Opened<'_>, String> {
-    let reader = StateReader::new(bytes).map_err(|error| error.to_string())?;
-    Opened::new(reader).map_err(|error| error.to_string())
+fn open(bytes: &[u8]) -> Result<Opened<'_>, UpdateError> {
+    Ok(Opened::new(StateReader::new(bytes)?)?)
 }
 
 /// Tells the old VMM why this one ends, before it has touched anything.
@@ -200,9 +201,9 @@ struct ClaimedApi {
 }
 
 impl ClaimedApi {
-    fn new(slots: ApiSlots, claims: &mut Claims) -> Result<Self, String> {
+    fn new(slots: ApiSlots, claims: &mut Claims) -> Result<Self, UpdateError> {
         let ApiSlots { listener, idle, caller } = slots;
-        let mut claim = |slot, purpose| claims.claim(slot, purpose).map_err(|error| error.to_string());
+        let mut claim = |slot, kind| claims.claim(slot, kind);
         Ok(Self {
             listener: claim(listener, FdKind::ApiListener)?,
             idle: idle.into_iter().map(|slot| claim(slot, FdKind::ApiConnection)).collect::<Result<_, _>>()?,

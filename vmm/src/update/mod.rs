@@ -13,6 +13,7 @@
 
 pub mod adopt;
 mod dispensable;
+mod error;
 mod pause;
 mod preflight;
 mod prepare;
@@ -39,6 +40,7 @@ use crate::main_thread::MainThread;
 use crate::panics::panic_text;
 use crate::supervisor::Supervisor;
 use crate::timeline::{Phase, Timeline};
+pub use error::{Undone, UpdateError};
 use pause::Paused;
 use prepare::WayBack;
 pub use prepare::{Order, Ready};
@@ -46,9 +48,6 @@ pub use prepare::{Order, Ready};
 /// From the pause to the guest's next instruction, unless the request says otherwise. After that it goes on in this
 /// VMM.
 pub const DEADLINE: Duration = Duration::from_secs(10);
-
-/// Why an update comes to nothing: its guest is about to end, or to be another one.
-const GUEST_ASKED: &str = "the guest has just asked for power-off or reset";
 
 /// What an update works on.
 pub struct UpdateContext<'a> {
@@ -106,25 +105,30 @@ pub fn hand_over(
     deadline: Duration,
 ) -> NotUpdated {
     let Ready { to, target, timeline, new, back } = ready;
-    let text = |error: crate::machine::MachineError| error.to_string();
     let pause = || {
         Paused::new(&mut subject, target, timeline.clone(), new, caller, deadline)
-            .and_then(|paused| paused.save().map_err(text))
+            .and_then(Paused::save)
             .and_then(|saved| saved.invalidate())
             .map(|invalidated| invalidated.hand_over())
     };
     // A panic drops the guards as an error does. All of them have dropped by the end of this.
     let reason = match catch_unwind(AssertUnwindSafe(pause)) {
         Ok(Ok(reason) | Err(reason)) => reason,
-        Err(panic) => panic_text(&*panic),
+        Err(panic) => UpdateError::Panic(panic_text(&*panic)),
     };
-    back_to(back, Some(to), timeline, &reason, false)
+    back_to(back, Some(to), timeline, reason, false)
 }
 
 /// The update did not happen. `is_whole`: the keeper still is the program that it was; else it becomes that again,
 /// around this VMM, or, if it is gone, this VMM goes on alone.
-fn back_to(back: WayBack, to: Option<BuildInfo>, timeline: Arc<Timeline>, reason: &str, is_whole: bool) -> NotUpdated {
-    let reason = format!("phase {}: {reason}", timeline.current().name());
+fn back_to(
+    back: WayBack,
+    to: Option<BuildInfo>,
+    timeline: Arc<Timeline>,
+    source: UpdateError,
+    is_whole: bool,
+) -> NotUpdated {
+    let reason = Undone { phase: timeline.current(), source }.to_string();
     timeline.stamp(Phase::Commit);
     log::error!("the update did not happen, the guest goes on as it was: {reason}");
     let WayBack { keeper, supervisor, program, alone } = back;

@@ -9,7 +9,7 @@ use theseus_resources::{FdKind, FdStore, Slot, StateReader, StateWriter, StoredF
 
 use super::saved::{self, ApiSlots};
 use super::standby::{End, Standby};
-use super::{GUEST_ASKED, UpdateContext};
+use super::{UpdateContext, UpdateError};
 use crate::build_info;
 use crate::logging::Held;
 use crate::machine::state::SaveScope;
@@ -55,18 +55,17 @@ impl<'a> Paused<'a> {
         new: Standby,
         caller: Option<ConnId>,
         deadline: Duration,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, UpdateError> {
         // A last look at the queue, too: the server waits for the answers to all that is in there.
         if (subject.guest_asked)() {
-            return Err(GUEST_ASKED.into());
+            return Err(UpdateError::GuestAsked);
         }
         let drain = deadline.min(DRAIN);
-        let frozen = subject.server.map(|server| server.freeze(caller, drain)).transpose();
-        let frozen = frozen.map_err(|error| error.to_string())?;
+        let frozen = subject.server.map(|server| server.freeze(caller, drain)).transpose()?;
         let mut kept_connections = Vec::new();
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.fd_store, &mut kept_connections)).transpose();
-        let api = api.map_err(|error| format!("cannot keep the API's connections: {error}"))?;
+        let api = api.map_err(UpdateError::os("cannot keep the API's connections"))?;
         let mut handover = saved::Handover::new(subject, Some(target), Vec::new(), api);
         timeline.start_deadline(deadline);
         timeline.pass(Phase::Freeze)?;
@@ -76,12 +75,12 @@ impl<'a> Paused<'a> {
             Some(machine) => {
                 let was_running = machine.vcpus.is_running();
                 // vCPUs first: a vector that the guest enables while we look would be missed.
-                machine.pause(drain).map_err(|error| error.to_string())?;
+                machine.pause(drain)?;
                 let guest = StoppedGuest { machine, was_running };
                 if (subject.guest_asked)() {
-                    return Err(GUEST_ASKED.into());
+                    return Err(UpdateError::GuestAsked);
                 }
-                guest.machine.quiesce().map_err(|error| error.to_string())?;
+                guest.machine.quiesce()?;
                 Some(guest)
             }
             None => None,
@@ -103,22 +102,22 @@ impl<'a> Paused<'a> {
     }
 
     /// Pure: the guest and its devices stay as they are.
-    pub fn save(self) -> Result<Saved<'a>, MachineError> {
+    pub fn save(self) -> Result<Saved<'a>, UpdateError> {
         let mut writer = StateWriter::new(&build_info::this().build_id);
         // In parallel with all the rest.
-        let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save()).transpose()?;
+        let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save()).transpose();
+        let vcpus = vcpus.map_err(MachineError::from)?;
         self.handover.encode(&mut writer)?;
         if let (Some(StoppedGuest { machine, was_running }), Some(vcpus)) = (&self.guest, vcpus) {
             machine.save(&mut writer, SaveScope::Full(vcpus), *was_running)?;
         }
-        self.new.soon().map_err(MachineError::Config)?;
+        self.new.soon()?;
         let bytes = writer.finish()?;
         let bytes = crate::test_hooks::truncated("save", &bytes);
         // What cannot be read back is found before the guest's DMA is touched.
         StateReader::new(bytes)?;
-        let kept = |error: std::io::Error| MachineError::Config(format!("cannot keep the state: {error}"));
-        self.new.blank().seal(bytes).map_err(kept)?;
-        self.timeline.pass(Phase::Save).map_err(MachineError::Config)?;
+        self.new.blank().seal(bytes).map_err(UpdateError::os("cannot keep the state"))?;
+        self.timeline.pass(Phase::Save)?;
         Ok(Saved { paused: self })
     }
 }
@@ -150,7 +149,7 @@ pub struct Saved<'a> {
 
 impl<'a> Saved<'a> {
     /// All DMA addresses of all containers; the DMA itself goes on.
-    pub fn invalidate(self) -> Result<Invalidated<'a>, String> {
+    pub fn invalidate(self) -> Result<Invalidated<'a>, UpdateError> {
         let containers = match &self.paused.guest {
             Some(guest) => guest.machine.invalidate()?,
             None => None,
@@ -177,7 +176,7 @@ impl Drop for Invalidated<'_> {
 
 impl Invalidated<'_> {
     /// The guest goes over to the new VMM, and this one ends. Returns only if that failed, with the reason.
-    pub fn hand_over(mut self) -> String {
+    pub fn hand_over(mut self) -> UpdateError {
         let fds = std::mem::take(&mut self.saved.paused.fds);
         match self.saved.paused.new.hand_over(fds) {
             End::Committed => crate::ending::retire(),

@@ -20,7 +20,7 @@ use super::rights::{Image, Wants};
 use super::saved::Blank;
 use super::standby::{NotStarted, Standby};
 use super::target::{self, Rehearsal, Target};
-use super::{NotUpdated, UpdateContext, back_to};
+use super::{NotUpdated, UpdateContext, UpdateError, back_to};
 use crate::build_info;
 use crate::events::EventStream;
 use crate::keeper::watch::MayBeAlone;
@@ -139,8 +139,9 @@ impl Order {
         log::info!("update to {}: prepared", target::describe(&target.path, &target.build));
         crate::heap::warm(needs.placements.len());
         let to = target.build.clone();
-        if let Err(reason) = timeline.pass(Phase::Prepare).and_then(|()| target.unchanged()) {
-            return Err(NotUpdated::refused(Some(to), vec![reason]));
+        let passed = timeline.pass(Phase::Prepare).map_err(UpdateError::from);
+        if let Err(error) = passed.and_then(|()| target.unchanged().map_err(UpdateError::Target)) {
+            return Err(NotUpdated::refused(Some(to), vec![error.to_string()]));
         }
         if request.dry_run {
             let (outcome, reasons) = (UpdateOutcome::Ready, Vec::new());
@@ -149,10 +150,13 @@ impl Order {
         events.emit(UpdateEvent::Prepared { to: to.clone() });
         let back = WayBack { keeper, supervisor, program, alone: MayBeAlone::new() };
         let new = || stand_by(&target, &back, &page, &timeline, &rehearsed, given_up);
-        let half = |panic: Box<dyn Any + Send>| NotStarted { reason: panic_text(&*panic), is_whole: false };
+        let half = |panic: Box<dyn Any + Send>| NotStarted {
+            reason: UpdateError::Panic(panic_text(&*panic)),
+            is_whole: false,
+        };
         match catch_unwind(AssertUnwindSafe(new)).map_err(half).flatten() {
             Ok(new) => Ok(Ready { to, target: target.path, timeline, new, back }),
-            Err(NotStarted { reason, is_whole }) => Err(back_to(back, Some(to), timeline, &reason, is_whole)),
+            Err(NotStarted { reason, is_whole }) => Err(back_to(back, Some(to), timeline, reason, is_whole)),
         }
     }
 }
@@ -167,12 +171,12 @@ fn stand_by(
     given_up: Arc<AtomicBool>,
 ) -> Result<Standby, NotStarted> {
     let whole = |reason| NotStarted { reason, is_whole: true };
-    crate::test_hooks::fault("become").map_err(whole)?;
+    crate::test_hooks::fault("become").map_err(UpdateError::Test).map_err(whole)?;
     // Whoever comes from here on waits, or meets the exec itself.
-    target.unchanged().map_err(whole)?;
+    target.unchanged().map_err(UpdateError::Target).map_err(whole)?;
     let program = if crate::test_hooks::fail_exec() { page.as_fd() } else { target.file.as_fd() };
     let blank = Blank::new("saved-state", rehearsed.room)
-        .map_err(|error| whole(format!("no room for the state: {error}: {}", preflight::remedy(&error))))?;
+        .map_err(|error| whole(UpdateError::Memory { remedy: preflight::remedy(&error), source: error }))?;
     let new = Standby::start(&back.keeper, program, page.as_fd(), timeline.clone(), given_up, blank)?;
     new.prewarm(rehearsed).map_err(|reason| NotStarted { reason, is_whole: false })?;
     Ok(new)

@@ -13,7 +13,7 @@ use theseus_resources::channel::{ChannelError, FDS};
 use theseus_resources::fd_store::Record;
 use theseus_resources::{Channel, FdStore, Slot, StoredFd};
 
-use super::GUEST_ASKED;
+use super::UpdateError;
 use super::rehearsed::Rehearsed;
 use super::saved::Blank;
 use super::words::{ToNew, ToOld};
@@ -44,7 +44,7 @@ pub struct Standby {
 
 /// Why there is no new VMM.
 pub struct NotStarted {
-    pub reason: String,
+    pub reason: UpdateError,
     /// Whether the keeper is still the program that it was.
     pub is_whole: bool,
 }
@@ -54,7 +54,7 @@ pub struct NotStarted {
 pub enum End {
     Committed,
     /// It has the guest not, unless the word says so.
-    Failed(String),
+    Failed(UpdateError),
 }
 
 impl Standby {
@@ -68,10 +68,11 @@ impl Standby {
         blank: Blank,
     ) -> Result<Self, NotStarted> {
         let whole = |reason| NotStarted { reason, is_whole: true };
-        let (ours, theirs) = Channel::pair().map_err(|error| whole(error.to_string()))?;
+        let (ours, theirs) =
+            Channel::pair().map_err(|source| whole(UpdateError::Os { what: "cannot make a socket", source }))?;
         let pidfd = keeper.update(program, theirs, page).map_err(|not| match not {
-            NotBecome::Refused(reason) => whole(reason),
-            NotBecome::Half(reason) => NotStarted { reason, is_whole: false },
+            NotBecome::Refused(reason) => whole(UpdateError::Keeper(reason)),
+            NotBecome::Half(reason) => NotStarted { reason: UpdateError::Keeper(reason), is_whole: false },
         })?;
         Ok(Self {
             channel: ours,
@@ -86,7 +87,7 @@ impl Standby {
     }
 
     /// Gives it the state of the running guest, and waits until it is ready for the true one.
-    pub fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), String> {
+    pub fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), UpdateError> {
         self.send_state(&ToNew::Rehearsal, rehearsed.state.as_fd(), rehearsed.fds.clone())?;
         self.converse(Instant::now() + PREWARM, &ToOld::Ready)
     }
@@ -98,23 +99,23 @@ impl Standby {
     }
 
     /// With as many of the descriptors that it names as one message holds; the new VMM asks for the others.
-    fn send_state(&self, word: &ToNew, state: BorrowedFd<'_>, fds: Vec<StoredFd>) -> Result<(), String> {
+    fn send_state(&self, word: &ToNew, state: BorrowedFd<'_>, fds: Vec<StoredFd>) -> Result<(), UpdateError> {
         self.known.borrow_mut().extend(fds.iter().map(StoredFd::slot));
         self.waiting.borrow_mut().extend(fds);
         self.send(word, Some(state))
     }
 
-    fn send(&self, word: &ToNew, first: Option<BorrowedFd<'_>>) -> Result<(), String> {
+    fn send(&self, word: &ToNew, first: Option<BorrowedFd<'_>>) -> Result<(), UpdateError> {
         let mut waiting = self.waiting.borrow_mut();
         let count = waiting.len().min(FDS - first.iter().len());
         let next: Vec<StoredFd> = waiting.drain(..count).collect();
         let fds: Vec<_> = first.into_iter().chain(next.iter().map(AsFd::as_fd)).collect();
-        say(&self.channel, word, &fds).map_err(|error| format!("the new VMM: {error}"))
+        say(&self.channel, word, &fds).map_err(UpdateError::ToNew)
     }
 
     /// It is to wake up.
-    pub fn soon(&self) -> Result<(), String> {
-        say(&self.channel, &ToNew::Soon, &[]).map_err(|error| format!("the new VMM: {error}"))
+    pub fn soon(&self) -> Result<(), UpdateError> {
+        say(&self.channel, &ToNew::Soon, &[]).map_err(UpdateError::ToNew)
     }
 
     /// Where the state of the guest that stands still goes.
@@ -135,24 +136,26 @@ impl Standby {
     }
 
     /// Serves it until it says `wanted`.
-    fn converse(&self, until: Instant, wanted: &ToOld) -> Result<(), String> {
+    fn converse(&self, until: Instant, wanted: &ToOld) -> Result<(), UpdateError> {
         loop {
             self.await_word(until)?;
             match hear::<ToOld>(&self.channel, Duration::ZERO) {
                 Ok((ToOld::More, _)) => self.send(&ToNew::Fds, None)?,
-                Ok((ToOld::Failed(reason), _)) => return Err(reason),
+                Ok((ToOld::Failed(reason), _)) => return Err(UpdateError::GaveUp(reason)),
                 Ok((word, _)) if word == *wanted => return Ok(()),
-                Ok((word, _)) => return Err(format!("the new VMM says {word:?} where nobody has asked")),
+                Ok((word, _)) => {
+                    return Err(UpdateError::Talk(format!("the new VMM says {word:?} where nobody has asked")));
+                }
                 Err(ChannelError::Gone) => return Err(self.how_it_died()),
-                Err(error) => return Err(format!("the new VMM: {error}")),
+                Err(error) => return Err(UpdateError::ToNew(error)),
             }
         }
     }
 
-    fn await_word(&self, until: Instant) -> Result<(), String> {
+    fn await_word(&self, until: Instant) -> Result<(), UpdateError> {
         loop {
             if self.given_up.load(Ordering::SeqCst) {
-                return Err(GUEST_ASKED.into());
+                return Err(UpdateError::GuestAsked);
             }
             let left = until.saturating_duration_since(Instant::now());
             let rest = left.min(LOOK);
@@ -165,23 +168,19 @@ impl Standby {
                 Ok(0) => return Err(self.how_late()),
                 Ok(_) => return Err(self.how_it_died()),
                 Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(format!("cannot wait for the new VMM: {error}")),
+                Err(error) => return Err(UpdateError::os("cannot wait for the new VMM")(error.into())),
             }
         }
     }
 
-    fn how_it_died(&self) -> String {
+    fn how_it_died(&self) -> UpdateError {
         let said = self.timeline.cause();
-        let died = "its process died or was killed (why is in the kernel's log, and in this VMM's)";
-        if said.is_empty() { died.to_owned() } else { said }
+        if said.is_empty() { UpdateError::Died } else { UpdateError::GaveUp(said) }
     }
 
-    fn how_late(&self) -> String {
+    fn how_late(&self) -> UpdateError {
         let patience = self.timeline.patience();
-        match patience.is_zero() {
-            true => format!("it was not ready within {PREWARM:?} and was killed"),
-            false => format!("it did not get on within {patience:?} (deadline_ms) and was killed"),
-        }
+        if patience.is_zero() { UpdateError::NotReady(PREWARM) } else { UpdateError::Stuck(patience) }
     }
 
     /// Kills it and waits until nothing of it is left, unless the guest is its own: then this process has nothing to do
