@@ -55,14 +55,3 @@ pub trait GuestRequests: Send + Sync {
     /// Whether something was asked for that nobody has acted on. No vCPU goes on until somebody has.
     fn pending(&self) -> bool;
 }
-
-/// Memory that the guest reaches without an exit, beside its RAM: the BARs of passed-through devices.
-pub trait Memslots: Send + Sync {
-    /// Maps `size` bytes at `hva` into the guest at `gpa` (all multiples of the page size), and returns the slot's
-    /// number.
-    ///
-    /// # Safety
-    /// `hva..hva + size` must be mapped, and the guest may touch it, until the slot is removed.
-    unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32>;
-    fn remove(&self, slot: u32) -> std::io::Result<()>;
-}

@@ -6,6 +6,7 @@ pub mod bus;
 pub mod config;
 pub mod msix;
 pub mod msix_capability;
+pub mod placed_bar;
 pub mod placement;
 pub mod regs;
 

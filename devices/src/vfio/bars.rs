@@ -19,12 +19,12 @@ use theseus_resources::rate::Rate;
 use super::container::{Container, MapSource};
 use super::device::{DeviceError, Region, VfioDevice};
 use super::signals;
-use super::wiring::Wiring;
 use crate::bus::{BusDevice, SharedDevice};
 use crate::pci::bar::{BarAddress, BarRegister, PAGE};
 use crate::pci::config::PhysicalConfig;
 use crate::pci::msix::Msix;
 use crate::pci::msix_capability::{MsixInBar, MsixLayout};
+use crate::pci::placed_bar::{AddressSpace, BarMemory, PlacedBar};
 use crate::pci::regs::*;
 use crate::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
@@ -55,6 +55,17 @@ impl Mapping {
     }
 }
 
+// SAFETY: mapped by `new` until it is dropped, whole pages of a device.
+unsafe impl BarMemory for Mapping {
+    fn hva(&self) -> u64 {
+        self.hva
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+}
+
 /// All of them in this process: address and size.
 static MAPPED: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 
@@ -77,7 +88,7 @@ pub unsafe fn unmap_bars() {
 impl Drop for Mapping {
     fn drop(&mut self) {
         mapped().remove(&self.hva);
-        // SAFETY: mapped in `new`; the memslots over it are removed before (see `Drop for VfioPci`). The device does
+        // SAFETY: mapped in `new`; the memslots over it are removed before (see `Drop for PlacedBar`). The device does
         // not notice.
         if let Err(e) = unsafe { rustix::mm::munmap(self.hva as *mut _, self.size as usize) } {
             log::error!("cannot unmap a BAR at {:#x}: {e}", self.hva);
@@ -85,37 +96,22 @@ impl Drop for Mapping {
     }
 }
 
-/// Where a BAR is now, while it decodes.
+/// Where a BAR is while it decodes, in the saved state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Active {
     address: u64,
     /// iovas of the peer-to-peer mappings in the container.
     dma: Vec<u64>,
-    /// Slots of this VM; a new one has its own.
-    #[serde(skip)]
-    slots: Vec<u32>,
-    /// Starts of the ranges on the bus.
-    #[serde(skip)]
-    ranges: Vec<u64>,
 }
 
 /// See the module.
 pub struct Bar {
-    pub register: BarRegister,
+    placed: PlacedBar<Mapping>,
     region: u32,
-    /// (offset in the BAR, its mapping)
-    direct: Vec<(u64, Mapping)>,
-    /// (offset in the BAR, size, who answers)
-    trapped: Vec<(u64, u64, SharedDevice)>,
-    active: Option<Active>,
-    leftover: Leftover,
-}
-
-/// What could not be taken away when the BAR was: tried again by [`Bar::settle`].
-#[derive(Debug, Default)]
-struct Leftover {
-    slots: Vec<u32>,
+    /// iovas of the peer-to-peer mappings in the container, while it decodes.
     dma: Vec<u64>,
+    /// Those that could not be taken away when the BAR was: tried again by [`Bar::settle`].
+    leftover_dma: Vec<u64>,
 }
 
 /// What a BAR is built on.
@@ -123,6 +119,7 @@ pub struct BarParts<'a> {
     pub device: &'a Arc<VfioDevice>,
     pub msix: &'a Arc<Turn<Msix>>,
     pub layout: &'a MsixLayout,
+    pub space: &'a AddressSpace,
 }
 
 impl Bar {
@@ -138,65 +135,60 @@ impl Bar {
             let trap = Trap { device, region, start, msix, here: here.clone() };
             (start, size, Arc::new(trap) as SharedDevice)
         });
-        Ok(Self {
-            register,
-            region: region.index,
-            direct: direct.collect::<Result<_, DeviceError>>()?,
-            trapped: trapped.collect(),
-            active: None,
-            leftover: Leftover::default(),
-        })
+        let direct = direct.collect::<Result<_, DeviceError>>()?;
+        let placed = PlacedBar::new(register, direct, trapped.collect(), parts.space.clone());
+        Ok(Self { placed, region: region.index, dma: Vec::new(), leftover_dma: Vec::new() })
+    }
+
+    pub fn register(&self) -> &BarRegister {
+        &self.placed.register
     }
 
     pub fn address(&self) -> Option<u64> {
-        self.active.as_ref().map(|active| active.address)
+        self.placed.address()
     }
 
     /// None while it does not decode.
     pub fn shown(&self) -> Option<BarAddress> {
-        Some(self.register.at(self.address()?))
+        self.placed.shown()
     }
 
     /// Takes `active` of a later state, if the BAR is where that says.
     pub fn keep(&mut self, active: Option<&Active>) -> bool {
-        match (&mut self.active, active) {
+        match (self.address(), active) {
             (None, None) => true,
-            (Some(here), Some(there)) if here.address == there.address => {
-                here.dma.clone_from(&there.dma);
+            (Some(here), Some(there)) if here == there.address => {
+                self.dma.clone_from(&there.dma);
                 true
             }
             _ => false,
         }
     }
 
-    pub fn active(&self) -> &Option<Active> {
-        &self.active
+    /// For the saved state.
+    pub fn active(&self) -> Option<Active> {
+        Some(Active { address: self.address()?, dma: self.dma.clone() })
     }
 
     /// iovas of peer-to-peer mappings that could not be taken away yet, for the saved state. (Memslots end with their
     /// VM.)
     pub fn leftover_dma(&self) -> &[u64] {
-        &self.leftover.dma
+        &self.leftover_dma
     }
 
     pub fn set_leftover_dma(&mut self, iovas: Vec<u64>) {
-        self.leftover.dma = iovas;
+        self.leftover_dma = iovas;
     }
 
     /// Takes away what could not be taken away before. False if something is left still.
-    pub fn settle(&mut self, container: &Container, wiring: &Wiring) -> bool {
-        let Leftover { slots, dma } = &mut self.leftover;
-        slots.retain(|slot| wiring.memslots.remove(*slot).is_err());
-        dma.retain(|iova| container.unmap(*iova).is_err());
-        slots.is_empty() && dma.is_empty()
+    pub fn settle(&mut self, container: &Container) -> bool {
+        self.leftover_dma.retain(|iova| container.unmap(*iova).is_err());
+        self.placed.settle() && self.leftover_dma.is_empty()
     }
 
     /// Where this process has `offset..offset + size` of the BAR mapped.
     pub fn vaddr(&self, offset: u64, size: u64) -> Option<u64> {
-        self.direct.iter().find_map(|(start, mapping)| {
-            let into = offset.checked_sub(*start)?;
-            (into.checked_add(size)? <= mapping.size).then(|| mapping.hva + into)
-        })
+        self.placed.vaddr(offset, size)
     }
 
     pub fn region(&self) -> u32 {
@@ -204,57 +196,27 @@ impl Bar {
     }
 
     /// Puts the BAR before the guest at `address`. On failure nothing of it is.
-    pub fn map(&mut self, address: u64, wiring: &Wiring) -> Result<(), String> {
-        self.map_again(Active { address, ..Default::default() }, wiring)
+    pub fn map(&mut self, address: u64) -> Result<(), String> {
+        self.placed.put(address)
     }
 
     /// As [`Bar::map`], in a new image, for a BAR that was before the guest in the old one. Its peer-to-peer mappings
     /// are in the container still.
-    pub fn map_again(&mut self, mut active: Active, wiring: &Wiring) -> Result<(), String> {
-        let done = self.place(&mut active, wiring);
-        match done {
-            Ok(()) => self.active = Some(active),
-            Err(_) => self.withdraw(&active, wiring),
-        }
-        done
-    }
-
-    fn place(&self, active: &mut Active, wiring: &Wiring) -> Result<(), String> {
-        let at = |offset| active.address.checked_add(offset).ok_or("it wraps around".to_owned());
-        for (offset, mapping) in &self.direct {
-            // SAFETY: mapped until this Bar is dropped, and unmapped from the guest before.
-            let slot = unsafe { wiring.memslots.add(at(*offset)?, mapping.size, mapping.hva) };
-            active.slots.push(slot.map_err(|e| format!("cannot map it into the guest: {e}"))?);
-        }
-        let bus = if self.register.is_io() { &wiring.pio } else { &wiring.mmio };
-        for (offset, size, trap) in &self.trapped {
-            let start = at(*offset)?;
-            bus.insert(start, *size, trap.clone()).map_err(|e| e.to_string())?;
-            active.ranges.push(start);
-        }
+    pub fn map_again(&mut self, active: Active) -> Result<(), String> {
+        self.placed.put(active.address)?;
+        self.dma = active.dma;
         Ok(())
-    }
-
-    fn withdraw(&mut self, active: &Active, wiring: &Wiring) {
-        for slot in &active.slots {
-            if let Err(e) = wiring.memslots.remove(*slot) {
-                STUCK.warn(|| format!("BAR {}: memslot {slot} cannot be removed: {e}", self.register.index));
-                self.leftover.slots.push(*slot);
-            }
-        }
-        let bus = if self.register.is_io() { &wiring.pio } else { &wiring.mmio };
-        active.ranges.iter().for_each(|start| bus.remove(*start));
     }
 
     /// Lets the other devices of the container reach the BAR (peer-to-peer). Not all IOMMUs can: then they do not.
     pub fn map_dma(&mut self, device: &str, container: &Container, complaints: &mut RateLimitedLog) {
-        let Some(active) = &mut self.active else { return };
-        for (offset, mapping) in &self.direct {
-            let iova = active.address.saturating_add(*offset);
+        let Some(address) = self.address() else { return };
+        for (offset, mapping) in self.placed.direct() {
+            let iova = address.saturating_add(*offset);
             let source = MapSource::Bar { device: device.to_owned(), region: self.region, offset: *offset };
             // SAFETY: the mapping lives until this Bar is dropped.
             match unsafe { container.map(iova, mapping.size, mapping.hva, source) } {
-                Ok(()) => active.dma.push(iova),
+                Ok(()) => self.dma.push(iova),
                 Err(e) => {
                     complaints.warn(|| format!("device '{device}': no peer-to-peer DMA to BAR {}: {e}", self.region))
                 }
@@ -263,24 +225,22 @@ impl Bar {
     }
 
     /// Takes the BAR away from the guest and from the other devices. False if something of it is left.
-    pub fn unmap(&mut self, container: &Container, wiring: &Wiring) -> bool {
-        let Some(active) = self.active.take() else { return true };
-        self.withdraw(&active, wiring);
-        for iova in &active.dma {
-            if let Err(e) = container.unmap(*iova) {
+    pub fn unmap(&mut self, container: &Container) -> bool {
+        let is_gone = self.placed.take_away();
+        for iova in std::mem::take(&mut self.dma) {
+            if let Err(e) = container.unmap(iova) {
                 STUCK.warn(|| format!("BAR {}: {e}", self.region));
-                self.leftover.dma.push(*iova);
+                self.leftover_dma.push(iova);
             }
         }
-        self.leftover.slots.is_empty() && self.leftover.dma.is_empty()
+        is_gone && self.leftover_dma.is_empty()
     }
 
     /// Takes the BAR away from this image's guest only.
-    pub fn forget(&mut self, wiring: &Wiring) {
-        if let Some(active) = self.active.take() {
-            self.withdraw(&active, wiring);
-        }
-        self.leftover.slots.retain(|slot| wiring.memslots.remove(*slot).is_err());
+    pub fn forget(&mut self) {
+        self.placed.take_away();
+        self.placed.settle();
+        self.dma.clear();
     }
 }
 

@@ -52,7 +52,6 @@ pub struct VfioPci {
     in_d3hot: bool,
     /// Memslots or mappings of BARs that were refused: tried again by [`VfioPci::settle`].
     dirty: bool,
-    wiring: Wiring,
     complaints: RateLimitedLog,
 }
 
@@ -128,7 +127,7 @@ impl VfioPci {
         let device = Arc::new(device);
         let msix = Msix::new(id, layout.vectors, wiring.interrupts.clone(), wiring.fd_store.clone());
         let msix = Arc::new(Turn::new(msix));
-        let parts = BarParts { device: &device, msix: &msix, layout: &layout };
+        let parts = BarParts { device: &device, msix: &msix, layout: &layout, space: &wiring.space };
         let regions =
             registers.iter().filter_map(|register| Some((*register, device.bars().get(usize::from(register.index))?)));
         let bars: Result<Vec<_>, _> = regions.map(|(register, region)| Bar::new(register, region, &parts)).collect();
@@ -146,7 +145,6 @@ impl VfioPci {
             command: 0,
             in_d3hot: false,
             dirty: false,
-            wiring,
             complaints: RateLimitedLog::default(),
         })
     }
@@ -205,8 +203,8 @@ impl VfioPci {
         self.msix().release();
         let container = self.group.container().clone();
         for bar in &mut self.bars {
-            bar.unmap(&container, &self.wiring);
-            vacate(windows, &[bar.register]);
+            bar.unmap(&container);
+            vacate(windows, &[*bar.register()]);
         }
         PhysicalConfig::write(&*self.device, COMMAND, &[0, DISABLE_INTX]);
         self.command = 0;
@@ -214,15 +212,15 @@ impl VfioPci {
 
     /// Where a BAR is to be now, if anywhere.
     fn wanted(&self, bar: &Bar) -> Option<u64> {
-        let address = self.filter.bar_address(&bar.register);
-        let on = self.command & bar.register.decode_bit() != 0 && !self.in_d3hot;
-        (on && self.decoded.covers(&bar.register, address)).then_some(address)
+        let address = self.filter.bar_address(bar.register());
+        let on = self.command & bar.register().decode_bit() != 0 && !self.in_d3hot;
+        (on && self.decoded.covers(bar.register(), address)).then_some(address)
     }
 
     fn unmap_stale(&mut self) {
         for n in 0..self.bars.len() {
             if self.bars[n].address() != self.wanted(&self.bars[n]) {
-                self.dirty |= !self.bars[n].unmap(self.group.container(), &self.wiring);
+                self.dirty |= !self.bars[n].unmap(self.group.container());
             }
         }
     }
@@ -232,7 +230,7 @@ impl VfioPci {
             let wanted = self.wanted(&self.bars[n]);
             let bar = &mut self.bars[n];
             let Some(address) = wanted.filter(|_| bar.address().is_none()) else { continue };
-            match bar.map(address, &self.wiring) {
+            match bar.map(address) {
                 Ok(()) => bar.map_dma(&self.id, self.group.container(), &mut self.complaints),
                 Err(e) => {
                     self.dirty = true;
@@ -253,7 +251,7 @@ impl VfioPci {
         drop(msix);
         if std::mem::take(&mut self.dirty) {
             for bar in &mut self.bars {
-                self.dirty |= !bar.settle(self.group.container(), &self.wiring);
+                self.dirty |= !bar.settle(self.group.container());
             }
             self.map_missing();
         }
@@ -325,13 +323,12 @@ impl Migratable for VfioPci {
             command,
             in_d3hot,
             dirty: _,
-            wiring: _,
             complaints: _,
         } = self;
         let bars = bars.iter().map(|bar| BarState {
-            register: bar.register,
+            register: *bar.register(),
             region: bar.region(),
-            active: bar.active().clone(),
+            active: bar.active(),
             leftover_dma: bar.leftover_dma().to_vec(),
         });
         let msix = self.msix.look().map_err(|held| MigrateError::State(held.to_string()))?;
@@ -377,10 +374,9 @@ impl Migratable for VfioPci {
             command,
             in_d3hot,
             dirty: true,
-            wiring,
             complaints: RateLimitedLog::default(),
         };
-        let parts = BarParts { device: &device, msix: &msix, layout: &layout };
+        let parts = BarParts { device: &device, msix: &msix, layout: &layout, space: &wiring.space };
         for BarState { register, region: index, active, leftover_dma } in bars {
             reserve(windows, &register).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
             let region = device.bars().iter().find(|region| region.index == index);
@@ -388,7 +384,7 @@ impl Migratable for VfioPci {
             let mut bar = Bar::new(register, region, &parts)
                 .map_err(|DeviceError { what, source }| MigrateError::Os { what, source })?;
             if let Some(active) = active {
-                bar.map_again(active, &this.wiring).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
+                bar.map_again(active).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
             }
             bar.set_leftover_dma(leftover_dma);
             this.bars.push(bar);
@@ -416,7 +412,7 @@ impl VfioPci {
         (self.command, self.in_d3hot) = (command, in_d3hot);
         let mut moved = Vec::new();
         for (bar, BarState { register, region, active, leftover_dma }) in self.bars.iter_mut().zip(bars) {
-            if register != bar.register || region != bar.region() {
+            if register != *bar.register() || region != bar.region() {
                 return Err(wrong(format!("BAR {region} is another one than the one that was made ready")));
             }
             if bar.keep(active.as_ref()) {
@@ -424,21 +420,13 @@ impl VfioPci {
                 continue;
             }
             moved.push(register.index);
-            bar.forget(&self.wiring);
+            bar.forget();
             if let Some(active) = active {
-                bar.map_again(active, &self.wiring).map_err(|e| wrong(format!("BAR {region}: {e}")))?;
+                bar.map_again(active).map_err(|e| wrong(format!("BAR {region}: {e}")))?;
             }
             bar.set_leftover_dma(leftover_dma);
         }
         Ok(moved)
-    }
-}
-
-impl Drop for VfioPci {
-    fn drop(&mut self) {
-        // Only what is this image's own: the memslots, since the mappings under them end here. DMA, interrupts and the
-        // device itself may be in use by the next image.
-        self.bars.iter_mut().for_each(|bar| bar.forget(&self.wiring));
     }
 }
 

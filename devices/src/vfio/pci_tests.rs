@@ -1,54 +1,15 @@
 //! The whole device over a memfd that stands for a VFIO device: BARs can be mapped from it, requests to VFIO fail.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use parking_lot::Mutex;
 use theseus_resources::{FdKind, FdStore, StateReader, StateWriter};
 
 use super::super::container::{MapSource, Type1};
 use super::super::device::{Irqs, Region};
 use super::super::registry::Passthrough;
 use super::*;
-use crate::bus::Bus;
-use crate::interrupt::Memslots;
 use crate::interrupt::fake::FakeController;
-
-/// slot -> (gpa, size, hva); the next slot; whether all is refused
-#[derive(Default)]
-pub struct FakeMemslots(Mutex<BTreeMap<u32, (u64, u64, u64)>>, AtomicU32, AtomicBool);
-
-impl FakeMemslots {
-    pub fn count(&self) -> usize {
-        self.0.lock().len()
-    }
-
-    fn refuse(&self, refused: bool) {
-        self.2.store(refused, Ordering::Relaxed);
-    }
-
-    fn check(&self) -> std::io::Result<()> {
-        if self.2.load(Ordering::Relaxed) { Err(std::io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
-    }
-}
-
-impl Memslots for FakeMemslots {
-    unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32> {
-        self.check()?;
-        let mut slots = self.0.lock();
-        if slots.values().any(|(other, len, _)| gpa < other + len && *other < gpa + size) {
-            return Err(std::io::Error::from_raw_os_error(libc::EEXIST));
-        }
-        let slot = self.1.fetch_add(1, Ordering::Relaxed);
-        slots.insert(slot, (gpa, size, hva));
-        Ok(slot)
-    }
-
-    fn remove(&self, slot: u32) -> std::io::Result<()> {
-        self.check()?;
-        self.0.lock().remove(&slot).map(drop).ok_or(std::io::ErrorKind::NotFound.into())
-    }
-}
+use crate::pci::placed_bar::tests::{FakeMemslots, space};
 
 /// VFIO's interrupts as far as they change the device: the end of MSI-X clears DisINTx (pci_intx_for_msi).
 #[derive(Default)]
@@ -107,13 +68,7 @@ struct Rig {
 
 pub fn wiring(fd_store: &FdStore) -> (Wiring, Arc<FakeMemslots>, Arc<FakeController>) {
     let (memslots, msi) = (Arc::new(FakeMemslots::default()), Arc::new(FakeController::default()));
-    let wiring = Wiring {
-        fd_store: fd_store.clone(),
-        interrupts: msi.clone(),
-        memslots: memslots.clone(),
-        mmio: Arc::new(Bus::new("mmio")),
-        pio: Arc::new(Bus::new("pio")),
-    };
+    let wiring = Wiring { fd_store: fd_store.clone(), interrupts: msi.clone(), space: space(memslots.clone()) };
     (wiring, memslots, msi)
 }
 
@@ -166,9 +121,7 @@ impl Rig {
 
     /// (gpa, size) of all memslots.
     fn slots(&self) -> Vec<(u64, u64)> {
-        let mut slots: Vec<_> = self.memslots.0.lock().values().map(|(gpa, size, _)| (*gpa, *size)).collect();
-        slots.sort();
-        slots
+        self.memslots.all()
     }
 
     fn dma(&self) -> Vec<(u64, u64)> {
@@ -193,20 +146,20 @@ fn bars_are_there_exactly_while_they_decode() {
 
     let mut data = [0; 4];
     rustix::io::pwrite(&rig.file, &[0xAB], 0x1_0010).unwrap();
-    rig.wiring.mmio.read(0xC001_0010, &mut data);
+    rig.wiring.space.mmio.read(0xC001_0010, &mut data);
     assert_eq!(data, [0xAB, 0, 0, 0], "a BAR below a page is trapped");
-    rig.wiring.pio.write(0x1004, &[0xCD]);
+    rig.wiring.space.pio.write(0x1004, &[0xCD]);
     rustix::io::pread(&rig.file, &mut data[..1], 0x1_1004).unwrap();
     assert_eq!(data[0], 0xCD, "so are ports");
 
     rig.write(COMMAND, &[5, 0]);
     assert_eq!((rig.slots(), rig.dma()), (vec![], vec![]));
-    rig.wiring.mmio.read(0xC001_0010, &mut data);
+    rig.wiring.space.mmio.read(0xC001_0010, &mut data);
     assert_eq!(data, [0xFF; 4]);
-    rig.wiring.pio.read(0x1004, &mut data[..1]);
+    rig.wiring.space.pio.read(0x1004, &mut data[..1]);
     assert_eq!(data[0], 0xCD, "ports decode by their own bit");
     rig.write(COMMAND, &[0, 0]);
-    rig.wiring.pio.read(0x1004, &mut data[..1]);
+    rig.wiring.space.pio.read(0x1004, &mut data[..1]);
     assert_eq!(data[0], 0xFF);
 }
 
@@ -244,8 +197,8 @@ fn asleep_it_decodes_nothing() {
 /// Programs vector 0 by the bus as a guest does, and switches MSI-X on.
 fn enable_vector0(rig: &mut Rig) {
     rig.write(COMMAND, ON);
-    rig.wiring.mmio.write(BAR3, &0xFEE0_1000u64.to_le_bytes());
-    rig.wiring.mmio.write(BAR3 + 8, &0x41u64.to_le_bytes());
+    rig.wiring.space.mmio.write(BAR3, &0xFEE0_1000u64.to_le_bytes());
+    rig.wiring.space.mmio.write(BAR3 + 8, &0x41u64.to_le_bytes());
     rig.write(0x52, &[0, 0x80]);
 }
 
@@ -255,15 +208,15 @@ fn the_table_is_ours_and_the_bytes_beside_it_are_the_device_s() {
     enable_vector0(&mut rig);
     assert_eq!(rig.msi.attached(), 1);
     let mut entry = [0; 8];
-    rig.wiring.mmio.read(BAR3 + 8, &mut entry);
+    rig.wiring.space.mmio.read(BAR3 + 8, &mut entry);
     assert_eq!(entry, 0x41u64.to_le_bytes());
-    rig.wiring.mmio.write(BAR3 + 0x30, &[1; 8]);
+    rig.wiring.space.mmio.write(BAR3 + 0x30, &[1; 8]);
     rustix::io::pread(&rig.file, &mut entry, 0x1_4030).unwrap();
     assert_eq!(entry, [1; 8]);
     rustix::io::pread(&rig.file, &mut entry, 0x1_4000).unwrap();
     assert_eq!(entry, [0; 8], "the physical table is VFIO's");
-    rig.wiring.mmio.write(BAR3 + 0x2000, &[0xFF; 8]);
-    rig.wiring.mmio.read(BAR3 + 0x2000, &mut entry);
+    rig.wiring.space.mmio.write(BAR3 + 0x2000, &[0xFF; 8]);
+    rig.wiring.space.mmio.read(BAR3 + 0x2000, &mut entry);
     assert_eq!(entry, [0; 8], "the pending bits cannot be written");
     rig.write(0x52, &[0, 0]);
     assert_eq!(rig.msi.attached(), 0);
@@ -323,8 +276,8 @@ fn a_device_that_was_made_ready_is_mended() {
         (
             "a vector is moved and masked",
             |rig| {
-                rig.wiring.mmio.write(BAR3, &[0x10, 0x20]);
-                rig.wiring.mmio.write(BAR3 + 12, &1u32.to_le_bytes());
+                rig.wiring.space.mmio.write(BAR3, &[0x10, 0x20]);
+                rig.wiring.space.mmio.write(BAR3 + 12, &1u32.to_le_bytes());
             },
             &[],
         ),
@@ -392,7 +345,7 @@ fn a_moved_and_running_device_goes_over_whole() {
     let msix_fd = rig.pci.msix().eventfds().unwrap()[0].try_clone_to_owned().unwrap();
     let asked = rig.irqs.asked.load(Ordering::Relaxed);
     let mut new = carried(rig);
-    assert_eq!(memslots.0.lock().len(), 0, "no memslot outlives its mapping");
+    assert_eq!(memslots.count(), 0, "no memslot outlives its mapping");
     assert_eq!(new.passthrough.containers()[0].maps().len(), 3, "but DMA does");
     rustix::io::write(&msix_fd, &1u64.to_ne_bytes()).unwrap();
     assert_eq!((new.slots(), new.dma()), (slots, dma));
@@ -442,7 +395,7 @@ fn vfio_that_refused_msix_is_asked_again() {
     assert_eq!(rig.read32(0x50) >> 16, 0x8002, "the guest cannot be told");
     rig.irqs.refused.store(false, Ordering::Relaxed);
     // An access to the table is one, too.
-    rig.wiring.mmio.read(BAR3, &mut [0; 4]);
+    rig.wiring.space.mmio.read(BAR3, &mut [0; 4]);
     assert_eq!((signals(&rig), rig.msi.attached()), ((true, true), 1));
     assert_eq!(rig.msi.injected(), [0; 0], "a count after the attach is KVM's to inject");
     assert_eq!(readable_count(&mut rig), 1, "what was missed is made up for by a spurious one");
@@ -515,9 +468,9 @@ fn no_access_breaks_it() {
         random ^= random << 17;
         let (offset, len) = ((random >> 8) as u16 & 0xFC, [1, 2, 4][(random % 3) as usize]);
         rig.write(offset, &random.to_le_bytes()[..len]);
-        rig.wiring.mmio.write(BAR3 + (random >> 32) % 0x4000, &random.to_be_bytes()[..len]);
+        rig.wiring.space.mmio.write(BAR3 + (random >> 32) % 0x4000, &random.to_be_bytes()[..len]);
         let mut data = [0; 8];
-        rig.wiring.mmio.read(BAR3 + (random >> 20) % 0x4000, &mut data);
+        rig.wiring.space.mmio.read(BAR3 + (random >> 20) % 0x4000, &mut data);
         rig.pci.config_read((random >> 40) as u16 & 0xFFC, &mut data[..len]);
     }
     rig.write(0xFFFC, &[0; 4]);

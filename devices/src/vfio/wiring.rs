@@ -6,8 +6,8 @@ use theseus_resources::FdStore;
 
 use super::config::ConfigError;
 use super::device::DeviceError;
-use crate::bus::Bus;
-use crate::interrupt::{InterruptController, Memslots};
+use crate::interrupt::InterruptController;
+use crate::pci::placed_bar::AddressSpace;
 use crate::pci::placement::NoRoom;
 
 /// What a device is wired to in this image.
@@ -15,9 +15,7 @@ use crate::pci::placement::NoRoom;
 pub struct Wiring {
     pub fd_store: FdStore,
     pub interrupts: Arc<dyn InterruptController>,
-    pub memslots: Arc<dyn Memslots>,
-    pub mmio: Arc<Bus>,
-    pub pio: Arc<Bus>,
+    pub space: AddressSpace,
 }
 
 /// Why a device cannot be passed through; the caller adds the device's name.

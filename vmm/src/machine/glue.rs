@@ -4,9 +4,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use theseus_devices::interrupt::{
-    InterruptController, InterruptError, IoAddress, IoEvents, IrqLine, Memslots, MsiMessage,
-};
+use theseus_devices::interrupt::{InterruptController, InterruptError, IoAddress, IoEvents, IrqLine, MsiMessage};
+use theseus_devices::pci::placed_bar::Memslots;
 use theseus_hypervisor::{Error, IoEventAt, MsiRoute, Vm};
 use theseus_resources::rate::Rate;
 

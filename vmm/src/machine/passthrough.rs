@@ -12,6 +12,7 @@ use theseus_devices::device::Buses;
 use theseus_devices::migratable::{self, Migratable};
 use theseus_devices::pci::bar::{BarAddress, BarKind};
 use theseus_devices::pci::msix::Msix;
+use theseus_devices::pci::placed_bar::AddressSpace;
 use theseus_devices::turn::Turn;
 use theseus_devices::vfio::{self, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring};
 use theseus_hypervisor::{BareVm, Vm};
@@ -78,9 +79,11 @@ fn wiring(vm: &Arc<Vm>, buses: &Buses, fd_store: &FdStore) -> Wiring {
     Wiring {
         fd_store: fd_store.clone(),
         interrupts: Arc::new(VmInterrupts(vm.clone())),
-        memslots: Arc::new(VmMemslots(vm.clone())),
-        mmio: buses.mmio.clone(),
-        pio: buses.pio.clone(),
+        space: AddressSpace {
+            memslots: Arc::new(VmMemslots(vm.clone())),
+            mmio: buses.mmio.clone(),
+            pio: buses.pio.clone(),
+        },
     }
 }
 
