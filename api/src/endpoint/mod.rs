@@ -31,8 +31,6 @@ pub struct Endpoint {
     /// One line for people.
     about: &'static str,
     pub body: BodyRule,
-    /// From its name and the body to the request.
-    read: fn(&'static str, &[u8]) -> Result<Request, ApiError>,
     pub admission: Admission,
     /// It waits for the end of a boot that is under way.
     pub needs_machine: bool,
@@ -58,6 +56,9 @@ impl Method {
         }
     }
 }
+
+/// From an endpoint's name and a body to the request.
+type Reader = fn(&str, &[u8]) -> Result<Request, ApiError>;
 
 /// `Variant(body) -> answer { columns }`, with what it is for above. Without a body none is taken; without an answer
 /// there is none (204), and `()` is one without a text (200).
@@ -88,9 +89,11 @@ macro_rules! endpoints {
         pub static ENDPOINTS: &[Endpoint] = &[$(Endpoint {
             about: concat!($($about),+),
             body: rule!($($body)?),
-            read: read!($variant $($body)?),
             $($column: $value,)*
         }),*];
+
+        /// Those of the rows, in their order; apart from them, or ch-remote would be linked to all parsers.
+        static READERS: &[Reader] = &[$(read!($variant $($body)?)),*];
 
         #[cfg(test)]
         fn signatures(schemas: &mut schemars::SchemaGenerator) -> Vec<Signature> {
@@ -245,7 +248,8 @@ impl Request {
     /// 404 for an unknown path, 400 for a wrong method or body.
     pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Self, ApiError> {
         let name = path.strip_prefix(API_PREFIX);
-        let Some(endpoint) = name.and_then(|name| ENDPOINTS.iter().find(|endpoint| endpoint.name == name)) else {
+        let mut rows = ENDPOINTS.iter().zip(READERS);
+        let Some((endpoint, read)) = name.and_then(|name| rows.find(|(endpoint, _)| endpoint.name == name)) else {
             let error = ApiError::not_found(format!("{path}: there is no such endpoint in this build"));
             return Err(error.because(name.and_then(not_yet)));
         };
@@ -253,7 +257,7 @@ impl Request {
         if method != wanted {
             return Err(ApiError::bad_request(format!("{name}: the method is {method}: use {wanted}")));
         }
-        (endpoint.read)(name, body)
+        read(name, body)
     }
 
     /// Name of the endpoint, such as `vm.boot`.
