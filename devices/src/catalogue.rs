@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use theseus_resources::state::Format;
+use theseus_resources::state::{Format, StateError};
 use theseus_resources::{Claims, StateReader};
 
 use crate::device::{Catalogued, Device, DeviceError, Surroundings};
@@ -57,7 +57,7 @@ impl<D: Catalogued> Decoded for State<D> {
 /// Devices by name.
 type Named = Vec<(String, Arc<dyn Device>)>;
 type Boot = fn(&Spec, &Surroundings<'_>) -> Result<Named, DeviceError>;
-type Decode = fn(&str, &mut StateReader<'_>) -> Result<Box<dyn Decoded>, MigrateError>;
+type Decode = fn(&str, &mut StateReader<'_>) -> Result<Box<dyn Decoded>, StateError>;
 
 pub struct Entry {
     /// Of its sections in the saved state.
@@ -74,7 +74,7 @@ fn boot<D: Catalogued>(spec: &Spec, around: &Surroundings<'_>) -> Result<Named, 
     Ok(D::boot(spec, around)?.into_iter().map(|(name, device)| (name, device.share())).collect())
 }
 
-fn decode<D: Catalogued + 'static>(name: &str, reader: &mut StateReader<'_>) -> Result<Box<dyn Decoded>, MigrateError> {
+fn decode<D: Catalogued + 'static>(name: &str, reader: &mut StateReader<'_>) -> Result<Box<dyn Decoded>, StateError> {
     Ok(Box::new(State::<D>(migratable::take::<D>(reader, name)?)))
 }
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use theseus_resources::StateReader;
 use theseus_resources::fd_store::FdStoreError;
-use theseus_resources::state::Format;
+use theseus_resources::state::{Format, StateError};
 
 /// Why a device could not be saved or restored; the caller adds the device's name.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +40,8 @@ pub trait Migratable: Sized {
 }
 
 /// Takes the state of a device out of its section, as this build has it.
-pub fn take<D: Migratable>(reader: &mut StateReader<'_>, name: &str) -> Result<D::State, MigrateError> {
+pub fn take<D: Migratable>(reader: &mut StateReader<'_>, name: &str) -> Result<D::State, StateError> {
     let (found, state) = reader.take(name, &D::FORMAT)?;
-    D::upgrade(found, state)
+    let named = |error: MigrateError| StateError::Section { name: name.to_owned(), reason: error.to_string() };
+    D::upgrade(found, state).map_err(named)
 }

@@ -155,8 +155,7 @@ impl DecodedSet {
         let decode = |Listed { name, kind }: Listed| {
             let entry = catalogue::DEVICES.iter().find(|entry| entry.format.kind == kind);
             let entry = entry.ok_or_else(|| DeviceError::UnknownKind { name: name.clone(), kind })?;
-            let decoded = (entry.decode)(&name, reader);
-            let decoded = decoded.map_err(|source| DeviceError::Migrate { name: name.clone(), source })?;
+            let decoded = (entry.decode)(&name, reader)?;
             Ok((name, decoded))
         };
         Ok(Self(manifest.devices.into_iter().map(decode).collect::<Result<_, DeviceError>>()?))

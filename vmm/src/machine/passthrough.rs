@@ -346,18 +346,11 @@ fn section(id: &str) -> String {
 impl PassthroughState {
     pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
         let (_, layout): (_, Layout) = reader.take("vfio-layout", &LAYOUT)?;
-        let taken = |name: &str| {
-            let name = name.to_owned();
-            |source| MachineError::Device { name, source }
-        };
-        let registry = migratable::take::<Passthrough>(reader, "vfio").map_err(taken("vfio"))?;
+        let registry = migratable::take::<Passthrough>(reader, "vfio")?;
         let devices = layout
             .devices
             .iter()
-            .map(|(_, id)| {
-                let name = section(id);
-                migratable::take::<VfioPci>(reader, &name).map_err(taken(&name))
-            })
+            .map(|(_, id)| Ok(migratable::take::<VfioPci>(reader, &section(id))?))
             .collect::<Result<_, MachineError>>()?;
         Ok(Self { layout, registry, devices })
     }
