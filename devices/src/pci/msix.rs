@@ -10,12 +10,9 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::FdStore;
 use theseus_resources::fd_store::Claims;
 
+use super::regs::{MSIX_ENABLE, MSIX_FUNCTION_MASK, MSIX_WRITABLE};
 use crate::interrupt::{InterruptController, InterruptError, MsiMessage, RouteState, VectorError, Vectors};
 
-/// Message control (6.8.2.3): all vectors are masked.
-const FUNCTION_MASK: u16 = 1 << 14;
-/// Message control: MSI-X is on.
-const ENABLE: u16 = 1 << 15;
 /// Bytes of a table entry: address (8), data (4), vector control (4).
 const ENTRY: usize = 16;
 const VECTOR_CONTROL: usize = 12;
@@ -75,7 +72,7 @@ impl Msix {
 
     /// Whether this value of message control turns MSI-X on.
     pub fn enables(control: u16) -> bool {
-        control & ENABLE != 0
+        control & MSIX_ENABLE != 0
     }
 
     /// The vectors' eventfds, in order, made now if there are none yet: what the device is to signal.
@@ -90,7 +87,7 @@ impl Msix {
     /// then.
     pub fn set_control(&mut self, control: u16) {
         let was_enabled = self.enabled();
-        self.control = control & (ENABLE | FUNCTION_MASK);
+        self.control = control & MSIX_WRITABLE;
         let _ = self.tell(0..self.count());
         if was_enabled && !self.enabled() {
             // Nothing is pending in a function that is off.
@@ -133,7 +130,7 @@ impl Msix {
 
     fn masked(&self, vector: usize) -> bool {
         let control = self.table.get(vector * ENTRY + VECTOR_CONTROL);
-        self.control & FUNCTION_MASK != 0 || control.is_none_or(|control| control & VECTOR_MASK != 0)
+        self.control & MSIX_FUNCTION_MASK != 0 || control.is_none_or(|control| control & VECTOR_MASK != 0)
     }
 
     fn message(&self, vector: usize) -> MsiMessage {

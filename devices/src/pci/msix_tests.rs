@@ -26,7 +26,7 @@ fn enabled() -> (Msix, Arc<FakeController>, FdStore) {
     program(&mut msix, 1, 0x41, false);
     assert!(msi.calls().is_empty() && fd_store.manifest().is_empty(), "nothing before MSI-X is on");
     assert_eq!(msix.eventfds().unwrap().len(), 3);
-    msix.set_control(ENABLE);
+    msix.set_control(MSIX_ENABLE);
     (msix, msi, fd_store)
 }
 
@@ -65,12 +65,12 @@ fn a_message_changed_while_masked_is_the_one_delivered() {
 #[test]
 fn the_function_mask_masks_all() {
     let (mut msix, msi, _vault) = enabled();
-    msix.set_control(ENABLE | FUNCTION_MASK);
+    msix.set_control(MSIX_ENABLE | MSIX_FUNCTION_MASK);
     assert_eq!(msi.attached(), 0);
     signal(&mut msix, 0);
     signal(&mut msix, 2);
     assert_eq!(pba(&msix), 0b101);
-    msix.set_control(ENABLE);
+    msix.set_control(MSIX_ENABLE);
     assert_eq!((msi.injected(), msi.attached(), pba(&msix)), (vec![0x40], 2, 0b100));
 }
 

@@ -32,7 +32,9 @@ pub const PM_CONTROL: u16 = 4;
 pub const PM_STATE: u8 = 3;
 pub const PM_D3HOT: u8 = 3;
 
+// Message control of MSI-X (PCI 3.0, 6.8.2.3).
 pub const MSIX_TABLE_SIZE: u16 = 0x07FF;
+/// All vectors are masked.
 pub const MSIX_FUNCTION_MASK: u16 = 1 << 14;
 pub const MSIX_ENABLE: u16 = 1 << 15;
 pub const MSIX_WRITABLE: u16 = MSIX_ENABLE | MSIX_FUNCTION_MASK;
