@@ -66,7 +66,7 @@ pub trait Device: Any + Send + Sync {
     /// vCPUs are stopped: so does what the device does by itself, so that what [`Self::save`] finds stays true.
     fn quiesce(&self) -> Result<(), MigrateError>;
 
-    /// The end of [`Self::quiesce`], before vCPUs run.
+    /// The end of [`Self::quiesce`], of one that failed too, before vCPUs run. A new device stands still until this.
     fn resume(&self);
 
     /// Makes it what it was at the guest's power-on. What is on the host's side of it stays.

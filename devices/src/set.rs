@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::{Claims, StateReader, StateWriter};
@@ -36,11 +37,22 @@ struct Member {
 pub struct DeviceSet {
     members: Vec<Member>,
     buses: Buses,
+    /// Between quiesce and resume, and before the first of these.
+    is_quiet: AtomicBool,
+}
+
+/// Lets those go on that were stopped, or may have been half.
+struct Undo<'a>(&'a [Member]);
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        self.0.iter().rev().for_each(|member| member.device.resume());
+    }
 }
 
 impl DeviceSet {
     pub fn new(buses: Buses) -> Self {
-        Self { members: Vec::new(), buses }
+        Self { members: Vec::new(), buses, is_quiet: AtomicBool::new(true) }
     }
 
     /// All that `spec` says, of all kinds that there are.
@@ -68,6 +80,9 @@ impl DeviceSet {
                     return Err(error);
                 }
             }
+        }
+        if !self.is_quiet.load(Ordering::SeqCst) {
+            device.resume();
         }
         self.members.push(Member { name, device });
         Ok(())
@@ -106,19 +121,24 @@ impl DeviceSet {
         self.members.iter().flat_map(of).collect()
     }
 
-    /// All of them or, on an error, none.
+    /// All of them or, on an error, none. Nothing where they are quiet already.
     pub fn quiesce(&self) -> Result<(), DeviceError> {
-        for (at, Member { name, device }) in self.members.iter().enumerate() {
-            if let Err(source) = device.quiesce() {
-                self.members[..at].iter().rev().for_each(|member| member.device.resume());
-                return Err(DeviceError::Migrate { name: name.clone(), source });
-            }
+        if self.is_quiet.load(Ordering::SeqCst) {
+            return Ok(());
         }
+        let mut undo = Undo(&[]);
+        for (at, Member { name, device }) in self.members.iter().enumerate() {
+            undo.0 = &self.members[..=at];
+            device.quiesce().map_err(|source| DeviceError::Migrate { name: name.clone(), source })?;
+        }
+        std::mem::forget(undo);
+        self.is_quiet.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     /// In the order opposite to that of [`Self::quiesce`].
     pub fn resume(&self) {
+        self.is_quiet.store(false, Ordering::SeqCst);
         self.members.iter().rev().for_each(|member| member.device.resume());
     }
 
@@ -305,16 +325,21 @@ mod tests {
     }
 
     #[test]
-    fn who_was_stopped_before_one_that_fails_goes_on() {
+    fn where_one_fails_all_go_on() {
         let (a, b) = (Arc::new(fake([0, 4])), Arc::new(Fake { fails: true, ..fake([8, 12]) }));
         let mut set = DeviceSet::new(Buses::empty());
         set.insert("a".into(), a.clone()).unwrap();
         set.insert("b".into(), b.clone()).unwrap();
+        set.quiesce().expect("they have not begun");
+        assert_eq!(a.quiet.lock().as_slice(), [""; 0]);
+        set.resume();
+        let late = Arc::new(fake([16, 20]));
+        set.insert("c".into(), late.clone()).unwrap();
+        assert_eq!(late.quiet.lock().as_slice(), ["resume"], "plugged into what runs");
         assert_eq!(set.quiesce().unwrap_err().to_string(), "b: it goes on");
-        assert_eq!(
-            (a.quiet.lock().as_slice(), b.quiet.lock().as_slice()),
-            (&["quiesce", "resume"][..], &["quiesce"][..])
-        );
+        let all = ["resume", "quiesce", "resume"];
+        assert_eq!((a.quiet.lock().as_slice(), b.quiet.lock().as_slice()), (&all[..], &all[..]));
+        assert_eq!(late.quiet.lock().as_slice(), ["resume"], "behind the one that failed");
     }
 
     #[test]

@@ -102,6 +102,22 @@ pub struct Machine {
     _watched: Watched,
 }
 
+/// Lets vCPUs go on that were stopped for nothing, after a panic too.
+struct Stopped<'a> {
+    vcpus: &'a mut Vcpus,
+    ran: bool,
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        if self.ran
+            && let Err(error) = self.vcpus.resume()
+        {
+            log::error!("the guest cannot go on: {error}");
+        }
+    }
+}
+
 impl Machine {
     /// The number of bytes of RAM that the guest has.
     pub fn memory_size(&self) -> u64 {
@@ -123,12 +139,9 @@ impl Machine {
         let ran = self.vcpus.is_running();
         let held = |source| MachineError::Stuck { source, held: self.passthrough.held() };
         self.vcpus.pause(within).map_err(held)?;
-        if let Err(error) = self.devices.quiesce() {
-            if ran {
-                self.vcpus.resume()?;
-            }
-            return Err(error.into());
-        }
+        let stopped = Stopped { vcpus: &mut self.vcpus, ran };
+        self.devices.quiesce()?;
+        std::mem::forget(stopped);
         Ok(())
     }
 
@@ -142,6 +155,11 @@ impl Machine {
     /// In a pause, so that another VMM may have the guest: from now on interrupts wait in their eventfds. Undone by
     /// [`Self::activate`].
     pub fn quiesce(&self) -> Result<(), MachineError> {
+        // What has come to stand in the way since it was asked before.
+        let reasons = self.devices.blockers(Operation::Update);
+        if !reasons.is_empty() {
+            return Err(DeviceError::Blocked(Operation::Update, reasons).into());
+        }
         self.passthrough.quiesce(&self.vm)
     }
 
