@@ -132,10 +132,12 @@ pub fn fatal_signals() -> Result<()> {
         ensure!(vmms.len() == 2, "{vmms:?}");
         vmms.into_iter().try_for_each(free)?;
         kept(&vm)?;
-        drop(hold);
+        hold.release()?;
         let report: Report = caller.receive()?.json()?;
+        drop(hold);
         ensure!(report.outcome == "updated", "{report:?}");
         vm.note_update();
+        vm.settled_facts()?;
     }
     free(vm.vmm()?)
 }
