@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     cases::note,
@@ -29,6 +29,7 @@ use crate::{
         ram::{GuestRam, STEP},
         report::Report,
         rig::{self, Rig},
+        traffic,
         vm::Vm,
         wait_for,
         wire::Wire,
@@ -95,10 +96,10 @@ fn request(rig: &Rig) -> Result<String> {
 fn every_vector(rig: &mut Rig, expected: usize) -> Result<()> {
     let ram = GuestRam::of(rig.vm.vmm()?)?;
     let vectors = sources(rig.agent()?, &rig.wires[0])?;
-    ensure!(
-        vectors.len() >= expected,
-        "{expected} receive vectors expected, packets of {SOURCES} sources reach only {vectors:?}"
-    );
+    if vectors.len() < expected {
+        let why = traffic::why(rig.agent()?, &[&rig.wires[0]]);
+        bail!("{expected} receive vectors expected, packets of {SOURCES} sources reach only {vectors:?}\n{why}");
+    }
     for (vector, source) in vectors {
         let seen = attempts(|| {
             let request = request(rig)?;

@@ -163,7 +163,10 @@ impl Traffic {
                 if now[way] > last[way] {
                     (last[way], moved[way]) = (now[way], Instant::now());
                 } else if now[way] < before[way] + packets && moved[way].elapsed() > PATIENCE {
-                    let (account, why) = (self.so_far(agent), self.why(agent));
+                    let (account, why) = (
+                        self.so_far(agent),
+                        why(agent, &self.flows.iter().map(|flows| &flows.wire).collect::<Vec<_>>()),
+                    );
                     bail!("a direction of the traffic stands still for {PATIENCE:?}: {account:?}\n{why}");
                 }
                 all &= now[way] >= before[way] + packets;
@@ -173,21 +176,6 @@ impl Traffic {
             }
             std::thread::sleep(LOOK);
         }
-    }
-
-    /// What both sides say of it, twice: what goes on, and what does not.
-    fn why(&self, agent: &Agent) -> String {
-        let mut said = Vec::new();
-        for _ in 0..2 {
-            for flows in &self.flows {
-                let name = flows.wire.guest.clone();
-                said.push(format!("guest: {:#?}", agent.call::<Vec<String>>(&Request::Stillness { name })));
-            }
-            said.push(format!("L1: {:#?}", stillness::report(None)));
-            // Long enough for a driver's own watch to have come round.
-            std::thread::sleep(Duration::from_secs(5));
-        }
-        said.join("\n")
     }
 
     /// Ends it and counts.
@@ -236,6 +224,21 @@ impl Traffic {
 
 fn address(ip: std::net::IpAddr, flow: u32) -> SocketAddr {
     SocketAddr::new(ip, FIRST_PORT + flow as u16)
+}
+
+/// What both sides say where an interface stands still, twice: what goes on, and what does not.
+pub fn why(agent: &Agent, wires: &[&Wire]) -> String {
+    let mut said = Vec::new();
+    for _ in 0..2 {
+        for wire in wires {
+            let name = wire.guest.clone();
+            said.push(format!("guest: {:#?}", agent.call::<Vec<String>>(&Request::Stillness { name })));
+        }
+        said.push(format!("L1: {:#?}", stillness::report(None)));
+        // Long enough for a driver's own watch to have come round.
+        std::thread::sleep(Duration::from_secs(5));
+    }
+    said.join("\n")
 }
 
 #[cfg(test)]
