@@ -36,9 +36,6 @@ use crate::vcpus::{Shared, VcpuError, Vcpus};
 use passthrough::PassthroughDevices;
 use populate::Populating;
 
-/// Registers of a 16550.
-const SERIAL_PORTS: u16 = 8;
-
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     #[error("{0}")]
@@ -232,7 +229,7 @@ impl Machine {
     pub fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
         let serial = self.serial().map(|_| DeviceNode {
             id: "serial".into(),
-            resources: vec![Resource::PioAddressRange { base: layout::SERIAL_PORT, size: SERIAL_PORTS }],
+            resources: vec![Resource::PioAddressRange { base: layout::SERIAL_PORT, size: serial::SERIAL_SIZE as u16 }],
             pty: self.pty(),
             ..Default::default()
         });
