@@ -8,6 +8,7 @@ use theseus_resources::alloc::Windows;
 
 use super::bar::{BarKind, BarRegister};
 use super::config::{CONFIG_SIZE, ConfigSpace};
+use super::decoding::Decoding;
 use super::msix::Msix;
 use super::msix_capability::{MsixInBar, MsixLayout};
 use super::placement::{Decoded, place, vacate};
@@ -15,13 +16,14 @@ use super::regs::*;
 use crate::interrupt::fake::{FakeController, signal};
 
 const MSIX: u16 = 0x40;
+const PM: u16 = 0x50;
 const LAYOUT: MsixLayout =
     MsixLayout { vectors: 2, table_bar: 0, table_offset: 0x1000, pba_bar: 0, pba_offset: 0x1800 };
 
 struct Function {
     config: ConfigSpace,
     bar: BarRegister,
-    decoded: Decoded,
+    decoding: Decoding,
     here: MsixInBar,
     msix: Msix,
     controller: Arc<FakeController>,
@@ -36,12 +38,15 @@ fn function() -> Function {
     bar.emulate(&mut config);
     LAYOUT.emulate(&mut config, MSIX);
     config.set(MSIX, &[CAP_MSIX, 0]);
-    config.set(CAPABILITY_POINTER, &[MSIX as u8]);
+    config.set(PM, &[CAP_PM, MSIX as u8]);
+    config.allow(PM + PM_CONTROL, &[PM_STATE]);
+    config.allow(COMMAND, &[COMMAND_MEMORY as u8]);
+    config.set(CAPABILITY_POINTER, &[PM as u8]);
     let controller = Arc::new(FakeController::default());
     let msix = Msix::new("counter0", LAYOUT.vectors, controller.clone(), FdStore::new());
-    let decoded = Decoded::new(&windows);
+    let decoding = Decoding::new(Decoded::new(&windows));
     vacate(&mut windows, &bars);
-    Function { config, bar, decoded, here: LAYOUT.in_bar(0), msix, controller }
+    Function { config, bar, decoding, here: LAYOUT.in_bar(0), msix, controller }
 }
 
 impl Function {
@@ -49,6 +54,16 @@ impl Function {
         let mut data = [0; 4];
         self.config.read(offset, &mut data);
         u32::from_le_bytes(data)
+    }
+
+    /// As a guest writes; where the BAR is then.
+    fn write(&mut self, offset: u16, data: &[u8]) -> Option<u64> {
+        self.config.write(offset, data);
+        if self.decoding.write(Some(PM + PM_CONTROL), offset, data) {
+            let [control] = self.config.value(PM + PM_CONTROL);
+            self.decoding.set_power(control);
+        }
+        self.decoding.address(&self.bar, self.bar.address_in(&self.config))
     }
 }
 
@@ -62,13 +77,33 @@ fn its_bar_is_sized_and_moved() {
         function.config.write(offset, &[0xFF; 4]);
     }
     assert_eq!([BAR0, BAR0 + 4].map(|at| function.read32(at)), [0xFFFF_E004, 0xFFFF_FFFF]);
-    assert!(!function.decoded.covers(&bar, bar.address_in(&function.config)), "outside the windows");
-    function.config.write(BAR0, &0xD000_0FFFu32.to_le_bytes());
-    function.config.write(BAR0 + 4, &[0; 4]);
-    let address = bar.address_in(&function.config);
-    assert_eq!((address, function.decoded.covers(&bar, address)), (0xD000_0000, true));
+    assert_eq!(function.write(COMMAND, &[0xFF, 0xFF]), None, "outside the windows");
+    function.write(BAR0, &0xD000_0FFFu32.to_le_bytes());
+    let address = function.write(BAR0 + 4, &[0; 4]).unwrap();
+    assert_eq!(address, 0xD000_0000);
     let shown = bar.at(address);
     assert_eq!((shown.address, shown.kind, shown.prefetchable), (address, BarKind::Memory64, false));
+}
+
+#[test]
+fn it_decodes_when_told_and_awake() {
+    let mut function = function();
+    let here = Some(function.bar.address);
+    assert_eq!(function.write(BAR0, &[0]), None, "nothing decodes after a reset");
+    // A byte alone, two registers in one access, and the byte that has no decode bits.
+    assert_eq!(function.write(COMMAND, &[2]), here);
+    assert_eq!(function.write(COMMAND + 1, &[0]), here);
+    assert_eq!(function.write(COMMAND, &[1, 0, 0, 0]), None, "that is ports");
+    assert_eq!(function.write(COMMAND, &[2, 0]), here);
+    for (state, address) in [(3, None), (0, here), (2, here), (3, None)] {
+        assert_eq!(function.write(PM + PM_CONTROL, &[state, 0, 0, 0]), address, "D{state}");
+    }
+    // Its upper byte is not the state.
+    assert_eq!(function.write(PM + PM_CONTROL + 1, &[0]), None);
+    assert_eq!(function.write(PM + PM_CONTROL, &[0xFC]), here);
+    // A state that it does not take.
+    function.config.allow(PM + PM_CONTROL, &[0]);
+    assert_eq!(function.write(PM + PM_CONTROL, &[3]), here);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 pub mod bar;
 pub mod bus;
 pub mod config;
+pub mod decoding;
 pub mod msix;
 pub mod msix_capability;
 pub mod placed_bar;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use theseus_resources::rate::Rate;
 
 use super::bar::{BarAddress, BarRegister};
-use crate::bus::{Bus, SharedDevice};
+use crate::bus::{Bus, BusError, SharedDevice};
 
 /// A guest moves its BARs as often as it likes.
 static STUCK: Rate = Rate::new(10, Duration::from_secs(60));
@@ -49,6 +49,17 @@ unsafe impl BarMemory for std::convert::Infallible {
     fn size(&self) -> u64 {
         match *self {}
     }
+}
+
+/// Why a BAR cannot be where the guest has put it; the caller adds the device's name and the BAR's.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    #[error("it wraps around the address space: the guest has to put it elsewhere")]
+    Wraps,
+    #[error("cannot map it into the guest: {0}: does it lie on another BAR?")]
+    Memslot(std::io::Error),
+    #[error("{0}: the guest has to put it elsewhere")]
+    Bus(#[from] BusError),
 }
 
 /// What is before the guest.
@@ -106,7 +117,7 @@ impl<M: BarMemory> PlacedBar<M> {
     }
 
     /// Puts it before the guest at `address`, and away from where it was. On failure nothing of it is.
-    pub fn put(&mut self, address: u64) -> Result<(), String> {
+    pub fn put(&mut self, address: u64) -> Result<(), PlaceError> {
         self.take_away();
         let mut placed = Placed { address, slots: Vec::new(), ranges: Vec::new() };
         let done = self.place(&mut placed);
@@ -117,16 +128,16 @@ impl<M: BarMemory> PlacedBar<M> {
         done
     }
 
-    fn place(&self, placed: &mut Placed) -> Result<(), String> {
-        let at = |offset| placed.address.checked_add(offset).ok_or("it wraps around".to_owned());
+    fn place(&self, placed: &mut Placed) -> Result<(), PlaceError> {
+        let at = |offset| placed.address.checked_add(offset).ok_or(PlaceError::Wraps);
         for (offset, memory) in &self.direct {
             // SAFETY: mapped until this is dropped, and withdrawn before.
             let slot = unsafe { self.space.memslots.add(at(*offset)?, memory.size(), memory.hva()) };
-            placed.slots.push(slot.map_err(|e| format!("cannot map it into the guest: {e}"))?);
+            placed.slots.push(slot.map_err(PlaceError::Memslot)?);
         }
         for (offset, size, trap) in &self.trapped {
             let start = at(*offset)?;
-            self.bus().insert(start, *size, trap.clone()).map_err(|e| e.to_string())?;
+            self.bus().insert(start, *size, trap.clone())?;
             placed.ranges.push(start);
         }
         Ok(())

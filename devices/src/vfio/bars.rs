@@ -24,7 +24,7 @@ use crate::pci::bar::{BarAddress, BarRegister, PAGE};
 use crate::pci::config::PhysicalConfig;
 use crate::pci::msix::Msix;
 use crate::pci::msix_capability::{MsixInBar, MsixLayout};
-use crate::pci::placed_bar::{AddressSpace, BarMemory, PlacedBar};
+use crate::pci::placed_bar::{AddressSpace, BarMemory, PlaceError, PlacedBar};
 use crate::pci::regs::*;
 use crate::rate_limited_log::RateLimitedLog;
 use crate::turn::{Turn, TurnGuard};
@@ -196,13 +196,13 @@ impl Bar {
     }
 
     /// Puts the BAR before the guest at `address`. On failure nothing of it is.
-    pub fn map(&mut self, address: u64) -> Result<(), String> {
+    pub fn map(&mut self, address: u64) -> Result<(), PlaceError> {
         self.placed.put(address)
     }
 
     /// As [`Bar::map`], in a new image, for a BAR that was before the guest in the old one. Its peer-to-peer mappings
     /// are in the container still.
-    pub fn map_again(&mut self, active: Active) -> Result<(), String> {
+    pub fn map_again(&mut self, active: Active) -> Result<(), PlaceError> {
         self.placed.put(active.address)?;
         self.dma = active.dma;
         Ok(())

@@ -70,6 +70,14 @@ pub struct DeviceError {
     pub source: io::Error,
 }
 
+/// Two saved states of one guest that are not of one device.
+#[derive(Debug, thiserror::Error)]
+#[error("it was device {was} when it was made ready, and is another one now ({is}): start the update again")]
+pub struct OtherDevice {
+    was: String,
+    is: String,
+}
+
 fn os(what: &str) -> impl FnOnce(io::Error) -> DeviceError {
     move |source| DeviceError { what: what.to_owned(), source }
 }
@@ -228,7 +236,7 @@ impl VfioDevice {
     }
 
     /// Takes a later state of the same device.
-    pub(super) fn mend(&self, state: &DeviceState) -> Result<(), String> {
+    pub(super) fn mend(&self, state: &DeviceState) -> Result<(), OtherDevice> {
         let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
         let is_same = *bdf == self.bdf
             && *slot == self.fd.slot()
@@ -236,7 +244,7 @@ impl VfioDevice {
             && *config == self.config
             && *vectors == self.vectors;
         if !is_same {
-            return Err(format!("it was device {}, and is another one now ({bdf})", self.bdf));
+            return Err(OtherDevice { was: self.bdf.clone(), is: bdf.clone() });
         }
         self.signals.store(*signals, Ordering::Relaxed);
         Ok(())

@@ -29,6 +29,7 @@ use crate::migratable::{Migratable, MigrateError};
 use crate::pci::PciDevice;
 use crate::pci::bar::{BarAddress, BarRegister};
 use crate::pci::config::PhysicalConfig;
+use crate::pci::decoding::Decoding;
 use crate::pci::msix::{Msix, MsixError, MsixState};
 use crate::pci::msix_capability::MsixLayout;
 use crate::pci::placement::{Decoded, place, reserve, vacate};
@@ -45,11 +46,8 @@ pub struct VfioPci {
     layout: MsixLayout,
     msix: Arc<Turn<Msix>>,
     bars: Vec<Bar>,
-    decoded: Decoded,
-    /// COMMAND as the guest last wrote it: its decode bits say which BARs are mapped.
-    command: u16,
-    /// In D3hot, where the device decodes nothing whatever COMMAND says (PCI PM 1.2, 5.4.1).
-    in_d3hot: bool,
+    /// Says which BARs are before the guest.
+    decoding: Decoding,
     /// Memslots or mappings of BARs that were refused: tried again by [`VfioPci::settle`].
     dirty: bool,
     complaints: RateLimitedLog,
@@ -132,7 +130,7 @@ impl VfioPci {
             registers.iter().filter_map(|register| Some((*register, device.bars().get(usize::from(register.index))?)));
         let bars: Result<Vec<_>, _> = regions.map(|(register, region)| Bar::new(register, region, &parts)).collect();
         let bars = bars.inspect_err(|_| vacate(windows, &registers))?;
-        let decoded = Decoded::new(windows);
+        let decoding = Decoding::new(Decoded::new(windows));
         Ok(Self {
             id: id.to_owned(),
             group,
@@ -141,9 +139,7 @@ impl VfioPci {
             layout,
             msix,
             bars,
-            decoded,
-            command: 0,
-            in_d3hot: false,
+            decoding,
             dirty: false,
             complaints: RateLimitedLog::default(),
         })
@@ -207,14 +203,12 @@ impl VfioPci {
             vacate(windows, &[*bar.register()]);
         }
         PhysicalConfig::write(&*self.device, COMMAND, &[0, DISABLE_INTX]);
-        self.command = 0;
+        self.decoding.command = 0;
     }
 
     /// Where a BAR is to be now, if anywhere.
     fn wanted(&self, bar: &Bar) -> Option<u64> {
-        let address = self.filter.bar_address(bar.register());
-        let on = self.command & bar.register().decode_bit() != 0 && !self.in_d3hot;
-        (on && self.decoded.covers(bar.register(), address)).then_some(address)
+        self.decoding.address(bar.register(), self.filter.bar_address(bar.register()))
     }
 
     fn unmap_stale(&mut self) {
@@ -282,21 +276,19 @@ impl PciDevice for VfioPci {
         self.settle();
         let control = self.filter.msix_control();
         let physical = self.filter.write(&*self.device, offset, data);
-        self.command = merged(self.command, COMMAND, offset, data);
-        let power = self.filter.power_register().filter(|at| covers(*at, offset, data));
-        if let Some(at) = power {
-            self.in_d3hot = merged(0, at, offset, data) as u8 & PM_STATE == PM_D3HOT;
-        }
+        let power = self.filter.power_register();
+        let power_changes = self.decoding.write(power, offset, data);
         // Off before the device stops decoding, on after it has started: a guest access in between would find the
         // mapping there and nothing behind it, and KVM_RUN would fail.
         self.unmap_stale();
         if let Some(physical) = physical {
             PhysicalConfig::write(&*self.device, offset, &physical);
         }
-        if let Some(at) = power {
-            let mut state = [0];
-            PhysicalConfig::read(&*self.device, at, &mut state);
-            self.in_d3hot = state[0] & PM_STATE == PM_D3HOT;
+        if let Some(at) = power.filter(|_| power_changes) {
+            // A device need not take every state.
+            let mut control = [0];
+            PhysicalConfig::read(&*self.device, at, &mut control);
+            self.decoding.set_power(control[0]);
         }
         self.map_missing();
         if self.filter.msix_control() != control {
@@ -311,20 +303,8 @@ impl Migratable for VfioPci {
     type Parts<'a> = VfioPciParts<'a>;
 
     fn save(&self) -> Result<VfioPciState, MigrateError> {
-        let Self {
-            id,
-            group,
-            device,
-            filter,
-            layout,
-            msix: _,
-            bars,
-            decoded,
-            command,
-            in_d3hot,
-            dirty: _,
-            complaints: _,
-        } = self;
+        let Self { id, group, device, filter, layout, msix: _, bars, decoding, dirty: _, complaints: _ } = self;
+        let Decoding { command, in_d3hot, windows } = decoding;
         let bars = bars.iter().map(|bar| BarState {
             register: *bar.register(),
             region: bar.region(),
@@ -340,7 +320,7 @@ impl Migratable for VfioPci {
             layout: *layout,
             msix: msix.save(),
             bars: bars.collect(),
-            decoded: decoded.clone(),
+            decoded: windows.clone(),
             command: *command,
             in_d3hot: *in_d3hot,
         })
@@ -370,9 +350,7 @@ impl Migratable for VfioPci {
             layout,
             msix: msix.clone(),
             bars: Vec::new(),
-            decoded,
-            command,
-            in_d3hot,
+            decoding: Decoding { command, in_d3hot, windows: decoded },
             dirty: true,
             complaints: RateLimitedLog::default(),
         };
@@ -399,17 +377,18 @@ impl VfioPci {
     pub fn mend(&mut self, state: VfioPciState, claims: &mut Claims) -> Result<Vec<u8>, MigrateError> {
         let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, in_d3hot } = state;
         let wrong = |what: String| MigrateError::State(what);
-        let is_same = id == self.id && group == self.group.number() && layout == self.layout && decoded == self.decoded;
+        let is_same =
+            id == self.id && group == self.group.number() && layout == self.layout && decoded == self.decoding.windows;
         if !is_same || bars.len() != self.bars.len() {
             return Err(wrong("it is another device than the one that was made ready".into()));
         }
         if !filter.is_whole() {
             return Err(wrong("the configuration space is not whole".into()));
         }
-        self.device.mend(&device).map_err(wrong)?;
+        self.device.mend(&device).map_err(|e| wrong(e.to_string()))?;
         self.filter = filter;
         self.msix().mend(msix, claims).map_err(|e| wrong(e.to_string()))?;
-        (self.command, self.in_d3hot) = (command, in_d3hot);
+        (self.decoding.command, self.decoding.in_d3hot) = (command, in_d3hot);
         let mut moved = Vec::new();
         for (bar, BarState { register, region, active, leftover_dma }) in self.bars.iter_mut().zip(bars) {
             if register != *bar.register() || region != bar.region() {
@@ -428,22 +407,6 @@ impl VfioPci {
         }
         Ok(moved)
     }
-}
-
-fn covers(register: u16, offset: u16, data: &[u8]) -> bool {
-    (offset..offset.saturating_add(data.len() as u16)).contains(&register)
-}
-
-/// The 16-bit register at `register` after a write of `data` at `offset`.
-fn merged(old: u16, register: u16, offset: u16, data: &[u8]) -> u16 {
-    let mut bytes = old.to_le_bytes();
-    for (n, byte) in bytes.iter_mut().enumerate() {
-        let at = (register + n as u16).checked_sub(offset);
-        if let Some(value) = at.and_then(|at| data.get(usize::from(at))) {
-            *byte = *value;
-        }
-    }
-    u16::from_le_bytes(bytes)
 }
 
 #[cfg(test)]

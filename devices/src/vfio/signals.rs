@@ -4,11 +4,20 @@
 //! at the next access to the device, before a save, and when the guest goes on; a saved state says what the guest wants
 //! and what VFIO has.
 
-use super::device::VfioDevice;
-use crate::pci::msix::Msix;
+use super::device::{DeviceError, VfioDevice};
+use crate::pci::msix::{Msix, MsixError};
+
+/// Who refuses; the caller adds the device's name.
+#[derive(Debug, thiserror::Error)]
+pub enum SignalsError {
+    #[error("{0}: tried again at the next access to it")]
+    Device(#[from] DeviceError),
+    #[error("{0}: tried again at the next access to it")]
+    Msix(#[from] MsixError),
+}
 
 /// Takes a write of message control.
-pub fn set_control(device: &VfioDevice, msix: &mut Msix, control: u16) -> Result<(), String> {
+pub fn set_control(device: &VfioDevice, msix: &mut Msix, control: u16) -> Result<(), SignalsError> {
     let was = msix.enabled();
     // The device stops first, so that nothing signals the eventfds any more when they are drained.
     let stopped = if Msix::enables(control) { Ok(()) } else { align(device, msix, false) };
@@ -17,7 +26,7 @@ pub fn set_control(device: &VfioDevice, msix: &mut Msix, control: u16) -> Result
 }
 
 /// Tries again what was refused, if anything.
-pub fn settle(device: &VfioDevice, msix: &mut Msix) -> Result<(), String> {
+pub fn settle(device: &VfioDevice, msix: &mut Msix) -> Result<(), SignalsError> {
     let (wanted, late) = (msix.enabled(), msix.enabled() != device.signals());
     if late {
         align(device, msix, wanted)?;
@@ -26,20 +35,20 @@ pub fn settle(device: &VfioDevice, msix: &mut Msix) -> Result<(), String> {
             msix.signal_all();
         }
     }
-    msix.settle().map_err(|e| e.to_string())
+    Ok(msix.settle()?)
 }
 
-fn align(device: &VfioDevice, msix: &mut Msix, on: bool) -> Result<(), String> {
+fn align(device: &VfioDevice, msix: &mut Msix, on: bool) -> Result<(), SignalsError> {
     if device.signals() == on {
         return Ok(());
     }
     if !on {
-        return device.disable_msix().map_err(|e| e.to_string());
+        return Ok(device.disable_msix()?);
     }
-    let eventfds = msix.eventfds().map_err(|e| e.to_string())?;
+    let eventfds = msix.eventfds()?;
     let usable = eventfds.len().min(device.vectors() as usize);
-    let enabled = device.enable_msix(&eventfds[..usable]).map_err(|e| e.to_string());
+    let enabled = device.enable_msix(&eventfds[..usable]);
     // Of eventfds that were made just now none is attached yet.
-    msix.attach_missing().map_err(|e| e.to_string())?;
-    enabled
+    msix.attach_missing()?;
+    Ok(enabled?)
 }
