@@ -8,6 +8,7 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_msi, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use parking_lot::{Mutex, MutexGuard};
 use theseus_resources::layout;
+use theseus_resources::memory_listener::{MemoryListener, RamBlock, Rank, Refusal};
 use theseus_resources::survivor::look;
 
 use crate::routing::Routing;
@@ -57,15 +58,6 @@ impl BareVm {
     /// controllers.
     pub fn handle(&self) -> &Arc<Vm> {
         &self.0
-    }
-
-    /// See [`Vm::add_memslot`].
-    ///
-    /// # Safety
-    /// As there.
-    pub unsafe fn add_memslot(&self, gpa: u64, size: u64, hva: u64, readonly: bool) -> Result<u32> {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add_memslot(gpa, size, hva, readonly) }
     }
 
     pub fn create_irqchip(self) -> Result<ReadyVm> {
@@ -144,5 +136,28 @@ impl Vm {
     pub fn broadcast_nmi(&self) -> Result<()> {
         let msi = kvm_msi { address_lo: 0xFEEF_F000, data: 0x400, ..Default::default() };
         self.fd.signal_msi(msi).map(drop).map_err(Error::call("KVM_SIGNAL_MSI for an NMI"))
+    }
+}
+
+/// Guest RAM is in its memslots, one for each block.
+impl MemoryListener for Vm {
+    fn describe(&self) -> String {
+        "KVM".into()
+    }
+
+    fn rank(&self) -> Rank {
+        Rank::Guest
+    }
+
+    unsafe fn add(&self, block: &RamBlock) -> std::result::Result<(), Refusal> {
+        // SAFETY: the caller's promise.
+        unsafe { self.add_memslot(block.gpa, block.size, block.hva, false) }?;
+        Ok(())
+    }
+
+    fn remove(&self, block: &RamBlock) -> std::result::Result<(), Refusal> {
+        let range = block.gpa..block.gpa.saturating_add(block.size);
+        let slot = self.slots().iter().find_map(|(slot, covers)| (*covers == range).then_some(*slot));
+        slot.map_or(Ok(()), |slot| Ok(self.remove_memslot(slot)?))
     }
 }

@@ -16,6 +16,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use crate::fd_store::{Claims, FdKind, FdStore, FdStoreError, Slot, StoredFd};
 use crate::hugepages::Pool;
 use crate::layout;
+use crate::memory_listener::RamBlock;
 
 /// KVM maps a huge page only where guest address, host address and file offset agree modulo its size.
 const HUGE: u64 = 2 << 20;
@@ -150,6 +151,17 @@ impl GuestRam {
 
     pub fn ranges(&self) -> &[RamRange] {
         &self.ranges
+    }
+
+    /// For those who have to know of it: see [`crate::memory_listener`].
+    pub fn blocks(&self) -> impl Iterator<Item = RamBlock> + '_ {
+        self.ranges.iter().map(|RamRange { gpa, size, offset, hva }| RamBlock {
+            gpa: *gpa,
+            size: *size,
+            hva: *hva,
+            file: self.memfd.clone(),
+            offset: *offset,
+        })
     }
 
     pub fn memory(&self) -> &GuestMemoryMmap {

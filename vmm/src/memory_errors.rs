@@ -14,7 +14,8 @@ use std::cell::Cell;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
-use theseus_resources::GuestRam;
+use parking_lot::Mutex;
+use theseus_resources::memory_listener::{MemoryListener, RamBlock, Rank, Refusal};
 use vmm_sys_util::eventfd::EventFd;
 
 const BUS_MCEERR_AR: libc::c_int = 4;
@@ -30,7 +31,8 @@ pub struct Lost {
 }
 
 /// (guest address, address here, size) of the guest's RAM, for the handler; size 0: unused.
-static RANGES: [[AtomicU64; 3]; 4] = [const { [const { AtomicU64::new(0) }; 3] }; 4];
+static RANGES: [Range; 64] = [const { [const { AtomicU64::new(0) }; 3] }; 64];
+type Range = [AtomicU64; 3];
 /// What the handler has seen, until the control thread looks: guest address, bit 0 set, bit 1: by a vCPU.
 static SEEN: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
 /// The control thread's eventfd.
@@ -61,24 +63,62 @@ pub fn install() -> std::io::Result<EventFd> {
     Ok(wake)
 }
 
-/// The handler knows this RAM as long as this lives.
-#[must_use]
-pub struct Watched(Vec<&'static [AtomicU64; 3]>);
-
-/// For the one guest that there is.
-pub fn watch(ram: &GuestRam) -> Watched {
-    let used = ram.ranges().iter().zip(&RANGES).map(|(range, [gpa, hva, size])| {
-        gpa.store(range.gpa, Ordering::SeqCst);
-        hva.store(range.hva, Ordering::SeqCst);
-        size.store(range.size, Ordering::SeqCst);
-    });
-    let count = used.count();
-    Watched(RANGES.iter().take(count).collect())
+/// By this the handler knows the guest's RAM, as long as it lives.
+pub struct Watch {
+    table: &'static [Range],
+    used: Mutex<Vec<&'static Range>>,
 }
 
-impl Drop for Watched {
+/// Who writes to [`RANGES`]; the handler only reads.
+static WRITING: Mutex<()> = Mutex::new(());
+
+#[derive(Debug, thiserror::Error)]
+#[error("memory errors: no room to watch guest RAM {0:#x}: it has {1} ranges already: add fewer and larger ones")]
+struct Full(u64, usize);
+
+impl Watch {
+    /// For the one guest that there is.
+    pub fn new() -> Self {
+        Self { table: &RANGES, used: Mutex::default() }
+    }
+}
+
+impl MemoryListener for Watch {
+    fn describe(&self) -> String {
+        "memory errors".into()
+    }
+
+    fn rank(&self) -> Rank {
+        Rank::Errors
+    }
+
+    unsafe fn add(&self, block: &RamBlock) -> Result<(), Refusal> {
+        let _writing = WRITING.lock();
+        let free = self.table.iter().find(|[_, _, size]| size.load(Ordering::SeqCst) == 0);
+        let range = free.ok_or(Full(block.gpa, self.table.len()))?;
+        // The size at last: until then it is unused.
+        for (to, value) in range.iter().zip([block.gpa, block.hva, block.size]) {
+            to.store(value, Ordering::SeqCst);
+        }
+        self.used.lock().push(range);
+        Ok(())
+    }
+
+    fn remove(&self, block: &RamBlock) -> Result<(), Refusal> {
+        self.used.lock().retain(|[gpa, _, size]| {
+            let is_other = gpa.load(Ordering::SeqCst) != block.gpa;
+            if !is_other {
+                size.store(0, Ordering::SeqCst);
+            }
+            is_other
+        });
+        Ok(())
+    }
+}
+
+impl Drop for Watch {
     fn drop(&mut self) {
-        self.0.iter().for_each(|[_, _, size]| size.store(0, Ordering::SeqCst));
+        self.used.get_mut().iter().for_each(|[_, _, size]| size.store(0, Ordering::SeqCst));
     }
 }
 
@@ -202,7 +242,7 @@ fn die(signal: libc::c_int, code: libc::c_int, address: u64, gpa: Option<u64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use theseus_resources::{FdStore, Pages};
+    use theseus_resources::{FdStore, GuestRam, MemoryListeners, Pages};
     use vm_memory::{Bytes, GuestAddress};
 
     /// As the kernel would, to this thread.
@@ -224,7 +264,11 @@ mod tests {
     fn a_lost_page_is_told_and_replaced_where_the_vmm_needs_it() {
         let wake = install().unwrap();
         let ram = GuestRam::new(&FdStore::new(), 128 << 20, Pages::Small).unwrap();
-        let watched = watch(&ram);
+        let listeners = MemoryListeners::new();
+        listeners.subscribe(std::sync::Arc::new(Watch::new())).unwrap();
+        let block = ram.blocks().next().unwrap();
+        // SAFETY: it is dropped last.
+        unsafe { listeners.add(block.clone()) }.unwrap();
         let hva = ram.ranges()[0].hva;
         let at = GuestAddress(0x40_0000);
         ram.memory().write_obj(7u64, at).unwrap();
@@ -248,7 +292,33 @@ mod tests {
             strike(BUS_MCEERR_AO, hva + page * PAGE);
         }
         assert_eq!(take().len(), SEEN.len());
-        drop(watched);
+        // As memory that is added while the guest runs.
+        let second = RamBlock { gpa: 5 << 30, hva: hva + (5 << 30), ..block };
+        // SAFETY: nobody touches it.
+        unsafe { listeners.add(second.clone()) }.unwrap();
+        assert_eq!((gpa_of(second.hva + 7), gpa_of(hva + 7)), (Some((5 << 30) + 7), Some(7)));
+        listeners.remove(second.gpa).unwrap();
+        assert_eq!((gpa_of(second.hva + 7), gpa_of(hva + 7)), (None, Some(7)));
+        drop(listeners);
         assert_eq!(gpa_of(hva), None);
+    }
+
+    #[test]
+    fn what_cannot_be_watched_is_refused() {
+        static TABLE: [Range; 1] = [const { [const { AtomicU64::new(0) }; 3] }; 1];
+        let ram = GuestRam::new(&FdStore::new(), 128 << 20, Pages::Small).unwrap();
+        let watch = Watch { table: &TABLE, used: Mutex::default() };
+        let first = ram.blocks().next().unwrap();
+        let second = RamBlock { gpa: 5 << 30, ..first.clone() };
+        // SAFETY: of this and all below, the RAM is dropped last.
+        let add = |block| unsafe { watch.add(block) }.map_err(|error| error.to_string());
+        add(&first).unwrap();
+        let full = add(&second).unwrap_err();
+        assert!(full.contains("no room to watch guest RAM 0x140000000: it has 1 ranges already"), "{full}");
+        watch.remove(&second).unwrap();
+        watch.remove(&first).unwrap();
+        add(&second).unwrap();
+        drop(watch);
+        assert_eq!(TABLE[0][2].load(Ordering::SeqCst), 0, "nobody has it any more");
     }
 }

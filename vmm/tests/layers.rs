@@ -19,6 +19,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
             "layout",
             "alloc",
             "fd_store",
+            "memory_listener",
             "ram",
             "state",
         ],

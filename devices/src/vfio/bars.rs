@@ -16,8 +16,8 @@ use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use theseus_resources::rate::Rate;
 
-use super::container::{Container, MapSource};
 use super::device::{DeviceError, Region, VfioDevice};
+use super::dma::{DmaDomain, MapSource};
 use super::signals;
 use crate::bus::{BusDevice, SharedDevice};
 use crate::pci::bar::{BarAddress, BarRegister, PAGE};
@@ -100,7 +100,7 @@ impl Drop for Mapping {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Active {
     address: u64,
-    /// iovas of the peer-to-peer mappings in the container.
+    /// iovas of the peer-to-peer mappings in the domain.
     dma: Vec<u64>,
 }
 
@@ -108,7 +108,7 @@ pub struct Active {
 pub struct Bar {
     placed: PlacedBar<Mapping>,
     region: u32,
-    /// iovas of the peer-to-peer mappings in the container, while it decodes.
+    /// iovas of the peer-to-peer mappings in the domain, while it decodes.
     dma: Vec<u64>,
     /// Those that could not be taken away when the BAR was: tried again by [`Bar::settle`].
     leftover_dma: Vec<u64>,
@@ -181,8 +181,8 @@ impl Bar {
     }
 
     /// Takes away what could not be taken away before. False if something is left still.
-    pub fn settle(&mut self, container: &Container) -> bool {
-        self.leftover_dma.retain(|iova| container.unmap(*iova).is_err());
+    pub fn settle(&mut self, domain: &dyn DmaDomain) -> bool {
+        self.leftover_dma.retain(|iova| domain.unmap(*iova).is_err());
         self.placed.settle() && self.leftover_dma.is_empty()
     }
 
@@ -201,21 +201,21 @@ impl Bar {
     }
 
     /// As [`Bar::map`], in a new image, for a BAR that was before the guest in the old one. Its peer-to-peer mappings
-    /// are in the container still.
+    /// are in the domain still.
     pub fn map_again(&mut self, active: Active) -> Result<(), PlaceError> {
         self.placed.put(active.address)?;
         self.dma = active.dma;
         Ok(())
     }
 
-    /// Lets the other devices of the container reach the BAR (peer-to-peer). Not all IOMMUs can: then they do not.
-    pub fn map_dma(&mut self, device: &str, container: &Container, complaints: &mut RateLimitedLog) {
-        let Some(address) = self.address() else { return };
+    /// Lets the other devices of the domain reach the BAR (peer-to-peer). Not all domains can: then they do not.
+    pub fn map_dma(&mut self, device: &str, domain: &dyn DmaDomain, complaints: &mut RateLimitedLog) {
+        let Some(address) = self.address().filter(|_| domain.maps_device_memory()) else { return };
         for (offset, mapping) in self.placed.direct() {
             let iova = address.saturating_add(*offset);
             let source = MapSource::Bar { device: device.to_owned(), region: self.region, offset: *offset };
             // SAFETY: the mapping lives until this Bar is dropped.
-            match unsafe { container.map(iova, mapping.size, mapping.hva, source) } {
+            match unsafe { domain.map_device_memory(iova, mapping.size, mapping.hva, source) } {
                 Ok(()) => self.dma.push(iova),
                 Err(e) => {
                     complaints.warn(|| format!("device '{device}': no peer-to-peer DMA to BAR {}: {e}", self.region))
@@ -225,10 +225,10 @@ impl Bar {
     }
 
     /// Takes the BAR away from the guest and from the other devices. False if something of it is left.
-    pub fn unmap(&mut self, container: &Container) -> bool {
+    pub fn unmap(&mut self, domain: &dyn DmaDomain) -> bool {
         let is_gone = self.placed.take_away();
         for iova in std::mem::take(&mut self.dma) {
-            if let Err(e) = container.unmap(iova) {
+            if let Err(e) = domain.unmap(iova) {
                 STUCK.warn(|| format!("BAR {}: {e}", self.region));
                 self.leftover_dma.push(iova);
             }

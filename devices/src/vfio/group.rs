@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,8 +13,9 @@ use theseus_resources::fd_store::{Claims, FdStoreError};
 use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
-use super::container::Container;
+use super::dma::DmaDomain;
 use super::ioctl;
+use super::sysfs::driver;
 
 const HOW_TO_BIND: &str = "modprobe vfio-pci; then, for each device, write vfio-pci into its driver_override, its \
      address into driver/unbind if it has a driver (both in /sys/bus/pci/devices/ADDRESS), and its address into \
@@ -56,7 +57,7 @@ pub enum GroupError {
 pub struct Group {
     number: u32,
     fd: StoredFd,
-    container: Arc<Container>,
+    domain: Arc<dyn DmaDomain>,
 }
 
 /// A group in the saved state.
@@ -84,8 +85,8 @@ fn open_when_free(path: &str) -> io::Result<File> {
 }
 
 impl Group {
-    /// Opens the group and puts it into `container`.
-    pub(super) fn open(fd_store: &FdStore, number: u32, container: Arc<Container>) -> Result<Self, GroupError> {
+    /// Opens the group and puts it into `domain`.
+    pub(super) fn open(fd_store: &FdStore, number: u32, domain: Arc<dyn DmaDomain>) -> Result<Self, GroupError> {
         let file = open_when_free(&format!("/dev/vfio/{number}"));
         let file = file.map_err(|source| match source.raw_os_error() {
             Some(libc::EBUSY) => GroupError::Busy { number },
@@ -98,17 +99,17 @@ impl Group {
         if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
             return Err(GroupError::NotViable { number, devices: devices(number) });
         }
-        ioctl::set_container(fd.as_fd(), container.fd().as_fd())
-            .map_err(|e| os(&format!("cannot join container '{}'", container.name()), e))?;
-        Ok(Self { number, fd, container })
+        ioctl::set_container(fd.as_fd(), domain.fd().as_fd())
+            .map_err(|e| os(&format!("cannot join {}", domain.describe()), e))?;
+        Ok(Self { number, fd, domain })
     }
 
     pub fn number(&self) -> u32 {
         self.number
     }
 
-    pub fn container(&self) -> &Arc<Container> {
-        &self.container
+    pub fn domain(&self) -> &Arc<dyn DmaDomain> {
+        &self.domain
     }
 
     /// For KVM_DEV_VFIO_FILE_ADD, after the group's devices are open.
@@ -127,31 +128,31 @@ impl Group {
     }
 
     #[cfg(test)]
-    pub(super) fn with(number: u32, fd: StoredFd, container: Arc<Container>) -> Self {
-        Self { number, fd, container }
+    pub(super) fn with(number: u32, fd: StoredFd, domain: Arc<dyn DmaDomain>) -> Self {
+        Self { number, fd, domain }
     }
 
     pub(super) fn save(&self) -> GroupState {
-        let Self { number, fd, container } = self;
-        GroupState { number: *number, slot: fd.slot(), container: container.name().to_owned() }
+        let Self { number, fd, domain } = self;
+        GroupState { number: *number, slot: fd.slot(), container: domain.name().to_owned() }
     }
 
     /// Whether `state` is a later one of the same group.
     pub(super) fn is(&self, state: &GroupState) -> bool {
         let GroupState { number, slot, container } = state;
-        (*number, *slot, &container[..]) == (self.number, self.fd.slot(), self.container.name())
+        (*number, *slot, &container[..]) == (self.number, self.fd.slot(), self.domain.name())
     }
 
     /// Touches nothing in the kernel: the group is in use.
     pub(super) fn restore(
         state: GroupState,
         claims: &mut Claims,
-        find: impl Fn(&str) -> Option<Arc<Container>>,
+        find: impl Fn(&str) -> Option<Arc<dyn DmaDomain>>,
     ) -> Result<Self, GroupError> {
         let GroupState { number, slot, container } = state;
-        let container = find(&container).ok_or(GroupError::NoContainer { number, container })?;
+        let domain = find(&container).ok_or(GroupError::NoContainer { number, container })?;
         let fd = claims.claim(slot, FdKind::VfioGroup).map_err(|source| GroupError::FdStore { number, source })?;
-        Ok(Self { number, fd, container })
+        Ok(Self { number, fd, domain })
     }
 }
 
@@ -167,22 +168,12 @@ fn devices(group: u32) -> String {
     names.join(", ")
 }
 
-/// The driver of a device in sysfs.
-fn driver(device: &Path) -> String {
-    let link = std::fs::read_link(device.join("driver")).ok();
-    link.as_deref().and_then(Path::file_name).map_or("none".into(), |name| name.to_string_lossy().into_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_driver_of_a_device() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(driver(dir.path()), "none");
-        std::os::unix::fs::symlink("../../../bus/pci/drivers/igb", dir.path().join("driver")).unwrap();
-        assert_eq!(driver(dir.path()), "igb");
+    fn what_is_missing_is_said() {
         let text = GroupError::Absent { number: 12, devices: "0000:01:00.0 (igb)".into() }.to_string();
         assert!(text.contains("0000:01:00.0 (igb)") && text.contains("driver_override"), "{text}");
     }

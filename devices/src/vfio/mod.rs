@@ -3,14 +3,14 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | [`registry`] | [`Passthrough`]: all containers and groups of a VM, and the update's steps over them |
-//! | [`container`] | [`Container`]: an IOMMU domain and the list of its DMA mappings |
-//! | [`invalidate`] | making way for the next image's addresses, with its undo |
+//! | [`registry`] | [`Passthrough`]: all DMA domains and groups of a VM, and the update's steps over them |
+//! | [`dma`] | [`DmaDomain`]: what devices reach, and what becomes of it in an update |
 //! | [`group`], [`device`] | the fds of groups and devices |
 //! | [`pci`] | [`VfioPci`]: the device on the guest's bus |
 //! | [`config`], [`bars`] | its configuration space and its BARs |
 //! | [`signals`] | its MSI-X and VFIO's in line |
 //! | [`wiring`] | what a device is wired to in this process |
+//! | [`sysfs`] | what this host says of a device |
 //!
 //! The fds are the device: a group can be opened only once, so they go over to the new VMM in the FdStore, and it builds
 //! its objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
@@ -20,20 +20,20 @@
 
 pub mod bars;
 pub mod config;
-pub mod container;
 pub mod device;
+pub mod dma;
 pub mod group;
-pub mod invalidate;
 mod ioctl;
 pub mod pci;
 pub mod registry;
 mod signals;
+mod sysfs;
 mod wiring;
 
 pub use bars::unmap_bars;
-pub use container::{Container, ContainerError, DmaMap, MapSource, RamRange};
+pub use dma::invalidate::{InvalidateError, Invalidated, invalidate_all};
+pub use dma::{DmaDomain, DmaError, DmaMap, MapSource};
 pub use group::Group;
-pub use invalidate::{InvalidateError, Invalidated, invalidate_all};
 pub use pci::{VfioPci, VfioPciParts, VfioPciState};
 pub use registry::{AttachError, DeviceConfig, Passthrough, PassthroughState};
 pub use wiring::{PassthroughError, Wiring};

@@ -197,9 +197,8 @@ impl VfioPci {
             log::warn!("device '{}': {e}", self.id);
         }
         self.msix().release();
-        let container = self.group.container().clone();
         for bar in &mut self.bars {
-            bar.unmap(&container);
+            bar.unmap(&**self.group.domain());
             vacate(windows, &[*bar.register()]);
         }
         PhysicalConfig::write(&*self.device, COMMAND, &[0, DISABLE_INTX]);
@@ -214,7 +213,7 @@ impl VfioPci {
     fn unmap_stale(&mut self) {
         for n in 0..self.bars.len() {
             if self.bars[n].address() != self.wanted(&self.bars[n]) {
-                self.dirty |= !self.bars[n].unmap(self.group.container());
+                self.dirty |= !self.bars[n].unmap(&**self.group.domain());
             }
         }
     }
@@ -225,7 +224,7 @@ impl VfioPci {
             let bar = &mut self.bars[n];
             let Some(address) = wanted.filter(|_| bar.address().is_none()) else { continue };
             match bar.map(address) {
-                Ok(()) => bar.map_dma(&self.id, self.group.container(), &mut self.complaints),
+                Ok(()) => bar.map_dma(&self.id, &**self.group.domain(), &mut self.complaints),
                 Err(e) => {
                     self.dirty = true;
                     self.complaints.warn(|| format!("device '{}': BAR {n} at {address:#x}: {e}", self.id));
@@ -245,7 +244,7 @@ impl VfioPci {
         drop(msix);
         if std::mem::take(&mut self.dirty) {
             for bar in &mut self.bars {
-                self.dirty |= !bar.settle(self.group.container());
+                self.dirty |= !bar.settle(&**self.group.domain());
             }
             self.map_missing();
         }

@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use theseus_resources::{FdKind, FdStore, StateReader, StateWriter};
 
-use super::super::container::{MapSource, Type1};
 use super::super::device::{Irqs, Region};
-use super::super::registry::Passthrough;
+use super::super::dma::tests::{RamOnly, container};
+use super::super::dma::{DmaDomain, MapSource};
+use super::super::registry::{DEFAULT_CONTAINER, Passthrough};
 use super::*;
 use crate::interrupt::fake::FakeController;
 use crate::pci::placed_bar::tests::{FakeMemslots, space};
@@ -37,22 +38,6 @@ impl Irqs for Arc<FakeIrqs> {
     }
 }
 
-struct AnyType1;
-
-impl Type1 for AnyType1 {
-    fn has_extension(&self, _: u32) -> std::io::Result<bool> {
-        Ok(true)
-    }
-
-    unsafe fn map(&self, _: u32, _: u64, _: u64, _: u64) -> std::io::Result<()> {
-        Ok(())
-    }
-
-    fn unmap(&self, _: u32, _: u64, size: u64) -> std::io::Result<u64> {
-        Ok(size)
-    }
-}
-
 const CONFIG: u64 = 0x10_0000;
 
 struct Rig {
@@ -75,6 +60,10 @@ pub fn wiring(fd_store: &FdStore) -> (Wiring, Arc<FakeMemslots>, Arc<FakeControl
 /// BAR 0: 64 KiB, BAR 1: 256 bytes, BAR 2: 32 ports, BAR 3: 64-bit, 16 KiB with table at 0 and PBA at 0x2000, 3
 /// vectors.
 fn rig() -> Rig {
+    rig_in(|fd_store| container(fd_store, DEFAULT_CONTAINER, false).0)
+}
+
+fn rig_in<D: DmaDomain + 'static>(domain: impl FnOnce(&FdStore) -> Arc<D>) -> Rig {
     let fd_store = FdStore::new();
     let file = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, CONFIG + 0x1000).unwrap();
@@ -100,7 +89,10 @@ fn rig() -> Rig {
     let fd = fd_store.keep("device 0000:01:00.0", FdKind::VfioDevice, file.try_clone().unwrap());
     let irqs = Arc::new(FakeIrqs { file: Some(file.try_clone().unwrap()), ..Default::default() });
     let device = VfioDevice::with("0000:01:00.0", fd, Box::new(irqs.clone()), bars, small(7, 0x1000, CONFIG), 3);
-    let passthrough = Passthrough::with(&fd_store, Box::new(AnyType1));
+    let domain = domain(&fd_store);
+    // The RAM that it comes with is not looked at here.
+    domain.maps().iter().for_each(|map| domain.unmap(map.iova).unwrap());
+    let passthrough = Passthrough::with(&fd_store, domain);
     let (wiring, memslots, msi) = wiring(&fd_store);
     let mut windows = Windows::new(1 << 30, 40);
     let group = passthrough.group(7).unwrap();
@@ -125,7 +117,7 @@ impl Rig {
     }
 
     fn dma(&self) -> Vec<(u64, u64)> {
-        let mut maps: Vec<_> = self.passthrough.containers()[0].maps().iter().map(|map| (map.iova, map.size)).collect();
+        let mut maps: Vec<_> = self.passthrough.domains()[0].maps().iter().map(|map| (map.iova, map.size)).collect();
         maps.sort();
         maps
     }
@@ -161,6 +153,16 @@ fn bars_are_there_exactly_while_they_decode() {
     rig.write(COMMAND, &[0, 0]);
     rig.wiring.space.pio.read(0x1004, &mut data[..1]);
     assert_eq!(data[0], 0xFF);
+}
+
+/// The guest reaches them all the same.
+#[test]
+fn where_no_bar_can_be_mapped_for_dma_none_is() {
+    let mut rig = rig_in(|fd_store| Arc::new(RamOnly(container(fd_store, DEFAULT_CONTAINER, false).0)));
+    rig.write(COMMAND, ON);
+    assert_eq!((rig.slots().len(), rig.dma()), (3, vec![]));
+    rig.write(COMMAND, &[0, 0]);
+    assert_eq!(rig.slots(), []);
 }
 
 #[test]
@@ -236,7 +238,7 @@ fn carried_untouched(rig: Rig) -> Rig {
     let (fd_store, mut claims) = rig.wiring.fd_store.handed_over().unwrap();
     drop(rig.pci);
     let (wiring, memslots, msi) = wiring(&fd_store);
-    let passthrough = Passthrough::restore(vfio, (fd_store.clone(), &mut claims)).unwrap();
+    let passthrough = Passthrough::restore(vfio, (fd_store.clone(), Arc::default(), &mut claims)).unwrap();
     let mut windows = Windows::new(1 << 30, 40);
     let parts = VfioPciParts {
         claims: &mut claims,
@@ -298,7 +300,7 @@ fn a_device_that_was_made_ready_is_mended() {
         fd_store.receive(&mut claims, records, again(fds)).unwrap();
         let (wiring, memslots, msi) = wiring(&fd_store);
         let (vfio, state) = read(&early);
-        let passthrough = Passthrough::restore(vfio, (fd_store.clone(), &mut claims)).unwrap();
+        let passthrough = Passthrough::restore(vfio, (fd_store.clone(), Arc::default(), &mut claims)).unwrap();
         let mut windows = Windows::new(1 << 30, 40);
         let (groups, device) = (&|n| passthrough.group(n), wiring.clone());
         let parts = VfioPciParts { claims: &mut claims, groups, windows: &mut windows, wiring: device };
@@ -346,10 +348,10 @@ fn a_moved_and_running_device_goes_over_whole() {
     let asked = rig.irqs.asked.load(Ordering::Relaxed);
     let mut new = carried(rig);
     assert_eq!(memslots.count(), 0, "no memslot outlives its mapping");
-    assert_eq!(new.passthrough.containers()[0].maps().len(), 3, "but DMA does");
+    assert_eq!(new.passthrough.domains()[0].maps().len(), 3, "but DMA does");
     rustix::io::write(&msix_fd, &1u64.to_ne_bytes()).unwrap();
     assert_eq!((new.slots(), new.dma()), (slots, dma));
-    for map in new.passthrough.containers()[0].maps() {
+    for map in new.passthrough.domains()[0].maps() {
         let MapSource::Bar { region, offset, .. } = map.source else { panic!("{map:?}") };
         assert!(new.pci.bar_vaddr(region, offset, map.size).is_some());
     }

@@ -8,7 +8,7 @@ use theseus_api::types::{CpuAffinity, MemoryConfig, VmConfig};
 use theseus_devices::device::Buses;
 use theseus_devices::spec::Spec;
 use theseus_hypervisor::BareVm;
-use theseus_resources::{GuestRam, Pages, layout};
+use theseus_resources::{GuestRam, MemoryListeners, Pages, layout};
 
 use super::passthrough::PassthroughDevices;
 use super::{Host, Machine, MachineError, devices};
@@ -36,13 +36,13 @@ impl Machine {
         super::fits::check(&config).map_err(MachineError::Config)?;
         let vcpu_count = config.cpus.boot_vcpus;
         let ram = Arc::new(GuestRam::new(&host.fd_store, config.memory.size, pages(&config.memory))?);
-        let watched = memory_errors::watch(&ram);
+        let memory = told(&ram)?;
         if config.memory.prefault {
             ram.prefault()?;
         }
         go_on()?;
         let vm = BareVm::new(&host.hypervisor)?;
-        map_ram(&vm, &ram)?;
+        memory.subscribe(vm.handle().clone())?;
         // BARs decode nothing before the guest says so.
         let vm = vm.create_irqchip()?;
         crate::ending::remember(Arc::downgrade(&vm));
@@ -68,7 +68,7 @@ impl Machine {
         };
         let devices = devices::boot(&spec, &vm, host, &buses)?;
         let passthrough =
-            PassthroughDevices::build(&config.devices, window64.clone(), &vm, &buses, &ram, &host.fd_store)?;
+            PassthroughDevices::build(&config.devices, window64.clone(), &vm, &buses, &memory, &host.fd_store)?;
 
         let shape = MachineShape {
             ram_size: ram.size(),
@@ -101,12 +101,12 @@ impl Machine {
             vcpus,
             passthrough,
             devices,
+            memory,
             vm,
             ram,
             clock: None,
             unfilled: false,
             populating: None,
-            _watched: watched,
         })
     }
 }
@@ -128,10 +128,13 @@ fn pages(memory: &MemoryConfig) -> Pages {
     }
 }
 
-pub(super) fn map_ram(vm: &BareVm, ram: &GuestRam) -> Result<(), MachineError> {
-    for range in ram.ranges() {
-        // SAFETY: guest RAM stays mapped as long as the machine, which drops its VM first.
-        unsafe { vm.add_memslot(range.gpa, range.size, range.hva, false) }?;
+/// Who has to know of the guest's RAM, which those are told of here that come before the VM.
+pub(super) fn told(ram: &GuestRam) -> Result<Arc<MemoryListeners>, MachineError> {
+    let memory = Arc::new(MemoryListeners::new());
+    memory.subscribe(Arc::new(memory_errors::Watch::new()))?;
+    for block in ram.blocks() {
+        // SAFETY: guest RAM stays mapped as long as the machine, which drops the listeners first.
+        unsafe { memory.add(block) }?;
     }
-    Ok(())
+    Ok(memory)
 }

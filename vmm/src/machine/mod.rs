@@ -25,12 +25,12 @@ use theseus_devices::set::DeviceSet;
 use theseus_devices::vfio::Invalidated;
 use theseus_hypervisor::{ClockAnchor, Hypervisor, ReadyVm};
 use theseus_resources::fd_store::FdStoreError;
+use theseus_resources::memory_listener::MemoryError;
 use theseus_resources::ram::RamError;
 use theseus_resources::state::StateError;
-use theseus_resources::{FdStore, GuestRam, layout};
+use theseus_resources::{FdStore, GuestRam, MemoryListeners, layout};
 
 use crate::boot::BootError;
-use crate::memory_errors::Watched;
 use crate::timeline::NotPassed;
 use crate::vcpus::{Shared, VcpuError, Vcpus};
 use passthrough::PassthroughDevices;
@@ -44,6 +44,8 @@ pub enum MachineError {
     Boot(#[from] BootError),
     #[error(transparent)]
     Ram(#[from] RamError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     #[error(transparent)]
     Hypervisor(#[from] theseus_hypervisor::Error),
     #[error(transparent)]
@@ -89,6 +91,8 @@ pub struct Machine {
     pub vcpus: Vcpus,
     passthrough: PassthroughDevices,
     devices: DeviceSet,
+    /// Who has to know of `ram`.
+    memory: Arc<MemoryListeners>,
     pub vm: ReadyVm,
     pub ram: Arc<GuestRam>,
     /// What the guest's clock was set by in this image; None in the image it booted in.
@@ -96,7 +100,6 @@ pub struct Machine {
     /// Page tables that a new VMM had no time to fill.
     unfilled: bool,
     populating: Option<Populating>,
-    _watched: Watched,
 }
 
 /// Lets vCPUs go on that were stopped for nothing, after a panic too.
@@ -125,7 +128,7 @@ impl Machine {
     pub fn blockers(&self, operation: Operation) -> Vec<String> {
         let mut reasons = self.devices.blockers(operation);
         if operation == Operation::Update {
-            reasons.extend(self.passthrough.probe());
+            reasons.extend(self.passthrough.blockers());
         }
         reasons
     }
@@ -167,7 +170,7 @@ impl Machine {
 
     /// In the new VMM: the DMA addresses are those of this process from now on.
     pub fn remap(&self) -> Result<(), MachineError> {
-        self.passthrough.remap(&self.ram, &self.vm)
+        self.passthrough.remap(self.memory.blocks(), &self.vm)
     }
 
     /// In the one VMM that has the guest: interrupts arrive again, and if it is to run, it does.
@@ -210,18 +213,18 @@ impl Machine {
             vcpus,
             passthrough,
             devices,
+            memory,
             vm,
             ram,
             clock: _,
             unfilled: _,
             populating,
-            _watched,
         } = self;
         drop(populating);
         // Nothing may touch the devices any more before they are released.
         drop(vcpus);
         passthrough.release(&vm);
-        drop((passthrough, devices, vm, ram));
+        drop((passthrough, devices, memory, vm, ram));
         config
     }
 

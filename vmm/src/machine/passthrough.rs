@@ -14,11 +14,11 @@ use theseus_devices::pci::bar::{BarAddress, BarKind};
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::pci::placed_bar::AddressSpace;
 use theseus_devices::turn::Turn;
-use theseus_devices::vfio::{self, Invalidated, Passthrough, RamRange, VfioPci, VfioPciParts, Wiring};
+use theseus_devices::vfio::{self, Invalidated, Passthrough, VfioPci, VfioPciParts, Wiring};
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
 use theseus_resources::state::Format;
-use theseus_resources::{Claims, FdStore, GuestRam, StateReader, StateWriter};
+use theseus_resources::{Claims, FdStore, MemoryListeners, RamBlock, StateReader, StateWriter};
 
 use super::MachineError;
 use super::glue::{VmInterrupts, VmMemslots};
@@ -87,10 +87,6 @@ fn wiring(vm: &Arc<Vm>, buses: &Buses, fd_store: &FdStore) -> Wiring {
     }
 }
 
-fn ranges(ram: &GuestRam) -> Vec<RamRange> {
-    ram.ranges().iter().map(|range| RamRange { gpa: range.gpa, size: range.size, hva: range.hva }).collect()
-}
-
 impl PassthroughDevices {
     /// At the guest's boot.
     pub fn build(
@@ -98,12 +94,10 @@ impl PassthroughDevices {
         window64: Range<u64>,
         vm: &Arc<Vm>,
         buses: &Buses,
-        ram: &GuestRam,
+        memory: &Arc<MemoryListeners>,
         fd_store: &FdStore,
     ) -> Result<Self, MachineError> {
-        let registry = Passthrough::new(fd_store.clone());
-        // SAFETY: guest RAM stays mapped as long as the machine, whose `shut_down` unmaps it from the containers first.
-        unsafe { registry.map_ram(&ranges(ram)) }.map_err(failed)?;
+        let registry = Passthrough::new(fd_store.clone(), memory.clone());
         let mut windows = Windows::with_window64(window64.clone());
         let mut plugged: Vec<Plugged> = Vec::new();
         for (config, id) in configs.iter().zip(ids(configs)) {
@@ -123,8 +117,8 @@ impl PassthroughDevices {
     }
 
     /// Why the containers could not be carried through an update; empty if they could.
-    pub fn probe(&self) -> Vec<String> {
-        self.registry.probe()
+    pub fn blockers(&self) -> Vec<String> {
+        self.registry.blockers()
     }
 
     pub fn ids(&self) -> Vec<String> {
@@ -141,7 +135,7 @@ impl PassthroughDevices {
     }
 
     pub fn container_names(&self) -> Vec<String> {
-        self.registry.containers().iter().map(|container| container.name().to_owned()).collect()
+        self.registry.domains().iter().map(|domain| domain.name().to_owned()).collect()
     }
 
     /// For vm.info.
@@ -206,10 +200,10 @@ impl PassthroughDevices {
 
     /// As if container `refusing` were busy: those before it are invalidated, and put back.
     fn refuse(&self, refusing: u32) -> Result<Option<Invalidated>, MachineError> {
-        let containers = self.registry.containers();
-        let before = containers.get(..refusing as usize).unwrap_or(&containers);
+        let domains = self.registry.domains();
+        let before = domains.get(..refusing as usize).unwrap_or(&domains);
         drop(vfio::invalidate_all(before).map_err(failed)?);
-        Err(failed(format!("container {refusing} of {}: device or resource busy (test)", containers.len())))
+        Err(failed(format!("container {refusing} of {}: device or resource busy (test)", domains.len())))
     }
 
     /// Takes a later state of the same guest, while none of it is in use.
@@ -232,13 +226,12 @@ impl PassthroughDevices {
 
     /// In the new VMM, after the routes are set: addresses for the DMA mappings, and groups for KVM. Interrupts come
     /// after the word: [`Self::resume`].
-    pub fn remap(&self, ram: &GuestRam, vm: &Vm) -> Result<(), MachineError> {
-        let mut ranges = ranges(ram);
-        // Which BAR mapping a test wants refused; a number below that of the ranges is one of these.
+    pub fn remap(&self, mut ram: Vec<RamBlock>, vm: &Vm) -> Result<(), MachineError> {
+        // Which BAR mapping a test wants refused; a number below that of the blocks is one of these.
         let mut refused_bar = None;
         if let Some(refused) = crate::test_hooks::fault_number("remap", "refused") {
-            refused_bar = (refused as usize).checked_sub(ranges.len());
-            ranges.truncate(refused as usize);
+            refused_bar = (refused as usize).checked_sub(ram.len());
+            ram.truncate(refused as usize);
         }
         let bars = std::cell::Cell::new(0);
         let bar_vaddr = |id: &str, region, offset, size| {
@@ -251,7 +244,7 @@ impl PassthroughDevices {
         self.tell_kvm(vm)?;
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine
         // restored them.
-        unsafe { self.registry.remap(&ranges, bar_vaddr) }.map_err(failed)
+        unsafe { self.registry.remap(&ram, bar_vaddr) }.map_err(failed)
     }
 
     /// The orderly end: devices quiet and given back.
@@ -292,11 +285,12 @@ impl PassthroughDevices {
         state: PassthroughState,
         vm: &BareVm,
         buses: &Buses,
+        memory: &Arc<MemoryListeners>,
         fd_store: &FdStore,
         claims: &mut Claims,
     ) -> Result<Self, MachineError> {
         let PassthroughState { layout, registry, devices } = state;
-        let registry = Passthrough::restore(registry, (fd_store.clone(), claims))
+        let registry = Passthrough::restore(registry, (fd_store.clone(), memory.clone(), claims))
             .map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
         let window64 = layout.window64.0..layout.window64.1;
         let mut windows = Windows::with_window64(window64.clone());

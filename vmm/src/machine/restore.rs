@@ -11,13 +11,12 @@ use std::time::{Duration, Instant};
 
 use theseus_devices::device::Buses;
 use theseus_hypervisor::{BareVm, ReadyVm};
-use theseus_resources::{Claims, GuestRam, Pages};
+use theseus_resources::{Claims, GuestRam, MemoryListeners, Pages};
 
-use super::build::map_ram;
+use super::build::told;
 use super::passthrough::PassthroughDevices;
 use super::state::MachineState;
 use super::{Host, Machine, MachineError, devices};
-use crate::memory_errors::{self, Watched};
 use crate::timeline::{Phase, Timeline};
 use crate::vcpus::saved::EncodedVcpu;
 use crate::vcpus::{Start, Vcpus};
@@ -53,10 +52,10 @@ fn may_fill(ram: &GuestRam, pinned: bool) -> bool {
 pub struct Prewarmed {
     vcpus: Vcpus,
     passthrough: PassthroughDevices,
+    memory: Arc<MemoryListeners>,
     vm: ReadyVm,
     ram: Arc<GuestRam>,
     buses: Buses,
-    watched: Watched,
     unfilled: bool,
 }
 
@@ -76,14 +75,14 @@ impl Prewarmed {
             passthrough,
         } = state;
         let ram = Arc::new(GuestRam::restore(ram, claims)?);
-        let watched = memory_errors::watch(&ram);
+        let memory = told(&ram)?;
         let vm = BareVm::new(&host.hypervisor)?;
-        map_ram(&vm, &ram)?;
+        memory.subscribe(vm.handle().clone())?;
 
         let buses = Buses::empty();
         let starts = shapes.into_iter().map(|(shape, placement)| Start::Prewarm(Box::new(shape), placement)).collect();
         let threads = Vcpus::start(&host.for_vcpus(&buses), starts)?;
-        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &host.fd_store, claims)?;
+        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &memory, &host.fd_store, claims)?;
 
         let vm = vm.create_irqchip()?;
         crate::ending::remember(Arc::downgrade(&vm));
@@ -92,7 +91,7 @@ impl Prewarmed {
         vm.commit_routes()?;
         crate::heap::warm(vcpus.count() as usize);
         let unfilled = fill_page_tables(&ram, !passthrough.ids().is_empty());
-        Ok(Self { unfilled, vcpus, passthrough, vm, ram, buses, watched })
+        Ok(Self { unfilled, vcpus, passthrough, memory, vm, ram, buses })
     }
 
     /// The vCPUs' part of the state of the paused guest, which their threads begin with. Then [`Prewarmed::restore`].
@@ -109,7 +108,7 @@ impl Prewarmed {
         claims: &mut Claims,
         timeline: &Timeline,
     ) -> Result<Machine, MachineError> {
-        let Self { vcpus, passthrough, vm, ram, buses, watched, unfilled } = self;
+        let Self { vcpus, passthrough, memory, vm, ram, buses, unfilled } = self;
         let MachineState {
             config,
             version,
@@ -137,18 +136,6 @@ impl Prewarmed {
         timeline.pass(Phase::Devices)?;
 
         let clock = Some(clock);
-        Ok(Machine {
-            config,
-            version,
-            vcpus,
-            passthrough,
-            devices,
-            vm,
-            ram,
-            clock,
-            unfilled,
-            populating: None,
-            _watched: watched,
-        })
+        Ok(Machine { config, version, vcpus, passthrough, devices, memory, vm, ram, clock, unfilled, populating: None })
     }
 }

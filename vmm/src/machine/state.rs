@@ -72,8 +72,19 @@ pub enum SaveScope<'a> {
 impl Machine {
     /// Pure. `was_running`: whether the guest is to run again.
     pub fn save(&self, writer: &mut StateWriter, depth: SaveScope<'_>, was_running: bool) -> Result<(), MachineError> {
-        let Self { config, version, vcpus, passthrough, devices, vm, ram, clock, unfilled: _, populating: _, _watched } =
-            self;
+        let Self {
+            config,
+            version,
+            vcpus,
+            passthrough,
+            devices,
+            memory: _,
+            vm,
+            ram,
+            clock,
+            unfilled: _,
+            populating: _,
+        } = self;
         let (saving, shapes, placements) = match depth {
             SaveScope::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
             SaveScope::DryRun(placements) => (None, vcpus.shapes(), placements),

@@ -1,0 +1,97 @@
+//! What the devices of a guest reach by DMA: a domain of the host's IOMMU and the list of what is mapped in it.
+//!
+//! | file | what |
+//! |---|---|
+//! | here | [`DmaDomain`]: what all ways to such a domain have in common |
+//! | [`state`] | the saved forms |
+//! | [`type1`] | the first one: a VFIO container with the type1 IOMMU |
+//! | [`invalidate`] | making way for the next VMM's addresses in all domains, with its undo |
+//!
+//! RAM reaches a domain as it reaches all others ([`MemoryListener`]); the BARs of devices come from the devices
+//! (`vfio/bars.rs`).
+
+use std::io;
+
+use theseus_resources::StoredFd;
+use theseus_resources::fd_store::FdStoreError;
+use theseus_resources::memory_listener::MemoryListener;
+
+pub mod invalidate;
+pub mod state;
+pub mod type1;
+
+pub use state::{ContainerState, DmaMap, DomainState, MapSource};
+
+#[derive(Debug, thiserror::Error)]
+pub enum DmaError {
+    #[error("cannot open /dev/vfio/vfio: {0} (is the module vfio loaded, and may this user open it?)")]
+    Open(io::Error),
+    #[error("container '{name}': the kernel speaks VFIO API {version}, not 0")]
+    Api { name: String, version: u32 },
+    /// `hint` is the remedy, in brackets.
+    #[error("{domain}: {what}: {source}{hint}")]
+    Os { domain: String, what: String, source: io::Error, hint: &'static str },
+    #[error("{domain}: no memory in this image for the DMA mapping {iova:#x}+{size:#x} ({source_of:?})")]
+    NoMemory { domain: String, iova: u64, size: u64, source_of: MapSource },
+    #[error("{domain}: its saved state is wrong: {source}")]
+    FdStore { domain: String, source: FdStoreError },
+}
+
+/// A DMA domain. Dropping it only closes fds: a device that the next VMM has adopted goes on.
+///
+/// An update, in the order of [`invalidate::invalidate_all`] and of the registry:
+///
+/// ```text
+///   old VMM    save        what is mapped, and what the next VMM finds it by
+///              invalidate  its addresses are nobody's; what is mapped goes on
+///   new VMM    remap       they are this process's
+///   or old     take_back   they are this process's again
+/// ```
+pub trait DmaDomain: MemoryListener {
+    /// By which devices, saved states and messages call it. No two of a guest have one name.
+    fn name(&self) -> &str;
+
+    /// What a group or device is attached to.
+    fn fd(&self) -> &StoredFd;
+
+    /// What is mapped now.
+    fn maps(&self) -> Vec<DmaMap>;
+
+    /// Whether memory of devices can be mapped: where not, no device reaches another one's BARs.
+    fn maps_device_memory(&self) -> bool;
+
+    /// Lets the devices reach `size` bytes of a BAR at `vaddr` under `iova`. Refused where
+    /// [`DmaDomain::maps_device_memory`] is false.
+    ///
+    /// # Safety
+    /// `vaddr..vaddr + size` must be what `source` says, and stay so until it is unmapped.
+    unsafe fn map_device_memory(&self, iova: u64, size: u64, vaddr: u64, source: MapSource) -> Result<(), DmaError>;
+
+    /// Takes the mapping that starts at `iova` away; none is no error.
+    fn unmap(&self, iova: u64) -> Result<(), DmaError>;
+
+    /// Why it could not go over in an update, each with its remedy; empty if it could.
+    fn blockers(&self) -> Vec<String>;
+
+    /// All its addresses or, on an error, none: a later call may succeed.
+    fn invalidate(&self) -> Result<(), DmaError>;
+
+    /// Undoes [`DmaDomain::invalidate`], after an update that did not happen, whatever the next VMM has got to. Goes on
+    /// after a failure: what cannot be taken back keeps its DMA, and is logged.
+    fn take_back(&self);
+
+    /// Gives every mapping its address in this process, in a new VMM. Stops at the first failure; it may be called
+    /// again.
+    ///
+    /// # Safety
+    /// `vaddr_of` must answer with an address where this process has the very pages the mapping was made for.
+    unsafe fn remap(&self, vaddr_of: &dyn Fn(&DmaMap) -> Option<u64>) -> Result<(), DmaError>;
+
+    fn save(&self) -> DomainState;
+
+    /// Takes a later state of the same domain. False: it is of another one.
+    fn mend(&self, state: DomainState) -> bool;
+}
+
+#[cfg(test)]
+pub(super) mod tests;
