@@ -1,5 +1,13 @@
-//! The threads of a VMM, all started from here: what each is for gives it its name, which /proc and debuggers show. All
-//! inherit the signal mask of who starts them, but for [`FATAL`].
+//! The threads of a VMM, all started from here: what each is for gives it its name, which /proc and debuggers show, and
+//! its signal mask. Its seccomp filter will come from here too, by role, once the mask is set.
+//!
+//! | role | takes, beside what is fatal ([`FATAL`]) |
+//! |---|---|
+//! | main | all that is sent to the process, but for what another thread waits for (signalfd, sigwait(3)) |
+//! | `vcpuN` | [`KICK`] |
+//! | the others | nothing |
+//!
+//! No thread changes its mask afterwards.
 
 use std::ffi::c_int;
 use std::fmt;
@@ -25,6 +33,22 @@ pub enum Role {
     Update,
     /// The vCPU of this index.
     Vcpu(u32),
+}
+
+impl Role {
+    /// What it takes, beside [`FATAL`].
+    fn takes(self) -> &'static [c_int] {
+        match self {
+            Self::Vcpu(_) => &[KICK],
+            Self::Api | Self::Boot | Self::Control | Self::KeeperWatch | Self::Log | Self::Populate | Self::Update => {
+                &[]
+            }
+        }
+    }
+
+    fn mask(self) -> libc::sigset_t {
+        all_but(FATAL.iter().chain(self.takes()))
+    }
 }
 
 impl fmt::Display for Role {
@@ -63,8 +87,12 @@ impl From<ThreadError> for io::Error {
 pub const FATAL: [c_int; 7] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS, libc::SIGTRAP, libc::SIGABRT];
 
-/// On this thread. Whoever has started this process may have blocked any signal, which exec hands on.
-pub fn unblock(signals: &[c_int]) {
+/// Takes a vCPU's thread out of KVM_RUN. Not one of the real-time signals: those are not sent (EAGAIN) once this user's
+/// processes have used up what may be queued, RLIMIT_SIGPENDING (kernel/signal.c, __send_signal_locked).
+pub const KICK: c_int = libc::SIGUSR1;
+
+/// A set with these signals.
+pub fn set_of<'a>(signals: impl IntoIterator<Item = &'a c_int>) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
     // SAFETY: a set of our own, initialised by the first call; a number that is no signal is not added.
     unsafe {
@@ -72,8 +100,39 @@ pub fn unblock(signals: &[c_int]) {
         for signal in signals {
             libc::sigaddset(set.as_mut_ptr(), *signal);
         }
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), std::ptr::null_mut());
+        set.assume_init()
     }
+}
+
+/// A set with all signals but these, and but those that the C library has for itself.
+fn all_but<'a>(signals: impl IntoIterator<Item = &'a c_int>) -> libc::sigset_t {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: as in `set_of`.
+    unsafe {
+        libc::sigfillset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigdelset(set.as_mut_ptr(), *signal);
+        }
+        set.assume_init()
+    }
+}
+
+fn set_mask(set: &libc::sigset_t) {
+    // SAFETY: a valid set; of this thread only.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, set, std::ptr::null_mut()) };
+}
+
+/// On the first thread of a process, before there are others. Whoever has started it may have blocked any signal, which
+/// exec hands on.
+pub fn unblock(signals: &[c_int]) {
+    // SAFETY: a valid set; of this thread only.
+    unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &set_of(signals), std::ptr::null_mut()) };
+}
+
+/// Makes the calling thread, the only one there is yet, the main thread of a VMM: what is sent to the process comes to
+/// it, but `elsewhere`, which other threads wait for.
+pub fn begin_main(elsewhere: &[c_int]) {
+    set_mask(&set_of(elsewhere.iter().filter(|signal| !FATAL.contains(signal))));
 }
 
 pub fn spawn<T: Send + 'static>(
@@ -81,7 +140,7 @@ pub fn spawn<T: Send + 'static>(
     body: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, ThreadError> {
     let life = move || {
-        unblock(&FATAL);
+        set_mask(&role.mask());
         body()
     };
     Builder::new().name(role.to_string()).spawn(life).map_err(|source| ThreadError { role, source })
@@ -106,22 +165,44 @@ mod tests {
         u64::from_str_radix(mask.trim(), 16).unwrap()
     }
 
-    #[test]
-    fn no_thread_of_any_role_blocks_what_is_fatal() {
-        use Role::*;
-        let masks = std::thread::spawn(|| {
-            let mut all = MaybeUninit::uninit();
-            // SAFETY: a set of our own, and the mask of this thread, which is the test's.
-            unsafe {
-                libc::sigfillset(all.as_mut_ptr());
-                libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut());
-            }
-            let roles = [Api, Boot, Control, KeeperWatch, Log, Populate, Update, Vcpu(0)];
-            (blocked(), roles.map(|role| (role, spawn(role, blocked).unwrap().join().unwrap())))
+    fn bits(signals: impl IntoIterator<Item = c_int>) -> u64 {
+        signals.into_iter().fold(0, |mask, signal| mask | 1 << (signal - 1))
+    }
+
+    /// On a thread of its own, with all blocked that can be or nothing; and what the kernel and the C library let it
+    /// block.
+    fn on_a_thread<T: Send + 'static>(blocks: bool, act: impl FnOnce() -> T + Send + 'static) -> (u64, T) {
+        let thread = std::thread::spawn(move || {
+            set_mask(&all_but(&[]));
+            let all = blocked();
+            set_mask(&if blocks { all_but(&[]) } else { set_of(&[]) });
+            (all, act())
         });
-        let (here, threads) = masks.join().unwrap();
-        let fatal = FATAL.iter().fold(0, |mask, signal| mask | 1u64 << (signal - 1));
-        assert_eq!(here & fatal, fatal);
-        threads.iter().for_each(|(role, mask)| assert_eq!(*mask, here & !fatal, "{role}: {mask:#x}"));
+        thread.join().unwrap()
+    }
+
+    #[test]
+    fn a_thread_takes_what_its_role_says_whoever_starts_it() {
+        use Role::*;
+        let roles = [Api, Boot, Control, KeeperWatch, Log, Populate, Update, Vcpu(0)];
+        for blocks in [true, false] {
+            let masks = move || roles.map(|role| (role, spawn(role, blocked).unwrap().join().unwrap()));
+            let (all, masks) = on_a_thread(blocks, masks);
+            for (role, mask) in masks {
+                let takes = if role == Vcpu(0) { vec![libc::SIGUSR1] } else { Vec::new() };
+                assert_eq!(mask, all & !bits(FATAL.into_iter().chain(takes)), "{role}: {mask:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn main_takes_what_nobody_waits_for() {
+        for blocks in [true, false] {
+            let begin = || {
+                begin_main(&[libc::SIGTERM, libc::SIGCONT, libc::SIGABRT]);
+                blocked()
+            };
+            assert_eq!(on_a_thread(blocks, begin).1, bits([libc::SIGTERM, libc::SIGCONT]));
+        }
     }
 }

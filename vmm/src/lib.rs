@@ -201,16 +201,12 @@ fn start(control: Control, if_none: IfNone) -> anyhow::Result<()> {
 
 /// Decodes a saved state as the dry run of an update does; the error says why it cannot be taken over. For tests and
 /// fuzzing.
-pub fn check_state(bytes: &[u8]) -> Result<(), String> {
-    let reader = theseus_resources::StateReader::new(bytes).map_err(|error| error.to_string())?;
-    let mut opened = update::saved::Opened::new(reader).map_err(|error| error.to_string())?;
+pub fn check_state(bytes: &[u8]) -> Result<(), update::UpdateError> {
+    let mut opened = update::saved::Opened::new(theseus_resources::StateReader::new(bytes)?)?;
     let vcpus = opened.take_vcpus();
-    opened.decode().map_err(|error| error.to_string())?;
+    opened.decode()?;
     // As their threads do.
-    (0..)
-        .zip(vcpus)
-        .try_for_each(|(index, state)| vcpus::saved::decode(&state, index).map(drop))
-        .map_err(|error| error.to_string())
+    Ok((0..).zip(vcpus).try_for_each(|(index, state)| vcpus::saved::decode(&state, index).map(drop))?)
 }
 
 struct Parts {

@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use theseus_resources::threads::{self, FATAL};
+use theseus_resources::threads::{self, FATAL, set_of};
 
 /// End the VMM in order, unless whoever started it has them ignored: nohup(1) does that with HUP, a shell without job
 /// control with INT and QUIT for what it starts in the background. exec keeps that, and we never ignore one of these
@@ -47,19 +47,18 @@ pub fn warn_of_limits() {
 }
 
 impl Signals {
-    /// Blocks the signals that the VMM acts on, on the calling thread, whose mask the threads it starts inherit, and
-    /// unblocks all others. To be called on the main thread, before there are others.
+    /// From now on those that the VMM acts on wait to be read. To be called on the main thread, before there are
+    /// others.
     pub fn new() -> std::io::Result<Self> {
-        let set = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)));
+        let ending: Vec<_> = ENDING.into_iter().filter(|signal| !is_ignored(*signal)).collect();
         // SIGCONT: see keeper::watch.
-        let blocked = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)).chain([libc::SIGCONT]));
-        // SAFETY: both are valid sets, and the signal numbers are constants.
+        threads::begin_main(&[&ending[..], &[libc::SIGCONT]].concat());
+        // SAFETY: a valid set, and constant signal numbers.
         let fd = unsafe {
             // Whoever started us may ignore it, which exec hands on: the kernel would then reap the rehearsals of
             // updates itself.
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &blocked, std::ptr::null_mut());
-            libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+            libc::signalfd(-1, &set_of(&ending), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
         };
         if fd < 0 {
             return Err(std::io::Error::last_os_error());
@@ -83,18 +82,6 @@ pub fn read_all(signalfd: BorrowedFd<'_>) -> Vec<libc::c_int> {
         signals.push(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
     }
     signals
-}
-
-pub fn set_of(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
-    let mut set = std::mem::MaybeUninit::uninit();
-    // SAFETY: a set of our own, initialised by the first call; the numbers are constants.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        for signal in signals {
-            libc::sigaddset(set.as_mut_ptr(), signal);
-        }
-        set.assume_init()
-    }
 }
 
 /// One that is ignored and blocked would be queued all the same, and read from a signalfd (kernel/signal.c,

@@ -88,7 +88,7 @@ fn of_a_later_build(bytes: &[u8], mut change: impl FnMut(&str, &mut Vec<(Value, 
 }
 
 fn check(writer: &StateWriter) -> Result<(), String> {
-    theseus_vmm::check_state(&writer.finish().unwrap())
+    theseus_vmm::check_state(&writer.finish().unwrap()).map_err(|error| error.to_string())
 }
 
 /// Puts a new field into this struct and every one below it. Returns how many there were.

@@ -307,11 +307,11 @@ pub fn block_signals() -> io::Result<()> {
     if failed != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whether thread `tid` of `pid` has this signal blocked.
-pub fn blocks(pid: u32, tid: i32, signal: libc::c_int) -> Result<bool> {
+/// What thread `tid` of `pid` has blocked, one bit a signal.
+pub fn blocked(pid: u32, tid: i32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
     let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).context("no SigBlk")?;
-    Ok(u64::from_str_radix(mask.trim(), 16)? & 1 << (signal - 1) != 0)
+    Ok(u64::from_str_radix(mask.trim(), 16)?)
 }
 
 /// Sets the soft limit of `resource` for a running process; what it was.

@@ -1,6 +1,7 @@
 //! What a file says of itself in its ELF notes: build id, and whether it is a build of Theseus.
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 
 use object::Endianness;
@@ -10,6 +11,19 @@ use object::read::elf::{FileHeader, ProgramHeader};
 
 use crate::build_info::{NOTE_KIND, NOTE_OWNER};
 
+/// Why a file is no build; without its name.
+#[derive(Debug, thiserror::Error)]
+pub enum ElfError {
+    #[error("not an ELF file of 64 bits")]
+    NotElf,
+    #[error("for another kind of machine (ELF machine {0})")]
+    OtherMachine(u16),
+    #[error("damaged ELF file: {0}")]
+    Damaged(#[from] object::Error),
+    #[error(transparent)]
+    Os(#[from] io::Error),
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     /// Lower-case hex; empty if there is none.
@@ -18,26 +32,25 @@ pub struct Found {
     pub version: Option<String>,
 }
 
-/// Reads the notes of an executable for this machine. The error is a reason, without the file's name.
-pub fn inspect(path: &Path) -> Result<Found, String> {
-    inspect_file(File::open(path).map_err(|error| error.to_string())?)
+/// Reads the notes of an executable for this machine.
+pub fn inspect(path: &Path) -> Result<Found, ElfError> {
+    inspect_file(File::open(path)?)
 }
 
-pub fn inspect_file(file: File) -> Result<Found, String> {
+pub fn inspect_file(file: File) -> Result<Found, ElfError> {
     let data = &ReadCache::new(file);
-    let header = FileHeader64::<Endianness>::parse(data).map_err(|_| "not an ELF file of 64 bits".to_owned())?;
-    let endian = header.endian().map_err(|error| error.to_string())?;
+    let header = FileHeader64::<Endianness>::parse(data).map_err(|_| ElfError::NotElf)?;
+    let endian = header.endian()?;
     if header.e_machine(endian) != EM_X86_64 {
-        return Err(format!("for another kind of machine (ELF machine {})", header.e_machine(endian)));
+        return Err(ElfError::OtherMachine(header.e_machine(endian)));
     }
     let mut found = Found { build_id: String::new(), version: None };
-    let damaged = |error: object::Error| format!("damaged ELF file: {error}");
-    for segment in header.program_headers(endian, data).map_err(damaged)? {
+    for segment in header.program_headers(endian, data)? {
         if segment.p_type(endian) != PT_NOTE {
             continue;
         }
-        let Some(mut notes) = segment.notes(endian, data).map_err(damaged)? else { continue };
-        while let Some(note) = notes.next().map_err(damaged)? {
+        let Some(mut notes) = segment.notes(endian, data)? else { continue };
+        while let Some(note) = notes.next()? {
             match (note.name(), note.n_type(endian)) {
                 (b"GNU", NT_GNU_BUILD_ID) => {
                     found.build_id = note.desc().iter().map(|byte| format!("{byte:02x}")).collect();
@@ -62,7 +75,7 @@ mod tests {
     fn scripts_and_damage_are_told_apart() {
         let mut script = tempfile::NamedTempFile::new().unwrap();
         script.write_all(b"#!/bin/sh\nexit 0\n").unwrap();
-        assert!(inspect(script.path()).unwrap_err().contains("not an ELF"));
+        assert!(inspect(script.path()).unwrap_err().to_string().contains("not an ELF"));
         let me = std::fs::read("/proc/self/exe").unwrap();
         let mut cut = tempfile::NamedTempFile::new().unwrap();
         cut.write_all(&me[..80]).unwrap();
@@ -70,6 +83,7 @@ mod tests {
         let mut foreign = tempfile::NamedTempFile::new().unwrap();
         // e_machine, EM_AARCH64.
         foreign.write_all(&[&me[..18], &183_u16.to_le_bytes(), &me[20..]].concat()).unwrap();
-        assert!(inspect(foreign.path()).unwrap_err().contains("another kind of machine (ELF machine 183)"));
+        let error = inspect(foreign.path()).unwrap_err().to_string();
+        assert!(error.contains("another kind of machine (ELF machine 183)"), "{error}");
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use theseus_resources::Channel;
+use theseus_resources::channel::ChannelError;
 
 use crate::talk::{hear, say};
 
@@ -67,12 +68,24 @@ pub struct Keeper {
     asked: AtomicU32,
 }
 
+/// What a keeper says, or why it says nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    #[error("the keeper: {0}")]
+    Channel(#[from] ChannelError),
+    /// In its own words.
+    #[error("{0}")]
+    Says(String),
+    #[error("the keeper has not said which process the new VMM is")]
+    NoPidfd,
+}
+
 /// Why a keeper is not what it was asked to become.
 pub enum NotBecome {
     /// It is what it was: nothing has happened.
-    Refused(String),
+    Refused(KeeperError),
     /// It is another program, or nobody knows what.
-    Half(String),
+    Half(KeeperError),
 }
 
 impl Keeper {
@@ -97,11 +110,11 @@ impl Keeper {
         page: BorrowedFd<'_>,
     ) -> Result<OwnedFd, NotBecome> {
         let mut fds = self.become_other(true, &[program, channel.as_fd(), page])?;
-        fds.pop().ok_or_else(|| NotBecome::Half("the keeper has not said which process the new VMM is".into()))
+        fds.pop().ok_or(NotBecome::Half(KeeperError::NoPidfd))
     }
 
     /// Has the keeper become `program` around this VMM.
-    pub fn become_again(&self, program: BorrowedFd<'_>) -> Result<(), String> {
+    pub fn become_again(&self, program: BorrowedFd<'_>) -> Result<(), KeeperError> {
         match self.become_other(false, &[program]) {
             Ok(_) => Ok(()),
             Err(NotBecome::Refused(reason) | NotBecome::Half(reason)) => Err(reason),
@@ -110,18 +123,18 @@ impl Keeper {
 
     fn become_other(&self, update: bool, fds: &[BorrowedFd<'_>]) -> Result<Vec<OwnedFd>, NotBecome> {
         let id = self.asked.fetch_add(1, Ordering::Relaxed);
-        let refused = |error| NotBecome::Refused(format!("the keeper: {error}"));
+        let refused = |error: ChannelError| NotBecome::Refused(error.into());
+        let half = |error: ChannelError| NotBecome::Half(error.into());
         say(&self.channel, &Ask::Become { update, id }, fds).map_err(refused)?;
         let until = Instant::now() + PATIENCE;
         loop {
             let rest = until.saturating_duration_since(Instant::now());
-            let half = |error| NotBecome::Half(format!("the keeper: {error}"));
             let (tell, fds) = hear::<Tell>(&self.channel, rest).map_err(half)?;
             return match tell.answer {
                 _ if tell.id != id => continue,
                 Answer::Became => Ok(fds),
-                Answer::Refused(reason) => Err(NotBecome::Refused(reason)),
-                Answer::Childless(reason) => Err(NotBecome::Half(reason)),
+                Answer::Refused(reason) => Err(NotBecome::Refused(KeeperError::Says(reason))),
+                Answer::Childless(reason) => Err(NotBecome::Half(KeeperError::Says(reason))),
             };
         }
     }

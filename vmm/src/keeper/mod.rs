@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags};
 use theseus_resources::Channel;
 use theseus_resources::channel::ChannelError;
 
-pub use link::{Keeper, NotBecome, is_gone, is_there, pid};
+pub use link::{Keeper, KeeperError, NotBecome, is_gone, is_there, pid};
 
 use crate::talk::{hear, say};
 use crate::timeline::Timeline;

@@ -2,9 +2,9 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use theseus_resources::threads::FATAL;
+use theseus_resources::threads::{FATAL, set_of};
 
-use crate::signals::{is_ignored, read_all, set_of};
+use crate::signals::{is_ignored, read_all};
 
 /// Handed on to the VMM, unless they were ignored when the keeper was started. Never those that stop a process, which
 /// are for the keeper alone as for any parent: a shell sees it stop, and the guest goes on. ABRT is the only one that is
@@ -21,8 +21,8 @@ pub struct Signals {
 impl Signals {
     /// Blocks them. exec keeps that, and what has come meanwhile.
     pub fn block() -> std::io::Result<Self> {
-        let set = set_of(FORWARDED.into_iter().filter(|signal| !is_ignored(*signal)).chain([libc::SIGCHLD]));
-        let mut before = set_of([].into_iter());
+        let set = set_of(FORWARDED.iter().filter(|signal| !is_ignored(**signal)).chain([&libc::SIGCHLD]));
+        let mut before = set_of([]);
         // SAFETY: valid sets, and constant signal numbers.
         let fd = unsafe {
             // Whoever started us may ignore it, which exec hands on: the kernel would then reap the VMM itself.
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     fn is_blocked(signal: libc::c_int) -> bool {
-        let mut now = set_of([].into_iter());
+        let mut now = set_of([]);
         // SAFETY: a valid set, which the first call fills in; nothing is changed.
         unsafe {
             libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut now);
@@ -85,7 +85,7 @@ mod tests {
     #[test]
     fn a_vmm_blocks_nothing_that_is_fatal_from_its_fork_on() {
         let thread = std::thread::spawn(|| {
-            let all = set_of(1..=31);
+            let all = set_of(&(1..=31).collect::<Vec<_>>());
             // SAFETY: a valid set, and the mask of this thread.
             unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut()) };
             let signals = Signals::block().unwrap();

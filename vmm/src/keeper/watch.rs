@@ -1,14 +1,12 @@
 //! In a VMM: it ends when its keeper is killed. What people kill is the PID that they know, and they expect the guest
 //! to be gone then, and its devices to be free.
 //!
-//! PR_SET_PDEATHSIG with SIGCONT: it reaches a process that is stopped too, and where it is blocked nothing happens to
-//! anybody else. It is of one thread, and does not fire at the keeper's exec (kernel/exit.c, forget_original_parent).
+//! PR_SET_PDEATHSIG with SIGCONT: it reaches a process that is stopped too, and as all threads have it blocked nothing
+//! happens to anybody else. It is of one thread, and does not fire at the keeper's exec (kernel/exit.c, forget_original_parent).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use theseus_resources::threads::{self, Role};
-
-use crate::signals::set_of;
+use theseus_resources::threads::{self, Role, set_of};
 
 /// Whether this VMM goes on without its keeper: as long as it has an update under way, which may be how the keeper
 /// died.
@@ -41,7 +39,7 @@ impl Drop for MayBeAlone {
     }
 }
 
-/// Starts the thread that waits for the end of the keeper, with SIGCONT blocked in all threads. `end`: what to do then.
+/// Starts the thread that waits for the end of the keeper. `end`: what to do then.
 pub fn start(end: impl Fn() + Send + 'static) -> std::io::Result<()> {
     let keeper = super::pid();
     Ok(threads::spawn(Role::KeeperWatch, move || watch(keeper, end)).map(drop)?)
@@ -50,7 +48,7 @@ pub fn start(end: impl Fn() + Send + 'static) -> std::io::Result<()> {
 fn watch(keeper: u32, end: impl Fn()) {
     // SAFETY: of this thread only; a constant signal number.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGCONT) };
-    let set = set_of([libc::SIGCONT].into_iter());
+    let set = set_of(&[libc::SIGCONT]);
     loop {
         // SAFETY: has no arguments and cannot fail.
         let parent = unsafe { libc::getppid() }.unsigned_abs();

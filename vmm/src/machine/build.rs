@@ -33,7 +33,7 @@ impl Machine {
             .kernel
             .as_deref()
             .ok_or_else(|| MachineError::Config("no kernel: give payload.kernel".into()))?;
-        super::fits::check(&config).map_err(MachineError::Config)?;
+        super::fits::check(&config)?;
         let vcpu_count = config.cpus.boot_vcpus;
         let ram = Arc::new(GuestRam::new(&host.fd_store, config.memory.size, pages(&config.memory))?);
         let memory = told(&ram)?;

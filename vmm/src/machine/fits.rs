@@ -34,73 +34,99 @@ struct Available {
     mapped: u64,
 }
 
-/// The reason why it cannot be had. What may become a problem is logged.
-pub fn check(config: &VmConfig) -> Result<(), String> {
+/// Why it cannot be had. Bytes.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lack {
+    #[error(
+        "RLIMIT_FSIZE is {} MiB, and the guest's RAM is a file (in memory) of {} MiB: ulimit -f unlimited, or \
+         LimitFSIZE=infinity",
+        mib(*limit), mib(*ram)
+    )]
+    FileSize { limit: u64, ram: u64 },
+    #[error(
+        "RLIMIT_AS is {} MiB, less than the guest's {} MiB of RAM and the VMM: ulimit -v unlimited, or LimitAS=infinity",
+        mib(*limit), mib(*ram)
+    )]
+    AddressSpace { limit: u64, ram: u64 },
+    #[error(
+        "the guest's {} MiB of RAM are huge pages, and {of} has {} MiB of them left: raise it, or take hugepages=off",
+        mib(*ram), mib(*free)
+    )]
+    HugePages { ram: u64, of: String, free: u64 },
+    #[error(
+        "the guest's {} MiB of RAM are more than this host has: {} MiB of memory without huge pages, {} MiB of swap",
+        mib(*ram), mib(*total), mib(*swap)
+    )]
+    Host { ram: u64, total: u64, swap: u64 },
+    #[error(
+        "the guest's {} MiB of RAM are needed at once ({why}), and {of} has {} MiB of free memory: free some, or give \
+         the guest less",
+        mib(*ram), mib(*free)
+    )]
+    AtOnce { ram: u64, why: &'static str, of: String, free: u64 },
+}
+
+/// What may become a problem. Bytes.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest has {} MiB of RAM, {of} {} MiB of free memory: it may be short of it once the guest has touched so much",
+    mib(*ram), mib(*free)
+)]
+struct MayLack {
+    ram: u64,
+    of: String,
+    free: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum FitError {
+    #[error(transparent)]
+    Lack(#[from] Lack),
+    #[error("the host's memory cannot be read: {0}")]
+    Unknown(#[from] io::Error),
+}
+
+fn mib(bytes: u64) -> u64 {
+    bytes >> 20
+}
+
+/// Whether it can be had. What may become a problem is logged.
+pub fn check(config: &VmConfig) -> Result<(), FitError> {
     let at_once = match config {
         _ if !config.devices.is_empty() => Some("the devices may do DMA to all of it"),
         _ if config.memory.prefault => Some("prefault=on touches all of it"),
         _ => None,
     };
     let wanted = Wanted { ram: config.memory.size, huge: config.memory.hugepages, at_once };
-    let available = Available::now().map_err(|error| format!("the host's memory cannot be read: {error}"))?;
-    match judge(&wanted, &available) {
-        Ok(None) => Ok(()),
-        Ok(Some(warning)) => {
-            log::warn!("{warning}");
-            Ok(())
-        }
-        Err(reason) => Err(reason),
+    if let Some(warning) = judge(&wanted, &Available::now()?)? {
+        log::warn!("{warning}");
     }
+    Ok(())
 }
 
-/// A warning, or the reason against it.
-fn judge(wanted: &Wanted, available: &Available) -> Result<Option<String>, String> {
+fn judge(wanted: &Wanted, available: &Available) -> Result<Option<MayLack>, Lack> {
     let Wanted { ram, huge, at_once } = *wanted;
     let Available { total, swap, ref room, ref huge_room, max_file, max_mapped, mapped } = *available;
-    let mib = |bytes: u64| bytes >> 20;
     if let Some(limit) = max_file.filter(|limit| *limit < ram) {
-        return Err(format!(
-            "RLIMIT_FSIZE is {} MiB, and the guest's RAM is a file (in memory) of {} MiB: ulimit -f unlimited, or LimitFSIZE=infinity",
-            mib(limit),
-            mib(ram)
-        ));
+        return Err(Lack::FileSize { limit, ram });
     }
     if let Some(limit) = max_mapped.filter(|limit| *limit < mapped.saturating_add(ram).saturating_add(OWN)) {
-        return Err(format!(
-            "RLIMIT_AS is {} MiB, less than the guest's {} MiB of RAM and the VMM: ulimit -v unlimited, or LimitAS=infinity",
-            mib(limit),
-            mib(ram)
-        ));
+        return Err(Lack::AddressSpace { limit, ram });
     }
     if huge {
-        return match huge_room {
-            Some(AvailableMemory { free, of }) if *free < ram => Err(format!(
-                "the guest's {} MiB of RAM are huge pages, and {of} has {} MiB of them left: raise it, or take hugepages=off",
-                mib(ram),
-                mib(*free)
-            )),
-            _ => Ok(None),
+        return match huge_room.clone().filter(|room| room.free < ram) {
+            Some(AvailableMemory { free, of }) => Err(Lack::HugePages { ram, of, free }),
+            None => Ok(None),
         };
     }
     if ram > total.saturating_add(swap) {
-        return Err(format!(
-            "the guest's {} MiB of RAM are more than this host has: {} MiB of memory without huge pages, {} MiB of swap",
-            mib(ram),
-            mib(total),
-            mib(swap)
-        ));
+        return Err(Lack::Host { ram, total, swap });
     }
-    let (of, free) = (&room.of, mib(room.free));
+    let AvailableMemory { free, of } = room.clone();
     match at_once {
-        Some(why) if ram > room.free => Err(format!(
-            "the guest's {} MiB of RAM are needed at once ({why}), and {of} has {free} MiB of free memory: free some, or give the guest less",
-            mib(ram)
-        )),
-        None if ram > room.free => Ok(Some(format!(
-            "the guest has {} MiB of RAM, {of} {free} MiB of free memory: it may be short of it once the guest has touched so much",
-            mib(ram)
-        ))),
-        _ => Ok(None),
+        _ if ram <= free => Ok(None),
+        Some(why) => Err(Lack::AtOnce { ram, why, of, free }),
+        None => Ok(Some(MayLack { ram, of, free })),
     }
 }
 
@@ -138,15 +164,15 @@ mod tests {
         let wanted = |ram, at_once| Wanted { ram, huge: false, at_once };
         let judge = |wanted: Wanted, host: &Available| judge(&wanted, host);
         assert_eq!(judge(wanted(8 * GIB, None), &host()), Ok(None));
-        assert!(judge(wanted(17 * GIB, None), &host()).unwrap().unwrap().contains("the host 8192 MiB"));
-        assert!(judge(wanted(17 * GIB + 1, None), &host()).unwrap_err().contains("16384 MiB of memory"));
+        assert!(judge(wanted(17 * GIB, None), &host()).unwrap().unwrap().to_string().contains("the host 8192 MiB"));
+        assert!(judge(wanted(17 * GIB + 1, None), &host()).unwrap_err().to_string().contains("16384 MiB of memory"));
         assert_eq!(judge(wanted(8 * GIB, Some("why")), &host()), Ok(None));
-        let error = judge(wanted(9 * GIB, Some("why")), &host()).unwrap_err();
+        let error = judge(wanted(9 * GIB, Some("why")), &host()).unwrap_err().to_string();
         assert!(error.contains("9216 MiB of RAM are needed at once (why)"), "{error}");
         let huge = || Wanted { ram: 99 * GIB, huge: true, at_once: Some("why") };
         assert_eq!(judge(huge(), &host()), Ok(None), "the pool says itself what it has");
         let bound = Available { huge_room: Some(AvailableMemory { free: GIB, of: "the cgroup".into() }), ..host() };
-        assert!(judge(huge(), &bound).unwrap_err().contains("the cgroup has 1024 MiB of them left"));
+        assert!(judge(huge(), &bound).unwrap_err().to_string().contains("the cgroup has 1024 MiB of them left"));
     }
 
     #[test]
@@ -158,8 +184,8 @@ mod tests {
             )
         };
         assert_eq!(limit(Some(GIB), Some(2 * GIB + OWN)), Ok(None));
-        assert!(limit(Some(GIB - 1), None).unwrap_err().contains("LimitFSIZE=infinity"));
-        assert!(limit(None, Some(2 * GIB)).unwrap_err().contains("ulimit -v unlimited"));
+        assert!(limit(Some(GIB - 1), None).unwrap_err().to_string().contains("LimitFSIZE=infinity"));
+        assert!(limit(None, Some(2 * GIB)).unwrap_err().to_string().contains("ulimit -v unlimited"));
     }
 
     #[test]
@@ -167,6 +193,6 @@ mod tests {
         check(&VmConfig::default()).unwrap();
         let mut config = VmConfig::default();
         config.memory.size = 1 << 60;
-        assert!(check(&config).unwrap_err().contains("more than this host has"));
+        assert!(check(&config).unwrap_err().to_string().contains("more than this host has"));
     }
 }

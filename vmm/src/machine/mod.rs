@@ -33,6 +33,7 @@ use theseus_resources::{FdStore, GuestRam, MemoryListeners, layout};
 use crate::boot::BootError;
 use crate::timeline::NotPassed;
 use crate::vcpus::{Shared, VcpuError, Vcpus};
+use fits::FitError;
 use passthrough::PassthroughDevices;
 use populate::Populating;
 
@@ -40,6 +41,8 @@ use populate::Populating;
 pub enum MachineError {
     #[error("{0}")]
     Config(String),
+    #[error(transparent)]
+    Fit(#[from] FitError),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error(transparent)]

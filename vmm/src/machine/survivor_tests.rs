@@ -199,15 +199,15 @@ fn survivor() {
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = freeze as *const () as usize;
-        assert_eq!(libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()), 0);
+        assert_eq!(libc::sigaction(libc::SIGTRAP, &action, std::ptr::null_mut()), 0);
     }
     while machine.vcpus.in_hand() < VCPUS as usize {
         std::thread::yield_now();
     }
-    // They die with their vCPUs in hand.
+    // They die with their vCPUs in hand, of what no thread has blocked.
     for (index, tid) in machine.vcpus.threads().into_iter().enumerate() {
         // SAFETY: a thread of this process.
-        assert_eq!(unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGUSR2) }, 0);
+        assert_eq!(unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGTRAP) }, 0);
         while FROZEN.load(Ordering::SeqCst) <= index {
             std::thread::yield_now();
         }

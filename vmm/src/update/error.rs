@@ -7,8 +7,11 @@ use theseus_resources::channel::ChannelError;
 use theseus_resources::fd_store::FdStoreError;
 use theseus_resources::state::StateError;
 
+use super::target::Unfit;
+use crate::keeper::KeeperError;
 use crate::machine::MachineError;
 use crate::timeline::{NotPassed, Phase};
+use crate::vcpus::VcpuError;
 
 /// In the words that a caller reads; the guest goes on as it was.
 #[derive(Debug, thiserror::Error)]
@@ -47,11 +50,13 @@ pub enum UpdateError {
     #[error("it did not get on within {0:?} (deadline_ms) and was killed")]
     Stuck(Duration),
     /// The keeper has not become the new image, or not all of it.
-    #[error("{0}")]
-    Keeper(String),
+    #[error(transparent)]
+    Keeper(#[from] KeeperError),
     /// The target's file is not what was checked any more.
-    #[error("{0}")]
-    Target(String),
+    #[error(transparent)]
+    Target(#[from] Unfit),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
     /// A thread of this VMM.
     #[error("{0}")]
     Panic(String),

@@ -15,11 +15,11 @@ use theseus_devices::device::Operation;
 use theseus_resources::Pages;
 
 use super::preflight::{self, Requirements};
-use super::rehearsed::{Rehearsed, rehearse};
+use super::rehearsed::{NotRehearsed, Rehearsed, rehearse};
 use super::rights::{Image, Wants};
 use super::saved::Blank;
 use super::standby::{NotStarted, Standby};
-use super::target::{self, Rehearsal, Target};
+use super::target::{self, Rehearsal, Target, Unfit};
 use super::{NotUpdated, UpdateContext, UpdateError, back_to};
 use crate::build_info;
 use crate::events::EventStream;
@@ -43,7 +43,7 @@ pub struct Order {
     /// Reasons against it so far.
     reasons: Vec<String>,
     needs: Requirements,
-    rehearsed: Result<Rehearsed, String>,
+    rehearsed: Result<Rehearsed, NotRehearsed>,
     /// The guest wants its end instead.
     given_up: Arc<AtomicBool>,
 }
@@ -116,12 +116,12 @@ impl Order {
         reasons.extend(preflight::reasons(&needs));
         reasons.extend(crate::logging::stands_still());
         let target = Target::open(&request, build_info::this(), &supervisor);
-        let target = target.map_err(|more| reasons.extend(more)).ok();
-        let rehearsed = rehearsed.map_err(|reason| reasons.push(reason)).ok();
+        let target = target.map_err(|more| reasons.extend(more.iter().map(Unfit::to_string))).ok();
+        let rehearsed = rehearsed.map_err(|reason| reasons.push(reason.to_string())).ok();
         let mut images = Vec::new();
         if let (Some(target), Some(rehearsed)) = (&target, &rehearsed) {
             let Rehearsal { reasons: more, capabilities } = target::ask(target, &rehearsed.bytes, &main);
-            reasons.extend(more);
+            reasons.extend(more.iter().map(Unfit::to_string));
             let image = |has| Image::new("the new image", &target.path, &target.file, has);
             images.extend(capabilities.map(image));
         }
@@ -140,7 +140,7 @@ impl Order {
         crate::heap::warm(needs.placements.len());
         let to = target.build.clone();
         let passed = timeline.pass(Phase::Prepare).map_err(UpdateError::from);
-        if let Err(error) = passed.and_then(|()| target.unchanged().map_err(UpdateError::Target)) {
+        if let Err(error) = passed.and_then(|()| Ok(target.unchanged()?)) {
             return Err(NotUpdated::refused(Some(to), vec![error.to_string()]));
         }
         if request.dry_run {
@@ -173,7 +173,7 @@ fn stand_by(
     let whole = |reason| NotStarted { reason, is_whole: true };
     crate::test_hooks::fault("become").map_err(UpdateError::Test).map_err(whole)?;
     // Whoever comes from here on waits, or meets the exec itself.
-    target.unchanged().map_err(UpdateError::Target).map_err(whole)?;
+    target.unchanged().map_err(UpdateError::from).map_err(whole)?;
     let program = if crate::test_hooks::fail_exec() { page.as_fd() } else { target.file.as_fd() };
     let blank = Blank::new("saved-state", rehearsed.room)
         .map_err(|error| whole(UpdateError::Memory { remedy: preflight::remedy(&error), source: error }))?;

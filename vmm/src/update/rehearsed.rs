@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
+use theseus_resources::state::StateError;
 use theseus_resources::{StateWriter, StoredFd};
 
 use super::UpdateContext;
@@ -22,23 +23,30 @@ pub struct Rehearsed {
     pub fds: Vec<StoredFd>,
 }
 
+/// Why the state of the running guest cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum NotRehearsed {
+    #[error("the present state cannot be saved: {0}")]
+    Machine(#[from] MachineError),
+    #[error("the present state cannot be saved: {0}")]
+    State(#[from] StateError),
+    #[error("the present state cannot be saved: cannot keep it: {0}")]
+    NotKept(#[from] std::io::Error),
+}
+
 /// A vCPU's part of a state, in bytes, about.
 const VCPU: usize = 16 << 10;
 
 /// The state as it is now, with the guest running: all of it but the vCPUs.
-pub fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Rehearsed, String> {
+pub fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Rehearsed, NotRehearsed> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
-    let mut encode = || -> Result<Rehearsed, MachineError> {
-        if let Some(machine) = &subject.machine {
-            machine.save(&mut writer, SaveScope::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;
-        }
-        // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
-        let (records, fds) = subject.host.fd_store.offer(&BTreeSet::new());
-        Handover::new(subject, None, records, None).encode(&mut writer)?;
-        let bytes = writer.finish()?;
-        let kept = |error| MachineError::Config(format!("cannot keep it: {error}"));
-        let room = bytes.len() + needs.placements.len() * VCPU;
-        Ok(Rehearsed { state: saved::seal("rehearsal", &bytes).map_err(kept)?, bytes, room, fds })
-    };
-    encode().map_err(|error| format!("the present state cannot be saved: {error}"))
+    if let Some(machine) = &subject.machine {
+        machine.save(&mut writer, SaveScope::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;
+    }
+    // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
+    let (records, fds) = subject.host.fd_store.offer(&BTreeSet::new());
+    Handover::new(subject, None, records, None).encode(&mut writer)?;
+    let bytes = writer.finish()?;
+    let room = bytes.len() + needs.placements.len() * VCPU;
+    Ok(Rehearsed { state: saved::seal("rehearsal", &bytes)?, bytes, room, fds })
 }

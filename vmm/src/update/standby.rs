@@ -71,8 +71,8 @@ impl Standby {
         let (ours, theirs) =
             Channel::pair().map_err(|source| whole(UpdateError::Os { what: "cannot make a socket", source }))?;
         let pidfd = keeper.update(program, theirs, page).map_err(|not| match not {
-            NotBecome::Refused(reason) => whole(UpdateError::Keeper(reason)),
-            NotBecome::Half(reason) => NotStarted { reason: UpdateError::Keeper(reason), is_whole: false },
+            NotBecome::Refused(reason) => whole(reason.into()),
+            NotBecome::Half(reason) => NotStarted { reason: reason.into(), is_whole: false },
         })?;
         Ok(Self {
             channel: ours,

@@ -32,11 +32,11 @@ use theseus_resources::state::StateError;
 use theseus_resources::survivor::{self, look};
 use theseus_resources::threads::{self, Role, ThreadError};
 
-use crate::boot::Entry;
+use crate::boot::{BootError, Entry};
 use crate::spin::Spin;
 use answers::{Answers, Command};
 use checks::Checks;
-use placement::Placement;
+use placement::{PinError, Placement};
 use processor::Processor;
 use saved::{EncodedVcpu, SavedVcpu};
 pub use signal::install_kick_handler;
@@ -48,8 +48,10 @@ const ANSWER: Duration = Duration::from_secs(30);
 pub enum VcpuError {
     #[error("vCPU {index}: {source}")]
     Hypervisor { index: u32, source: theseus_hypervisor::Error },
-    #[error("vCPU {index}: {reason}")]
-    Boot { index: u32, reason: String },
+    #[error("vCPU {index}: {source}")]
+    Pin { index: u32, source: PinError },
+    #[error("vCPU {index}: {source}")]
+    Boot { index: u32, source: BootError },
     #[error(transparent)]
     Thread(#[from] ThreadError),
     #[error("{missing} of {all} vCPUs did not stop within {within:?}: is a device of theirs hung?")]

@@ -2,10 +2,26 @@
 //!
 //! New threads inherit main's, so the update saves and restores it thread by thread.
 
+use std::io;
 use std::path::PathBuf;
 
 use rustix::process::Resource;
 use serde::{Deserialize, Serialize};
+
+/// What a thread could not be given.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct ScheduleError {
+    what: &'static str,
+    source: io::Error,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("cpus.affinity {cpus:?}: {source}: are these CPUs online, and in the cpuset of the VMM?")]
+pub struct PinError {
+    cpus: Vec<u32>,
+    source: ScheduleError,
+}
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
@@ -68,14 +84,14 @@ impl Placement {
 
     /// Gives affinity, policy, priority and nice value to a thread of this process (0: the calling one), if they are
     /// known. The error is the last that there was, and names what could not be had.
-    pub fn schedule(&self, tid: libc::pid_t) -> Result<(), String> {
+    pub fn schedule(&self, tid: libc::pid_t) -> Result<(), ScheduleError> {
         if self.affinity.is_empty() {
             return Ok(());
         }
         let mut done = Ok(());
-        let mut note = |ok: bool, what: &str| {
+        let mut note = |ok: bool, what| {
             if !ok {
-                done = Err(format!("{what}: {}", std::io::Error::last_os_error()));
+                done = Err(ScheduleError { what, source: io::Error::last_os_error() });
             }
         };
         // SAFETY: the kernel reads as many bytes as we say.
@@ -92,16 +108,15 @@ impl Placement {
 }
 
 /// The calling thread runs on these CPUs of the host from now on.
-pub fn pin(cpus: &[u32]) -> Result<(), String> {
+pub fn pin(cpus: &[u32]) -> Result<(), PinError> {
     let mut mask = vec![0u8; MASK_BYTES];
     for cpu in cpus {
         if let Some(byte) = mask.get_mut(*cpu as usize / 8) {
             *byte |= 1 << (cpu % 8);
         }
     }
-    Placement { affinity: mask, ..Placement::of(0) }.schedule(0).map_err(|error| {
-        format!("cpus.affinity {cpus:?}: {error}: are these CPUs online, and in the cpuset of the VMM?")
-    })
+    let placement = Placement { affinity: mask, ..Placement::of(0) };
+    placement.schedule(0).map_err(|source| PinError { cpus: cpus.into(), source })
 }
 
 /// What a process may do with the scheduling of its own threads (sched(7), setpriority(2)).

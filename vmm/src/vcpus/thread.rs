@@ -15,7 +15,7 @@ use super::checks::Checks;
 use super::owed::Owed;
 use super::processor::Processor;
 use super::saved;
-use super::{Introduction, Shared, Start, VcpuError, placement, signal};
+use super::{Introduction, Shared, Start, VcpuError, placement};
 use crate::boot;
 use crate::memory_errors;
 use crate::panics::panic_text;
@@ -43,7 +43,6 @@ impl Body {
     }
 
     pub(super) fn main(&self, start: Start, vm: &Receiver<ReadyVm>, introduce: &Sender<Introduction>) {
-        signal::unblock_kick();
         if let Start::Prewarm(_, placement) = &start {
             placement.apply(self.index);
         }
@@ -158,7 +157,7 @@ impl Body {
             Start::Prewarm(shape, _) => vcpu.prewarm(&shape).map_err(|source| self.error(source))?,
             Start::Boot { mut cpuid, msrs, entry, host_cpus } => {
                 if let Some(cpus) = host_cpus {
-                    placement::pin(&cpus).map_err(|reason| VcpuError::Boot { index: self.index, reason })?;
+                    placement::pin(&cpus).map_err(|source| VcpuError::Pin { index: self.index, source })?;
                 }
                 boot::cpuid::timing::describe(&mut cpuid, vcpu.tsc_khz());
                 vcpu.set_cpuid(&cpuid).map_err(|source| self.error(source))?;
@@ -166,7 +165,7 @@ impl Body {
                 if let Some((entry, ram)) = entry {
                     let mut sregs = vcpu.sregs().map_err(|source| self.error(source))?;
                     let regs = boot::boot_regs(ram.memory(), entry, &mut sregs)
-                        .map_err(|error| VcpuError::Boot { index: self.index, reason: error.to_string() })?;
+                        .map_err(|source| VcpuError::Boot { index: self.index, source })?;
                     vcpu.set_registers(&regs, &sregs).map_err(|source| self.error(source))?;
                 }
                 vcpu.keep_to_offers().map_err(|source| self.error(source))?;

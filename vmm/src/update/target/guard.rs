@@ -20,6 +20,43 @@ const BY_OTHERS: u32 = 0o002;
 /// fcntl(2); libc lacks it for this platform.
 const F_SETSIG: libc::c_int = 10;
 
+/// Why somebody could change the file, or has.
+#[derive(Debug, thiserror::Error)]
+pub enum Unguarded {
+    #[error("belongs to user {owner}, who could change it between check and exec: chown it to {}", runner(*own))]
+    OfOthers { owner: u32, own: u32 },
+    #[error("is writable by its group, or by others of its ACL: chmod g-w, or it could change between check and exec")]
+    ByGroup,
+    #[error("is writable by everybody: chmod o-w, or it could change between check and exec")]
+    ByOthers,
+    #[error("is setuid or setgid: the new image would not run as who runs this one: chmod ug-s")]
+    SetId,
+    #[error("is on a FUSE file system, whose server may give other bytes at every read: copy it to a local one")]
+    Fuse,
+    #[error("is open for writing, or its file system gives no leases: close it, or {TO_ROOT}")]
+    NotLeased,
+    #[error(
+        "could change between check and exec, as its file system gives no leases ({0}; sysctl fs.leases-enable is to \
+         be 1): {TO_ROOT}, or copy it to a local file system"
+    )]
+    NoLeases(io::Error),
+    #[error("is open for writing: close it (fuser -v tells by whom)")]
+    OpenForWriting,
+    #[error("was opened for writing, or truncated, after it was checked: put a new build beside it and rename it")]
+    Rewritten,
+    #[error("cannot be looked at again: {0}")]
+    NotSeen(io::Error),
+    #[error(transparent)]
+    Os(#[from] io::Error),
+}
+
+const TO_ROOT: &str = "give it to root (chown root, chmod go-w)";
+
+/// Who may have a file that the user `own` is to run.
+fn runner(own: u32) -> String {
+    if own == 0 { "root".into() } else { format!("root or to user {own}, who runs this VMM") }
+}
+
 /// What of a file decides who can change it.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts {
@@ -41,30 +78,24 @@ impl Facts {
     }
 
     /// Every reason against a file that the user `own` is to run.
-    pub fn reasons(self, own: u32) -> Vec<String> {
+    pub fn reasons(self, own: u32) -> Vec<Unguarded> {
         let Self { owner, mode, fuse } = self;
         let mut reasons = Vec::new();
         if owner != 0 && owner != own {
-            let whom = if own == 0 { "root".to_owned() } else { format!("root or to user {own}, who runs this VMM") };
-            reasons.push(format!(
-                "belongs to user {owner}, who could change it between check and exec: chown it to {whom}"
-            ));
+            reasons.push(Unguarded::OfOthers { owner, own });
         }
         // With an ACL these bits are its mask: without them no entry of it gives anybody the right to write (acl(5)).
         if mode & BY_GROUP != 0 {
-            reasons.push("is writable by its group, or by others of its ACL: chmod g-w, or it could change between check and exec".into());
+            reasons.push(Unguarded::ByGroup);
         }
         if mode & BY_OTHERS != 0 {
-            reasons.push("is writable by everybody: chmod o-w, or it could change between check and exec".into());
+            reasons.push(Unguarded::ByOthers);
         }
         if mode & SETUID_OR_SETGID != 0 {
-            reasons.push("is setuid or setgid: the new image would not run as who runs this one: chmod ug-s".into());
+            reasons.push(Unguarded::SetId);
         }
         if fuse {
-            reasons.push(
-                "is on a FUSE file system, whose server may give other bytes at every read: copy it to a local one"
-                    .into(),
-            );
+            reasons.push(Unguarded::Fuse);
         }
         reasons
     }
@@ -76,25 +107,18 @@ impl Facts {
 }
 
 /// Takes a read lease, which lasts as long as the file is open here or in a process that has inherited it.
-pub fn lease(file: &File) -> Result<(), String> {
-    let Err(error) = take(file) else { return Ok(()) };
-    let remedy = "give it to root (chown root, chmod go-w)";
-    Err(match error.raw_os_error() {
-        Some(libc::EAGAIN) => format!("is open for writing, or its file system gives no leases: close it, or {remedy}"),
-        _ => format!(
-            "could change between check and exec, as its file system gives no leases ({error}; sysctl fs.leases-enable is to be 1): {remedy}, \
-             or copy it to a local file system"
-        ),
+pub fn lease(file: &File) -> Result<(), Unguarded> {
+    take(file).map_err(|error| match error.raw_os_error() {
+        Some(libc::EAGAIN) => Unguarded::NotLeased,
+        _ => Unguarded::NoLeases(error),
     })
 }
 
 /// Whether nobody has the file open for writing: of one that is root's by now, somebody else may. Only root may ask.
-pub fn nobody_writes(file: &File) -> Result<(), String> {
+pub fn nobody_writes(file: &File) -> Result<(), Unguarded> {
     match take(file) {
-        Ok(()) => fcntl(file, libc::F_SETLEASE, libc::F_UNLCK).map(|_| ()).map_err(|error| error.to_string()),
-        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && !is_remote(file) => {
-            Err("is open for writing: close it (fuser -v tells by whom)".into())
-        }
+        Ok(()) => Ok(fcntl(file, libc::F_SETLEASE, libc::F_UNLCK).map(drop)?),
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && !is_remote(file) => Err(Unguarded::OpenForWriting),
         // No leases here, and so no answer.
         Err(_) => Ok(()),
     }
@@ -113,14 +137,11 @@ fn take(file: &File) -> io::Result<()> {
 
 /// Whether a lease that was taken is still there. What breaks it changes nothing as long as it is (lease-break-time, 45
 /// s by default).
-pub fn lease_holds(file: &File) -> Result<(), String> {
+pub fn lease_holds(file: &File) -> Result<(), Unguarded> {
     match fcntl(file, libc::F_GETLEASE, 0) {
         Ok(libc::F_RDLCK) => Ok(()),
-        Ok(_) => {
-            Err("was opened for writing, or truncated, after it was checked: put a new build beside it and rename it"
-                .into())
-        }
-        Err(error) => Err(format!("cannot be looked at again: {error}")),
+        Ok(_) => Err(Unguarded::Rewritten),
+        Err(error) => Err(Unguarded::NotSeen(error)),
     }
 }
 
@@ -140,7 +161,7 @@ mod tests {
     #[test]
     fn only_root_and_the_own_user_can_change_it() {
         let file = |owner, mode: u32| Facts { owner, mode: 0o100_000 | mode, fuse: false };
-        let of = |facts: Facts, own| facts.reasons(own).join("; ");
+        let of = |facts: Facts, own| facts.reasons(own).iter().map(|reason| format!("{reason}; ")).collect::<String>();
         for (owner, own, mode) in [(0, 0, 0o755), (0, 7, 0o755), (7, 7, 0o700), (7, 7, 0o555)] {
             assert_eq!(of(file(owner, mode), own), "", "{owner} {own} {mode:o}");
         }
@@ -171,7 +192,7 @@ mod tests {
         let copy = file.try_clone().unwrap();
         drop(file);
         assert_eq!(open(&path, true).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        assert!(lease_holds(&copy).unwrap_err().contains("opened for writing"));
+        assert!(lease_holds(&copy).unwrap_err().to_string().contains("opened for writing"));
         drop(copy);
 
         let file = open(&path, false).unwrap();
@@ -197,7 +218,7 @@ mod tests {
         let file = open(&path, false).unwrap();
         nobody_writes(&file).unwrap();
         let _writer = open(&path, true).unwrap();
-        assert!(nobody_writes(&file).unwrap_err().contains("is open for writing"));
-        assert!(lease(&file).unwrap_err().contains("is open for writing"));
+        assert!(nobody_writes(&file).unwrap_err().to_string().contains("is open for writing"));
+        assert!(lease(&file).unwrap_err().to_string().contains("is open for writing"));
     }
 }

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::thread::CapabilitySet;
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::StateReader;
 use theseus_resources::state::{Format, Section, StateError};
 
-use super::Target;
+use super::{Target, Unfit};
 use crate::build_info;
 use crate::main_thread::{Ended, MainThread};
 use crate::update::saved::{self, Opened};
@@ -32,10 +32,30 @@ pub struct Verdict {
     pub writes: Vec<(String, u16)>,
 }
 
+/// Why a dry run says no, or nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum DryRunError {
+    #[error("cannot run it: {0}")]
+    NotRun(std::io::Error),
+    #[error("no verdict within {0:?}")]
+    Late(Duration),
+    #[error("no verdict: it ended with {status}{}", if said.is_empty() { said.clone() } else { format!(", and said: {said}") })]
+    NoVerdict { status: ExitStatus, said: String },
+    #[error("it calls itself build {own}, its file says {note}")]
+    OtherBuild { own: String, note: String },
+    #[error("it writes version {theirs} of '{kind}', which this build (version {ours}) could not take back")]
+    OneWay { kind: String, theirs: u16, ours: u16 },
+    /// In its own words.
+    #[error("{0}")]
+    Unreadable(String),
+    #[error(transparent)]
+    Os(#[from] std::io::Error),
+}
+
 /// What a dry run has shown.
 pub struct Rehearsal {
     /// Every reason against the target; empty if there is none.
-    pub reasons: Vec<String>,
+    pub reasons: Vec<Unfit>,
     /// Of the target after its exec. None if it did not get that far.
     pub capabilities: Option<CapabilitySet>,
 }
@@ -43,29 +63,28 @@ pub struct Rehearsal {
 /// In the running image.
 pub fn ask(target: &Target, state: &[u8], main: &MainThread) -> Rehearsal {
     let mut capabilities = None;
-    let verdict = converse(target, state, main, &mut capabilities);
-    let reasons = verdict.and_then(|verdict| judge(target, verdict)).err().unwrap_or_default();
-    let tell = |reason| format!("binary {}: dry run: {reason}", target.path.display());
-    Rehearsal { reasons: reasons.into_iter().map(tell).collect(), capabilities }
+    let reasons = match converse(target, state, main, &mut capabilities) {
+        Ok(verdict) => judge(target, verdict),
+        Err(error) => vec![error],
+    };
+    let unfit = |reason: DryRunError| Unfit { path: target.path.clone(), reason: reason.into() };
+    Rehearsal { reasons: reasons.into_iter().map(unfit).collect(), capabilities }
 }
 
-fn judge(target: &Target, verdict: Verdict) -> Result<(), Vec<String>> {
-    if verdict.build_id != target.build.build_id {
-        let (note, own) = (&target.build.build_id, &verdict.build_id);
-        return Err(vec![format!("it calls itself build {own}, its file says {note}")]);
+/// Every reason against the target; empty if there is none.
+fn judge(target: &Target, verdict: Verdict) -> Vec<DryRunError> {
+    let Verdict { build_id: own, reasons, writes } = verdict;
+    if own != target.build.build_id {
+        return vec![DryRunError::OtherBuild { own, note: target.build.build_id.clone() }];
     }
-    let mut reasons = verdict.reasons;
-    reasons.extend(one_way(&verdict.writes, &saved::formats()));
-    if reasons.is_empty() { Ok(()) } else { Err(reasons) }
+    reasons.into_iter().map(DryRunError::Unreadable).chain(one_way(&writes, &saved::formats())).collect()
 }
 
 /// Which of the sections that it `writes` we could not read, who have the formats `ours`.
-fn one_way(writes: &[(String, u16)], ours: &[Format]) -> Vec<String> {
+fn one_way(writes: &[(String, u16)], ours: &[Format]) -> Vec<DryRunError> {
     let unreadable = writes.iter().filter_map(|(kind, theirs)| {
         let Format { version, .. } = format_of(kind, ours).filter(|ours| !ours.can_read(*theirs))?;
-        Some(format!(
-            "it writes version {theirs} of '{kind}', which this build (version {version}) could not take back"
-        ))
+        Some(DryRunError::OneWay { kind: kind.clone(), theirs: *theirs, ours: *version })
     });
     unreadable.collect()
 }
@@ -79,30 +98,27 @@ fn converse(
     state: &[u8],
     main: &MainThread,
     capabilities: &mut Option<CapabilitySet>,
-) -> Result<Verdict, Vec<String>> {
-    let text = |error: std::io::Error| vec![error.to_string()];
-    let memfd = || {
-        let fd = rustix::fs::memfd_create("check-update", rustix::fs::MemfdFlags::CLOEXEC);
-        fd.map(File::from).map_err(|error| vec![error.to_string()])
+) -> Result<Verdict, DryRunError> {
+    let memfd = || -> std::io::Result<File> {
+        Ok(rustix::fs::memfd_create("check-update", rustix::fs::MemfdFlags::CLOEXEC)?.into())
     };
     let mut input = memfd()?;
     // A file rather than a pipe: nothing can block on it, whatever the target does.
     let mut output = memfd()?;
     let mut complaints = memfd()?;
-    input.write_all(state).and_then(|()| input.rewind()).map_err(text)?;
+    input.write_all(state).and_then(|()| input.rewind())?;
     let mut command = alone(target.file.as_raw_fd(), "--check-update");
     command.envs(crate::test_hooks::environment());
-    command.stdin(Stdio::from(OwnedFd::from(input))).stdout(output.try_clone().map_err(text)?);
-    command.stderr(complaints.try_clone().map_err(text)?);
-    let ended = main.spawn(command, PATIENCE).map_err(|error| vec![format!("cannot run it: {error}")])?;
-    let Ended { status, capabilities: had } = ended.ok_or_else(|| vec![format!("no verdict within {PATIENCE:?}")])?;
+    command.stdin(Stdio::from(OwnedFd::from(input))).stdout(output.try_clone()?);
+    command.stderr(complaints.try_clone()?);
+    let ended = main.spawn(command, PATIENCE).map_err(DryRunError::NotRun)?;
+    let Ended { status, capabilities: had } = ended.ok_or(DryRunError::Late(PATIENCE))?;
     *capabilities = Some(had);
     let mut json = String::new();
-    output.rewind().and_then(|()| output.read_to_string(&mut json)).map_err(text)?;
+    output.rewind().and_then(|()| output.read_to_string(&mut json))?;
     serde_json::from_str(&json).map_err(|_| {
         let said = complaints.rewind().map(|()| last_line(&mut complaints)).unwrap_or_default();
-        let said = if said.is_empty() { said } else { format!(", and said: {said}") };
-        vec![format!("no verdict: it ended with {status}{said}")]
+        DryRunError::NoVerdict { status, said }
     })
 }
 
@@ -228,7 +244,7 @@ mod tests {
     fn a_step_of_one_version_leads_both_ways() {
         let writes = [("vcpu", 3), ("ram", 2), ("new", 9)].map(|(kind, version)| (kind.to_owned(), version));
         let reasons = one_way(&writes, &OURS);
-        assert!(matches!(&reasons[..], [one] if one.contains("version 3 of 'vcpu'")), "{reasons:?}");
+        assert!(matches!(&reasons[..], [one] if one.to_string().contains("version 3 of 'vcpu'")), "{reasons:?}");
         let verdict: Verdict = serde_json::from_str(r#"{"build_id":"a","reasons":[]}"#).unwrap();
         assert!(verdict.writes.is_empty(), "a verdict of the format before");
     }

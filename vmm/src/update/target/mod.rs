@@ -1,5 +1,6 @@
 //! The build to update to: the file, opened once and from then on known by its fd, and what it says to our state.
 
+mod error;
 mod guard;
 mod handshake;
 mod named;
@@ -16,6 +17,7 @@ use theseus_api::types::{BuildInfo, UpdateRequest};
 use crate::build_info::elf;
 use crate::supervisor::Supervisor;
 
+pub use error::{Reason, Unfit};
 use guard::Facts;
 pub use handshake::{Rehearsal, answer, ask};
 pub use named::started_from;
@@ -32,77 +34,80 @@ pub struct Target {
 impl Target {
     /// Opens and checks the file; on failure all the reasons that could be found. `supervisor`: what is run where the
     /// request names no file, and the only folder that it may be in.
-    pub fn open(request: &UpdateRequest, running: &BuildInfo, supervisor: &Supervisor) -> Result<Self, Vec<String>> {
+    pub fn open(request: &UpdateRequest, running: &BuildInfo, supervisor: &Supervisor) -> Result<Self, Vec<Unfit>> {
         let path = match &request.binary {
             Some(path) => path.clone(),
-            None => named::default_path(supervisor.started_from()).map_err(|reason| vec![reason])?,
+            None => named::default_path(supervisor.started_from())
+                .map_err(|error| vec![Unfit { path: named::EXE.into(), reason: error.into() }])?,
         };
-        let say = |reason: String| format!("binary {}: {reason}", path.display());
+        Self::check(&path, request, running, supervisor)
+            .map_err(|reasons| reasons.into_iter().map(|reason| Unfit { path: path.clone(), reason }).collect())
+    }
+
+    fn check(
+        path: &Path,
+        request: &UpdateRequest,
+        running: &BuildInfo,
+        supervisor: &Supervisor,
+    ) -> Result<Self, Vec<Reason>> {
         // Not blocking: the path may name a FIFO that nobody writes to.
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
-        let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty())
-            .map_err(|error| vec![say(format!("cannot be opened: {error}"))])?;
+        let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+            .map_err(|error| vec![Reason::NotOpened(error.into())])?;
         let file = File::from(file);
-        let meta = file.metadata().map_err(|error| vec![say(error.to_string())])?;
+        let meta = file.metadata().map_err(|error| vec![error.into()])?;
         if !meta.is_file() {
-            return Err(vec![say("is not a regular file".into())]);
+            return Err(vec![Reason::NotAFile]);
         }
         let mut reasons = Vec::new();
-        if let Some(allowed) = supervisor.update_dir()
-            && let Err(reason) = is_below(&file, allowed)
-        {
-            reasons.push(say(reason));
+        if let Some(allowed) = supervisor.update_dir() {
+            reasons.extend(is_below(&file, allowed).err());
         }
         // Before it is read.
-        let facts = Facts::of(&file).map_err(|error| vec![say(error.to_string())])?;
+        let facts = Facts::of(&file).map_err(|error| vec![error.into()])?;
         let own = rustix::process::geteuid().as_raw();
-        reasons.extend(facts.reasons(own).into_iter().map(say));
+        reasons.extend(facts.reasons(own).into_iter().map(Reason::from));
         let leased = facts.wants_lease() && facts.owner == own;
         let still = match leased {
             true => guard::lease(&file),
             false => guard::nobody_writes(&file),
         };
-        reasons.extend(still.err().map(say));
+        reasons.extend(still.err().map(Reason::from));
         let (here, may) = (rustix::fs::CWD, rustix::fs::Access::EXEC_OK);
         if meta.permissions().mode() & 0o111 == 0 {
-            reasons.push(say("is not executable: chmod +x".into()));
+            reasons.push(Reason::NotExecutable);
         } else if let Err(error) = rustix::fs::accessat(here, by_fd(&file), may, rustix::fs::AtFlags::EACCESS) {
-            reasons.push(say(format!(
-                "may not be executed: {error}: by this user, or is its file system mounted noexec?"
-            )));
+            reasons.push(Reason::MayNotExecute(error.into()));
         }
-        let inspected = file.try_clone().map_err(|error| error.to_string()).and_then(elf::inspect_file);
-        let build = match inspected {
-            Err(reason) => Err(say(reason)),
-            Ok(elf::Found { version: None, .. }) => Err(say("is not a build of Theseus".into())),
-            Ok(elf::Found { version: Some(version), build_id }) => Ok(BuildInfo { version, build_id }),
-        };
+        let inspected = file.try_clone().map_err(Reason::from).and_then(|file| Ok(elf::inspect_file(file)?));
+        let build = inspected.and_then(|elf::Found { version, build_id }| match version {
+            None => Err(Reason::Foreign),
+            Some(version) => Ok(BuildInfo { version, build_id }),
+        });
         if let Some(wanted) = &request.sha256 {
             match sha256(&file) {
                 Ok(found) if found.eq_ignore_ascii_case(wanted) => {}
-                Ok(found) => reasons.push(say(format!("its SHA-256 is {found}, not {wanted}"))),
-                Err(error) => reasons.push(say(format!("cannot be read: {error}"))),
+                Ok(found) => reasons.push(Reason::Sum { found, wanted: wanted.clone() }),
+                Err(error) => reasons.push(Reason::NotRead(error)),
             }
         }
-        match build {
-            Ok(build) => {
-                if !request.allow_downgrade && older(&build.version, &running.version) {
-                    let (to, from) = (&build.version, &running.version);
-                    reasons.push(say(format!("version {to} is older than the running {from}: say allow_downgrade")));
-                }
-                if reasons.is_empty() { Ok(Self { path, file, build, leased }) } else { Err(reasons) }
-            }
+        let build = match build {
+            Ok(build) => build,
             Err(reason) => {
                 reasons.push(reason);
-                Err(reasons)
+                return Err(reasons);
             }
+        };
+        if !request.allow_downgrade && older(&build.version, &running.version) {
+            reasons.push(Reason::Older { to: build.version.clone(), from: running.version.clone() });
         }
+        if reasons.is_empty() { Ok(Self { path: path.into(), file, build, leased }) } else { Err(reasons) }
     }
 
-    /// Whether it still is what was checked; the error is a reason.
-    pub fn unchanged(&self) -> Result<(), String> {
+    /// Whether it still is what was checked.
+    pub fn unchanged(&self) -> Result<(), Unfit> {
         let held = if self.leased { guard::lease_holds(&self.file) } else { Ok(()) };
-        held.map_err(|reason| format!("binary {}: {reason}", self.path.display()))
+        held.map_err(|reason| Unfit { path: self.path.clone(), reason: reason.into() })
     }
 }
 
@@ -112,13 +117,11 @@ fn by_fd(file: &File) -> PathBuf {
 }
 
 /// Where the open file really is, whatever links led to it.
-fn is_below(file: &File, folder: &Path) -> Result<(), String> {
-    let folder = folder.canonicalize().map_err(|error| format!("--update-dir {}: {error}", folder.display()))?;
-    let real = std::fs::read_link(by_fd(file)).map_err(|error| error.to_string())?;
-    if real.starts_with(&folder) {
-        return Ok(());
-    }
-    Err(format!("is at {}, not below {} (--update-dir)", real.display(), folder.display()))
+fn is_below(file: &File, folder: &Path) -> Result<(), Reason> {
+    let no_folder = |source| Reason::NoFolder { folder: folder.into(), source };
+    let folder = folder.canonicalize().map_err(no_folder)?;
+    let real = std::fs::read_link(by_fd(file))?;
+    if real.starts_with(&folder) { Ok(()) } else { Err(Reason::Elsewhere { real, folder }) }
 }
 
 fn sha256(file: &File) -> std::io::Result<String> {
@@ -158,6 +161,7 @@ mod tests {
         let request =
             UpdateRequest { binary: Some(path.into()), sha256: sha256.map(str::to_owned), ..Default::default() };
         Target::open(&request, crate::build_info::this(), &Supervisor::default())
+            .map_err(|reasons| reasons.iter().map(Unfit::to_string).collect())
     }
 
     #[test]
@@ -169,7 +173,7 @@ mod tests {
         let link = inside.path().join("link");
         std::os::unix::fs::symlink(&bad, &link).unwrap();
         is_below(&File::open(&good).unwrap(), inside.path()).unwrap();
-        assert!(is_below(&File::open(&link).unwrap(), inside.path()).unwrap_err().contains("--update-dir"));
+        assert!(is_below(&File::open(&link).unwrap(), inside.path()).unwrap_err().to_string().contains("--update-dir"));
     }
 
     #[test]

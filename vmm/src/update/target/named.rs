@@ -3,11 +3,12 @@
 //! The name and not the file: a package upgrade replaces the file, or moves a symbolic link to another folder.
 
 use std::ffi::{CStr, OsStr};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-const EXE: &str = "/proc/self/exe";
+pub const EXE: &str = "/proc/self/exe";
 
 /// The name by which this process was started, absolute; to be asked at the start. None where it was started by a
 /// descriptor and no argument tells, either.
@@ -37,11 +38,11 @@ fn name_of(name: &Path) -> Option<PathBuf> {
 }
 
 /// What is now called as the running file was; where that name is not known, what is now in the file's place.
-pub fn default_path(started_from: Option<&Path>) -> Result<PathBuf, String> {
+pub fn default_path(started_from: Option<&Path>) -> io::Result<PathBuf> {
     if let Some(name) = started_from {
         return Ok(name.into());
     }
-    let path = std::fs::read_link(EXE).map_err(|error| format!("{EXE}: {error}"))?;
+    let path = std::fs::read_link(EXE)?;
     Ok(match path.to_str().and_then(|text| text.strip_suffix(" (deleted)")) {
         Some(original) => original.into(),
         None => path,
@@ -61,13 +62,13 @@ mod tests {
         let link = dir.path().join("theseus");
         std::os::unix::fs::symlink(&exe, &link).unwrap();
         assert_eq!(name_of(&link), Some(link.clone()));
-        assert_eq!(default_path(Some(&link)), Ok(link));
+        assert_eq!(default_path(Some(&link)).unwrap(), link);
         let fd = std::fs::File::open(&exe).unwrap();
         use std::os::fd::AsRawFd;
         for wrong in [format!("/dev/fd/{}", fd.as_raw_fd()), EXE.into(), "/bin/sh".into(), "theseus".into(), "".into()]
         {
             assert_eq!(name_of(Path::new(&wrong)), None, "{wrong}");
         }
-        assert_eq!(default_path(None), Ok(exe));
+        assert_eq!(default_path(None).unwrap(), exe);
     }
 }
