@@ -59,14 +59,22 @@ fn group_id(text: &str) -> Result<u32, ArgError> {
 }
 
 /// Whom the server lets in, beside root and its own user. Goes over with an update.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Peers {
     /// Those named.
     uids: Vec<u32>,
     /// Those of a group, to whom the operator has opened the socket.
     gid: Option<u32>,
     /// Everybody else.
+    others: bool,
+}
+
+/// [`Peers`] in the saved state.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PeersHandles {
+    uids: Vec<u32>,
+    gid: Option<u32>,
     others: bool,
 }
 
@@ -95,6 +103,16 @@ impl ApiListen {
 }
 
 impl Peers {
+    pub fn save(&self) -> PeersHandles {
+        let Self { uids, gid, others } = self.clone();
+        PeersHandles { uids, gid, others }
+    }
+
+    pub fn restore(handles: PeersHandles) -> Self {
+        let PeersHandles { uids, gid, others } = handles;
+        Self { uids, gid, others }
+    }
+
     pub fn admit(&self, peer: &Peer) -> bool {
         let Self { uids, gid, others } = self;
         let own = rustix::process::geteuid().as_raw();

@@ -5,15 +5,17 @@
 
 use std::sync::Arc;
 
-use theseus_resources::state::{Format, StateError};
+use serde::{Deserialize, Serialize};
+use theseus_resources::state::{Format, Kind, StateError};
 use theseus_resources::{Claims, StateReader};
 
 use crate::device::{Catalogued, Device, DeviceError, Surroundings};
 use crate::host_bridge::{config_access::PciConfigAccess, function::HostBridge};
 use crate::legacy::{cmos::Cmos, i8042::I8042, pm::Pm, serial::SerialDevice};
-use crate::migratable::{self, Migratable, MigrateError};
+use crate::migratable::{self, Handles, MigrateError, Saved};
 use crate::spec::Spec;
-use crate::vfio::{Passthrough, VfioPci};
+use crate::vfio::VfioPci;
+use crate::vfio::saved::{PassthroughHandles, VfioPciHandles};
 
 /// In the order in which a machine gets them.
 pub const DEVICES: &[Entry] = &[
@@ -30,8 +32,22 @@ pub const DEVICES: &[Entry] = &[
 /// Of the section that lists the others.
 pub const MANIFEST: Format = Format::new("device-manifest", 1);
 
+/// Which devices a guest has.
+#[derive(Serialize, Deserialize)]
+pub struct Manifest {
+    pub devices: Vec<Listed>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Listed {
+    /// The name of the device, and of its sections.
+    pub name: String,
+    pub kind: String,
+}
+
 /// Kinds that are made ready before the guest stands still, and have their own order (vmm/src/machine/passthrough.rs).
-const PASSTHROUGH: &[Format] = &[Passthrough::FORMAT, VfioPci::FORMAT];
+const PASSTHROUGH: &[Option<Kind>] =
+    &[PassthroughHandles::KIND, Some(migratable::state_kind::<VfioPci>()), VfioPciHandles::KIND];
 
 /// A device whose state was read, and which is not made yet.
 pub trait Decoded {
@@ -42,15 +58,13 @@ pub trait Decoded {
     ) -> Result<Arc<dyn Device>, MigrateError>;
 }
 
-struct State<D: Migratable>(D::State);
-
-impl<D: Catalogued> Decoded for State<D> {
+impl<D: Catalogued> Decoded for Saved<D> {
     fn restore(
         self: Box<Self>,
         around: &Surroundings<'_>,
         claims: &mut Claims,
     ) -> Result<Arc<dyn Device>, MigrateError> {
-        Ok(D::restore(self.0, D::parts(around, claims))?.share())
+        Ok(D::restore(*self, D::parts(around, claims))?.share())
     }
 }
 
@@ -61,13 +75,15 @@ type Decode = fn(&str, &mut StateReader<'_>) -> Result<Box<dyn Decoded>, StateEr
 
 pub struct Entry {
     /// Of its sections in the saved state.
-    pub format: Format,
+    pub state: Kind,
+    pub handles: Option<Kind>,
     pub boot: Boot,
     pub decode: Decode,
 }
 
 const fn entry<D: Catalogued + 'static>() -> Entry {
-    Entry { format: D::FORMAT, boot: boot::<D>, decode: decode::<D> }
+    let (state, handles) = (migratable::state_kind::<D>(), D::Handles::KIND);
+    Entry { state, handles, boot: boot::<D>, decode: decode::<D> }
 }
 
 fn boot<D: Catalogued>(spec: &Spec, around: &Surroundings<'_>) -> Result<Named, DeviceError> {
@@ -75,13 +91,14 @@ fn boot<D: Catalogued>(spec: &Spec, around: &Surroundings<'_>) -> Result<Named, 
 }
 
 fn decode<D: Catalogued + 'static>(name: &str, reader: &mut StateReader<'_>) -> Result<Box<dyn Decoded>, StateError> {
-    Ok(Box::new(State::<D>(migratable::take::<D>(reader, name)?)))
+    Ok(Box::new(migratable::take::<D>(reader, name)?))
 }
 
 /// Of every section of a device that this build knows.
-pub fn formats() -> Vec<Format> {
-    let devices = DEVICES.iter().map(|entry| entry.format);
-    devices.chain(PASSTHROUGH.iter().copied()).chain([MANIFEST]).collect()
+pub fn kinds() -> Vec<Kind> {
+    let devices = DEVICES.iter().flat_map(|entry| [Some(entry.state), entry.handles]);
+    let all = devices.chain(PASSTHROUGH.iter().copied());
+    all.flatten().chain([Kind::of::<Manifest>(MANIFEST)]).collect()
 }
 
 #[cfg(test)]
@@ -91,8 +108,9 @@ mod tests {
 
     #[test]
     fn kinds_are_unique_and_versions_start_at_one() {
-        let kinds: HashSet<_> = formats().into_iter().map(|format| format.kind).collect();
-        assert_eq!(kinds.len(), formats().len());
-        assert!(formats().iter().all(|format| !format.kind.is_empty() && format.version >= 1));
+        let formats: Vec<_> = kinds().into_iter().map(|kind| kind.format).collect();
+        let names: HashSet<_> = formats.iter().map(|format| format.kind).collect();
+        assert_eq!(names.len(), formats.len());
+        assert!(formats.iter().all(|format| !format.kind.is_empty() && format.version >= 1));
     }
 }

@@ -10,8 +10,8 @@ use theseus_resources::Claims;
 use theseus_resources::state::Format;
 
 use crate::bus::LockedDevice;
-use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings};
-use crate::migratable::{Migratable, MigrateError};
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, Surroundings};
+use crate::migratable::{Migratable, MigrateError, NoHandles, Saved, SavedDevice};
 use crate::spec::Spec;
 
 /// Two ports of 4 bytes: a write to the first counts one, and it reads as the count; what the second is written other
@@ -52,19 +52,21 @@ pub struct CountingState {
 impl Migratable for Counting {
     const FORMAT: Format = Format::new("counting", 1);
     type State = CountingState;
+    type Handles = NoHandles;
     type Parts<'a> = ();
 
-    fn save(&self) -> Result<CountingState, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         let Self { count, blocks, is_quiet: _ } = self;
-        Ok(CountingState { count: *count, blocks: *blocks })
+        let state = CountingState { count: *count, blocks: *blocks };
+        Ok(Saved { state, handles: NoHandles })
     }
 
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: CountingState, (): ()) -> Result<Self, MigrateError> {
-        let CountingState { count, blocks } = state;
+    fn restore(saved: Saved<Self>, (): ()) -> Result<Self, MigrateError> {
+        let Saved { state: CountingState { count, blocks }, handles: NoHandles } = saved;
         Ok(Self { count, blocks, is_quiet: true })
     }
 }

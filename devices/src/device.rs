@@ -5,14 +5,12 @@ use std::sync::Arc;
 
 use acpi_tables::AmlSink;
 use acpi_tables::aml::Interrupt;
-use parking_lot::Mutex;
-use theseus_resources::state::{Encoded, Format, StateError};
-use theseus_resources::survivor::look;
+use theseus_resources::state::StateError;
 use theseus_resources::{Claims, FdStore};
 
 use crate::bus::{Bus, SharedDevice};
 use crate::interrupt::{GuestRequests, IrqLine};
-use crate::migratable::{Migratable, MigrateError};
+use crate::migratable::{Migratable, MigrateError, SavedDevice};
 use crate::pci::bus::{PciBus, SharedPciDevice};
 use crate::spec::Spec;
 
@@ -75,30 +73,12 @@ pub trait Device: Any + Send + Sync {
     /// Why `operation` cannot be now, each with its remedy. Empty if it can.
     fn blockers(&self, operation: Operation) -> Vec<String>;
 
-    /// Pure: may be called while the guest runs, and any number of times. What it locks it locks by [`look`] or
+    /// Pure: may be called while the guest runs, and any number of times. What it locks it locks by [`theseus_resources::survivor::look`] or
     /// [`crate::turn::Turn::look`], and it does not log: a survivor calls it too.
     fn save(&self, name: &str) -> Result<SavedDevice, MigrateError>;
 
     /// Says what the guest cannot find by itself, in the scope `\_SB_` of the DSDT.
     fn describe(&self, aml: &mut dyn AmlSink);
-}
-
-/// A section of the saved state that is not written yet.
-pub struct SavedDevice {
-    pub format: Format,
-    pub encoded: Encoded<()>,
-}
-
-impl SavedDevice {
-    pub fn of<D: Migratable>(device: &D, name: &str) -> Result<Self, MigrateError> {
-        let encoded = Encoded::new(name.to_owned(), &device.save()?)?;
-        Ok(Self { format: D::FORMAT, encoded: encoded.untyped() })
-    }
-
-    /// Of one that has a lock, which a survivor reads past.
-    pub fn of_locked<D: Migratable>(device: &Mutex<D>, name: &str) -> Result<Self, MigrateError> {
-        Self::of(&*look(device), name)
-    }
 }
 
 /// What devices have around them in a VMM.

@@ -5,28 +5,15 @@ use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde::{Deserialize, Serialize};
 use theseus_resources::{Claims, StateReader, StateWriter};
 
-use crate::catalogue::{self, Decoded, MANIFEST};
+use crate::catalogue::{self, Decoded, Listed, MANIFEST, Manifest};
 use crate::device::{Buses, Device, DeviceError, Operation, Place, Surroundings};
-use crate::migratable::MigrateError;
+use crate::migratable::{MigrateError, SavedDevice, SavedSection};
 use crate::spec::Spec;
 
 /// Of the section that lists the others.
 const MANIFEST_NAME: &str = "devices";
-
-#[derive(Serialize, Deserialize)]
-struct Manifest {
-    devices: Vec<Listed>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Listed {
-    /// The name of the device, and of its section.
-    name: String,
-    kind: String,
-}
 
 struct Member {
     name: String,
@@ -154,13 +141,13 @@ impl DeviceSet {
         let mut sections = Vec::new();
         for Member { name, device } in &self.members {
             let failed = |source| DeviceError::Migrate { name: name.clone(), source };
-            let saved = device.save(name).map_err(failed)?;
-            devices.push(Listed { name: name.clone(), kind: saved.format.kind.to_owned() });
-            sections.push(saved);
+            let SavedDevice { state, handles } = device.save(name).map_err(failed)?;
+            devices.push(Listed { name: name.clone(), kind: state.format.kind.to_owned() });
+            sections.extend([Some(state), handles].into_iter().flatten());
         }
         writer.add(MANIFEST_NAME, &MANIFEST, &Manifest { devices })?;
-        for saved in sections {
-            writer.add_encoded(saved.encoded, &saved.format)?;
+        for SavedSection { format, encoded } in sections {
+            writer.add_encoded(encoded, &format)?;
         }
         Ok(())
     }
@@ -173,7 +160,7 @@ impl DecodedSet {
     pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, DeviceError> {
         let (_, manifest): (_, Manifest) = reader.take(MANIFEST_NAME, &MANIFEST)?;
         let decode = |Listed { name, kind }: Listed| {
-            let entry = catalogue::DEVICES.iter().find(|entry| entry.format.kind == kind);
+            let entry = catalogue::DEVICES.iter().find(|entry| entry.state.format.kind == kind);
             let entry = entry.ok_or_else(|| DeviceError::UnknownKind { name: name.clone(), kind })?;
             let decoded = (entry.decode)(&name, reader)?;
             Ok((name, decoded))
@@ -237,10 +224,10 @@ mod tests {
 
     use super::*;
     use crate::bus::LockedDevice;
-    use crate::device::SavedDevice;
     use crate::interrupt::{GuestRequests, IrqLine};
     use crate::legacy::cmos::{self, Cmos};
     use crate::legacy::test_parts::{Asked, Pulses};
+    use crate::migratable::with_slots;
     use crate::spec::ConsoleConfig;
 
     /// At two ranges of ports, and against everything that it is told to be against.
@@ -342,19 +329,51 @@ mod tests {
         assert_eq!(late.quiet.lock().as_slice(), ["resume"], "behind the one that failed");
     }
 
+    fn spec(console: ConsoleConfig) -> Spec {
+        Spec {
+            ram_size: 1 << 30,
+            console,
+            revision: 0,
+            #[cfg(feature = "test-devices")]
+            counting: true,
+        }
+    }
+
+    fn pin(_: u32) -> Arc<dyn IrqLine> {
+        Arc::new(Pulses::default())
+    }
+
+    /// Of all kinds that there are.
+    #[test]
+    fn only_handles_name_descriptors_and_none_is_forgotten() {
+        let buses = Buses::empty();
+        let requests: Arc<dyn GuestRequests> = Arc::new(Asked::default());
+        let fd_store = FdStore::new();
+        let around = Surroundings { pin: &pin, requests: &requests, fd_store: &fd_store, pci: &buses.pci };
+        let set = DeviceSet::boot(&spec(ConsoleConfig::Pty), &around, buses.clone()).unwrap();
+        let mut writer = StateWriter::new("id");
+        set.save(&mut writer).unwrap();
+        let bytes = writer.finish().unwrap();
+        assert_eq!(with_slots(&bytes), ["serial.handles"]);
+
+        let (mut without, handles) = (StateWriter::new("id"), "serial.handles");
+        for section in StateReader::new(&bytes).unwrap().sections().filter(|section| section.name != handles) {
+            let kinds = catalogue::kinds();
+            let kind = kinds.iter().find(|kind| kind.format.kind == section.kind).unwrap();
+            without.add_encoded((kind.reread)(section).unwrap(), &kind.format).unwrap();
+        }
+        let bytes = without.finish().unwrap();
+        let Err(error) = DecodedSet::decode(&mut StateReader::new(&bytes).unwrap()) else { panic!("it was decoded") };
+        assert!(error.to_string().starts_with("section 'serial.handles': is missing"), "{error}");
+    }
+
     #[test]
     fn the_manifest_says_what_there_is() {
         let buses = Buses::empty();
         let requests: Arc<dyn GuestRequests> = Arc::new(Asked::default());
-        let (pin, fd_store) = (|_| -> Arc<dyn IrqLine> { Arc::new(Pulses::default()) }, FdStore::new());
+        let fd_store = FdStore::new();
         let around = Surroundings { pin: &pin, requests: &requests, fd_store: &fd_store, pci: &buses.pci };
-        let spec = Spec {
-            ram_size: 1 << 30,
-            console: ConsoleConfig::Off,
-            revision: 0,
-            #[cfg(feature = "test-devices")]
-            counting: false,
-        };
+        let spec = spec(ConsoleConfig::Off);
         let set = DeviceSet::boot(&spec, &around, buses.clone()).unwrap();
         let names: Vec<_> = set.names().map(str::to_owned).collect();
         assert!(!names.iter().any(|name| name == "serial"), "it is off: {names:?}");

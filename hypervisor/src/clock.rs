@@ -17,8 +17,26 @@ const ROUNDS: u32 = 12;
 /// What a round must reach; twice as much every two rounds.
 const GOOD_NS: u64 = 100;
 
+/// The guest's clocks at a moment of its pause.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockState {
+    /// kvmclock, ns.
+    clock: u64,
+    /// The TSC of each vCPU.
+    tscs: Vec<u64>,
+}
+
+/// A [`ClockAnchor`]: the host's clocks are in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockHandles {
+    clock: u64,
+    host_tsc: u64,
+    raw_ns: u64,
+    tsc_khz: u32,
+}
+
 /// A moment at which the guest's clock is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockAnchor {
     /// kvmclock, ns.
     pub clock: u64,
@@ -40,6 +58,33 @@ impl ClockAnchor {
     fn has_tsc(&self) -> bool {
         self.host_tsc != 0 && self.tsc_khz != 0
     }
+
+    pub fn restore(handles: ClockHandles) -> Self {
+        let ClockHandles { clock, host_tsc, raw_ns, tsc_khz } = handles;
+        Self { clock, host_tsc, raw_ns, tsc_khz }
+    }
+}
+
+/// What [`Vm::save_clock`] has found.
+pub struct SavedClock {
+    now: ClockAnchor,
+    anchor: ClockAnchor,
+}
+
+impl SavedClock {
+    /// `tsc_offsets`: of each vCPU, what its TSC is ahead of the host's.
+    pub fn state(&self, tsc_offsets: impl Iterator<Item = u64>) -> ClockState {
+        let ClockAnchor { clock, host_tsc, raw_ns: _, tsc_khz: _ } = self.now;
+        // Where the kernel does not tell the moment's, one of a little later.
+        let host_tsc = if host_tsc == 0 { read_tsc() } else { host_tsc };
+        ClockState { clock, tscs: tsc_offsets.map(|offset| host_tsc.wrapping_add(offset)).collect() }
+    }
+
+    /// The anchor to hand over: the one this image was given while it still holds, else a new one.
+    pub fn handles(&self) -> ClockHandles {
+        let ClockAnchor { clock, host_tsc, raw_ns, tsc_khz } = self.anchor;
+        ClockHandles { clock, host_tsc, raw_ns, tsc_khz }
+    }
 }
 
 /// The host's time stamp counter.
@@ -58,15 +103,14 @@ impl Vm {
         self.fd().get_clock().map_err(Error::call("KVM_GET_CLOCK"))
     }
 
-    /// The anchor to hand over: the one this image was given while it still holds, else a new one.
-    pub fn save_clock(&self, given: Option<ClockAnchor>, tsc_khz: u32) -> Result<ClockAnchor> {
-        let now = self.clock()?;
-        let host_tsc = if now.flags & KVM_CLOCK_HOST_TSC != 0 { now.host_tsc } else { 0 };
-        let fresh = ClockAnchor { clock: now.clock, host_tsc, raw_ns: raw_ns(), tsc_khz };
-        match given.filter(|anchor| anchor.has_tsc() && fresh.has_tsc()) {
-            Some(anchor) if anchor.at_tsc(host_tsc).abs_diff(now.clock) <= SAME_CLOCK_NS => Ok(anchor),
-            _ => Ok(fresh),
-        }
+    /// `given`: the anchor that this image was given.
+    pub fn save_clock(&self, given: Option<ClockAnchor>, tsc_khz: u32) -> Result<SavedClock> {
+        let read = self.clock()?;
+        let host_tsc = if read.flags & KVM_CLOCK_HOST_TSC != 0 { read.host_tsc } else { 0 };
+        let now = ClockAnchor { clock: read.clock, host_tsc, raw_ns: raw_ns(), tsc_khz };
+        let holds = |anchor: &ClockAnchor| anchor.at_tsc(host_tsc).abs_diff(now.clock) <= SAME_CLOCK_NS;
+        let given = given.filter(|anchor| anchor.has_tsc() && now.has_tsc());
+        Ok(SavedClock { now, anchor: given.filter(holds).unwrap_or(now) })
     }
 
     /// Call when all vCPUs have their TSC offsets (only then is there a master clock) and before the kvmclock MSRs are
@@ -105,6 +149,15 @@ impl Vm {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_saved_clock_is_the_guest_s_and_its_anchor_the_host_s() {
+        let anchor = ClockAnchor { clock: 5, host_tsc: 1000, raw_ns: 7, tsc_khz: 2_000_000 };
+        let saved = SavedClock { now: ClockAnchor { clock: 500, host_tsc: 2000, ..anchor }, anchor };
+        let state = saved.state([0, 10, (-1500_i64) as u64].into_iter());
+        assert_eq!(state, ClockState { clock: 500, tscs: vec![2000, 2010, 500] });
+        assert_eq!(ClockAnchor::restore(saved.handles()), anchor);
+    }
 
     #[test]
     fn an_anchor_runs_with_the_tsc_both_ways() {

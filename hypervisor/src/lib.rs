@@ -13,12 +13,12 @@ pub mod vcpu;
 mod vfio;
 mod vm;
 
-pub use clock::{ClockAnchor, read_tsc};
+pub use clock::{ClockAnchor, ClockHandles, ClockState, SavedClock, read_tsc};
 pub use error::Error;
 pub use irqchip::IrqchipState;
 pub use routing::{IoEventAt, MsiRoute};
 pub use system::Hypervisor;
-pub use vcpu::{Exit, Vcpu, VcpuShape, VcpuState};
+pub use vcpu::{Exit, Vcpu, VcpuHandles, VcpuShape, VcpuState};
 pub use vm::{BareVm, ReadyVm, Vm};
 
 pub type Result<T> = std::result::Result<T, Error>;

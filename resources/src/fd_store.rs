@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, MutexGuard};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::survivor::look;
 
@@ -32,8 +32,32 @@ pub enum FdKind {
 }
 
 /// The serialisable name of a stored fd.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slot(u32);
+
+/// What a [`Slot`] is in MessagePack: an extension of this type, 4 bytes, little endian. So whoever looks through a
+/// state finds each of them, and that none is where only the guest's state should be.
+pub const SLOT_TYPE: i8 = 1;
+
+/// The name by which rmp-serde knows an extension.
+#[derive(Serialize, Deserialize)]
+#[serde(rename = "_ExtStruct")]
+struct Extension((i8, serde_bytes::ByteArray<4>));
+
+impl Serialize for Slot {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Extension((SLOT_TYPE, serde_bytes::ByteArray::new(self.0.to_le_bytes()))).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Slot {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Extension::deserialize(deserializer)? {
+            Extension((SLOT_TYPE, bytes)) => Ok(Self(u32::from_le_bytes(bytes.into_array()))),
+            Extension((other, _)) => Err(serde::de::Error::custom(format!("an extension of type {other}, not a slot"))),
+        }
+    }
+}
 
 /// How one stored fd is described to the next VMM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -262,6 +286,17 @@ mod tests {
         assert!(matches!(claims.claim(a.slot(), FdKind::Log), Err(FdStoreError::NoSlot { .. })));
         assert!(matches!(claims.finish(), Err(FdStoreError::Unclaimed(names)) if names == "b"));
         assert_ne!(new.keep("c", FdKind::Log, file()).slot(), b.slot());
+    }
+
+    #[test]
+    fn a_slot_is_told_from_a_number() {
+        let bytes = rmp_serde::to_vec_named(&Slot(0x0102)).unwrap();
+        // fixext 4
+        assert_eq!(bytes, [0xD6, SLOT_TYPE as u8, 2, 1, 0, 0]);
+        assert_eq!(rmp_serde::from_slice::<Slot>(&bytes).unwrap(), Slot(0x0102));
+        for other in [&[0xD6, 2, 2, 1, 0, 0][..], &[0xD5, 1, 2, 1], &[7], &[0x92, 1, 0]] {
+            assert!(rmp_serde::from_slice::<Slot>(other).is_err(), "{other:x?}");
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::memory_listener::RamBlock;
 const HUGE: u64 = 2 << 20;
 
 /// Which pages back the RAM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pages {
     #[default]
     Small,
@@ -47,23 +47,63 @@ pub enum RamError {
 }
 
 /// A piece of RAM as seen from all sides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRange {
     pub gpa: u64,
     pub size: u64,
     /// Offset in the memfd.
     pub offset: u64,
-    /// Address in this process; means nothing to the next one.
-    #[serde(skip)]
+    /// Address in this process.
     pub hva: u64,
 }
 
+/// Where the guest has RAM. What is in it is in a file of its own.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct RamState {
-    pub size: u64,
-    pub pages: Pages,
-    pub ranges: Vec<RamRange>,
-    pub memfd: Slot,
+    size: u64,
+    ranges: Vec<RangeState>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct RangeState {
+    gpa: u64,
+    size: u64,
+    /// In that file.
+    offset: u64,
+}
+
+/// What backs it on this host.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct RamHandles {
+    memfd: Slot,
+    pages: PagesState,
+}
+
+#[derive(Clone, Copy, Serialize, Deserialize)]
+enum PagesState {
+    Small,
+    Transparent,
+    Huge(u64),
+}
+
+impl From<Pages> for PagesState {
+    fn from(pages: Pages) -> Self {
+        match pages {
+            Pages::Small => Self::Small,
+            Pages::Transparent => Self::Transparent,
+            Pages::Huge(bytes) => Self::Huge(bytes),
+        }
+    }
+}
+
+impl From<PagesState> for Pages {
+    fn from(pages: PagesState) -> Self {
+        match pages {
+            PagesState::Small => Self::Small,
+            PagesState::Transparent => Self::Transparent,
+            PagesState::Huge(bytes) => Self::Huge(bytes),
+        }
+    }
 }
 
 pub struct GuestRam {
@@ -106,14 +146,23 @@ impl GuestRam {
         Self::map(fd_store.keep("guest RAM", FdKind::GuestMemory, fd), size, pages, ranges, Reserve::Now)
     }
 
-    pub fn restore(state: RamState, claims: &mut Claims) -> Result<Self, RamError> {
-        let RamState { size, pages, ranges, memfd } = state;
-        Self::map(claims.claim(memfd, FdKind::GuestMemory)?, size, pages, ranges, Reserve::Done)
+    pub fn restore(state: RamState, handles: RamHandles, claims: &mut Claims) -> Result<Self, RamError> {
+        let RamHandles { memfd, pages } = handles;
+        Self::map_again(state, claims.claim(memfd, FdKind::GuestMemory)?, pages.into())
     }
 
-    pub fn save(&self) -> RamState {
+    fn map_again(state: RamState, memfd: StoredFd, pages: Pages) -> Result<Self, RamError> {
+        let RamState { size, ranges } = state;
+        let range = |RangeState { gpa, size, offset }| RamRange { gpa, size, offset, hva: 0 };
+        Self::map(memfd, size, pages, ranges.into_iter().map(range).collect(), Reserve::Done)
+    }
+
+    pub fn save(&self) -> (RamState, RamHandles) {
         let Self { size, pages, ranges, memfd, memory: _, _mappings } = self;
-        RamState { size: *size, pages: *pages, ranges: ranges.clone(), memfd: memfd.slot() }
+        // `hva` is of this process.
+        let range = |&RamRange { gpa, size, offset, hva: _ }: &RamRange| RangeState { gpa, size, offset };
+        let state = RamState { size: *size, ranges: ranges.iter().map(range).collect() };
+        (state, RamHandles { memfd: memfd.slot(), pages: (*pages).into() })
     }
 
     fn map(
@@ -356,8 +405,7 @@ mod tests {
         let fd_store = FdStore::new();
         let old = GuestRam::new(&fd_store, 128 << 20, Pages::Small).unwrap();
         old.memory().write_obj(7u64, GuestAddress(0x10_0000)).unwrap();
-        let state = old.save();
-        let new = GuestRam::map(old.memfd.clone(), state.size, state.pages, state.ranges, Reserve::Done).unwrap();
+        let new = GuestRam::map_again(old.save().0, old.memfd.clone(), old.pages()).unwrap();
         assert_ne!(new.ranges()[0].hva, old.ranges()[0].hva);
         assert_eq!(new.memory().read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 7);
         new.populate_page_tables(|| true).unwrap();

@@ -41,6 +41,24 @@ impl Format {
     }
 }
 
+/// A format with the type that it is of, for who has sections of any kind before him.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    pub format: Format,
+    /// What this build takes a section for: read, and written again.
+    pub reread: fn(&Section<'_>) -> Result<Encoded<()>, StateError>,
+}
+
+impl Kind {
+    /// Of sections that are read as they are, whatever their version.
+    pub const fn of<T: Serialize + DeserializeOwned>(format: Format) -> Self {
+        Self {
+            format,
+            reread: |section| Encoded::new(section.name.to_string(), &section.decode::<T>()?).map(Encoded::untyped),
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     #[error("not a saved state of Theseus (wrong magic)")]
@@ -71,6 +89,12 @@ pub struct Section<'a> {
     pub version: u16,
     #[serde(borrow, with = "serde_bytes")]
     pub data: Cow<'a, [u8]>,
+}
+
+impl Section<'_> {
+    pub fn decode<T: DeserializeOwned>(&self) -> Result<T, StateError> {
+        decode(&self.name, &self.data)
+    }
 }
 
 #[derive(Serialize, Deserialize)]

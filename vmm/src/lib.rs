@@ -206,7 +206,12 @@ pub fn check_state(bytes: &[u8]) -> Result<(), update::UpdateError> {
     let vcpus = opened.take_vcpus();
     opened.decode()?;
     // As their threads do.
-    Ok((0..).zip(vcpus).try_for_each(|(index, state)| vcpus::saved::decode(&state, index).map(drop))?)
+    Ok((0..).zip(vcpus).try_for_each(|(index, vcpu)| vcpu.decode(index).map(drop))?)
+}
+
+/// A saved state as this build takes it: what every section was decoded to, encoded again. For tests.
+pub fn reread_state(bytes: &[u8]) -> Result<Vec<u8>, update::UpdateError> {
+    Ok(update::saved::reread(&theseus_resources::StateReader::new(bytes)?)?)
 }
 
 struct Parts {
@@ -320,13 +325,14 @@ fn take_over(parts: Parts, channel: &Channel, timeline: &Timeline, started: u64)
     let mut control = parts.control(host, server, supervisor, events);
     control.peers = peers;
     control.vm = match (machine, config) {
-        (Some(mut machine), _) => {
+        (Some(mut machine), Some(config)) => {
             machine.populate();
-            Vm::Booted(Box::new(machine))
+            Vm::Booted { machine: Box::new(machine), config }
         }
         (None, Some(config)) if was_shut_down => Vm::ShutDown(config),
         (None, Some(config)) => Vm::Created(config),
-        (None, None) => Vm::None,
+        // A machine without a configuration was refused with its state.
+        (_, None) => Vm::None,
     };
     logging::release();
     Ok(control)

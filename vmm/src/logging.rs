@@ -31,12 +31,19 @@ const WAITING_MAX: usize = 64 << 10;
 /// How long a log may take to write what has waited for an update, before the next one is told that it stands still.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogConfig {
     /// Standard error if there is none.
     pub file: Option<PathBuf>,
     /// 0 warnings, 1 info, 2 debug, more: trace.
     pub verbose: u8,
+}
+
+/// [`LogConfig`] in the saved state.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LogHandles {
+    file: Option<PathBuf>,
+    verbose: u8,
 }
 
 static IN_USE: OnceLock<LogConfig> = OnceLock::new();
@@ -48,6 +55,16 @@ static DROPPED: AtomicU64 = AtomicU64::new(0);
 static FLUSHED: Condvar = Condvar::new();
 
 impl LogConfig {
+    pub fn save(&self) -> LogHandles {
+        let Self { file, verbose } = self.clone();
+        LogHandles { file, verbose }
+    }
+
+    pub fn restore(handles: LogHandles) -> Self {
+        let LogHandles { file, verbose } = handles;
+        Self { file, verbose }
+    }
+
     /// Once per image.
     pub fn start(self) -> anyhow::Result<()> {
         let file = self.file.as_deref().map(|path| open(path, Wait::No)).transpose()?;

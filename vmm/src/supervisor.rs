@@ -13,8 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::notify;
 
 /// What the command line says of it; goes over with every update.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default)]
 pub struct Supervisor {
     pid_file: Option<PathBuf>,
     update_dir: Option<PathBuf>,
@@ -23,7 +22,27 @@ pub struct Supervisor {
     started_from: Option<PathBuf>,
 }
 
+/// [`Supervisor`] in the saved state.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SupervisorHandles {
+    pid_file: Option<PathBuf>,
+    update_dir: Option<PathBuf>,
+    ends_on_reset: bool,
+    started_from: Option<PathBuf>,
+}
+
 impl Supervisor {
+    pub fn save(&self) -> SupervisorHandles {
+        let Self { pid_file, update_dir, ends_on_reset, started_from } = self.clone();
+        SupervisorHandles { pid_file, update_dir, ends_on_reset, started_from }
+    }
+
+    pub fn restore(handles: SupervisorHandles) -> Self {
+        let SupervisorHandles { pid_file, update_dir, ends_on_reset, started_from } = handles;
+        Self { pid_file, update_dir, ends_on_reset, started_from }
+    }
+
     /// `update_dir`: where builds to update to must be; anywhere if there is none.
     pub fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>, ends_on_reset: bool) -> Self {
         Self { pid_file, update_dir, ends_on_reset, started_from: None }

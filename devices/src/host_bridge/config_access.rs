@@ -10,8 +10,8 @@ use theseus_resources::{Claims, layout};
 
 use super::ecam::Ecam;
 use crate::bus::BusDevice;
-use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
-use crate::migratable::{Migratable, MigrateError};
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, Surroundings, on_board};
+use crate::migratable::{Migratable, MigrateError, NoHandles, Saved, SavedDevice};
 use crate::pci::bus::{Address, PciBus};
 use crate::spec::Spec;
 
@@ -86,19 +86,21 @@ pub struct PciConfigAccessState {
 impl Migratable for PciConfigAccess {
     const FORMAT: Format = Format::new("pci-config-access", 1);
     type State = PciConfigAccessState;
+    type Handles = NoHandles;
     type Parts<'a> = &'a Arc<PciBus>;
 
-    fn save(&self) -> Result<PciConfigAccessState, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         let Self { bus: _, address: _ } = self;
-        Ok(PciConfigAccessState { address: self.address() })
+        let state = PciConfigAccessState { address: self.address() };
+        Ok(Saved { state, handles: NoHandles })
     }
 
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: PciConfigAccessState, bus: &Arc<PciBus>) -> Result<Self, MigrateError> {
-        let PciConfigAccessState { address } = state;
+    fn restore(saved: Saved<Self>, bus: &Arc<PciBus>) -> Result<Self, MigrateError> {
+        let Saved { state: PciConfigAccessState { address }, handles: NoHandles } = saved;
         Ok(Self { bus: Arc::downgrade(bus), address: AtomicU32::new(address & ADDRESS_BITS) })
     }
 }

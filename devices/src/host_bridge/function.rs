@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::Claims;
 use theseus_resources::state::Format;
 
-use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
-use crate::migratable::{Migratable, MigrateError};
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, Surroundings, on_board};
+use crate::migratable::{Migratable, MigrateError, NoHandles, Saved, SavedDevice};
 use crate::pci::PciDevice;
-use crate::pci::config::{CLASS_CODE, CONFIG_SIZE, ConfigSpace, DEVICE_ID, REVISION_ID, VENDOR_ID};
+use crate::pci::config::{CLASS_CODE, CONFIG_SIZE, ConfigSpace, ConfigSpaceState, DEVICE_ID, REVISION_ID, VENDOR_ID};
 use crate::spec::Spec;
 use crate::turn::Turn;
 
@@ -54,29 +54,28 @@ impl PciDevice for HostBridge {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct HostBridgeState {
-    config: ConfigSpace,
+    config: ConfigSpaceState,
 }
 
 impl Migratable for HostBridge {
     const FORMAT: Format = Format::new("pci-host-bridge", 1);
     type State = HostBridgeState;
+    type Handles = NoHandles;
     type Parts<'a> = ();
 
-    fn save(&self) -> Result<HostBridgeState, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         let Self { config } = self;
-        Ok(HostBridgeState { config: config.clone() })
+        let state = HostBridgeState { config: config.save() };
+        Ok(Saved { state, handles: NoHandles })
     }
 
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: HostBridgeState, (): ()) -> Result<Self, MigrateError> {
-        let HostBridgeState { config } = state;
-        if !config.is_whole() {
-            return Err(MigrateError::State("the configuration space is not whole".to_owned()));
-        }
-        Ok(Self { config })
+    fn restore(saved: Saved<Self>, (): ()) -> Result<Self, MigrateError> {
+        let Saved { state: HostBridgeState { config }, handles: NoHandles } = saved;
+        Ok(Self { config: ConfigSpace::restore(config)? })
     }
 }
 
@@ -122,6 +121,7 @@ impl Device for Turn<HostBridge> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migratable::sent;
 
     fn dword(device: &mut HostBridge, offset: u16) -> u32 {
         let mut data = [0; 4];
@@ -145,9 +145,9 @@ mod tests {
     #[test]
     fn the_revision_of_the_boot_stays() {
         let old = HostBridge::new(1);
-        let bytes = rmp_serde::to_vec_named(&old.save().unwrap()).unwrap();
-        let mut restored = HostBridge::restore(rmp_serde::from_slice(&bytes).unwrap(), ()).unwrap();
+        let mut restored = HostBridge::restore(sent(&old), ()).unwrap();
         assert_eq!(dword(&mut restored, 8), 0x0600_0001);
-        assert!(HostBridge::restore(HostBridgeState { config: ConfigSpace::new(3) }, ()).is_err());
+        let state = HostBridgeState { config: ConfigSpace::new(3).save() };
+        assert!(HostBridge::restore(Saved { state, handles: NoHandles }, ()).is_err());
     }
 }

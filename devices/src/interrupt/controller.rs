@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 /// An MSI or MSI-X message: the address a device writes `data` to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MsiMessage {
     pub address: u64,
     pub data: u32,

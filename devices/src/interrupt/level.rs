@@ -5,11 +5,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
-use serde::{Deserialize, Serialize};
 use theseus_resources::fd_store::{Claims, FdStoreError};
-use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
+use theseus_resources::{FdKind, FdStore, StoredFd};
 
 use super::controller::{InterruptController, InterruptError};
+use super::saved::{LevelLineHandles, LevelLineState};
 
 /// See the module. While it is detached, `trigger` counts. A pin may be shared: KVM raises it for any of its lines.
 /// Dropped, it is detached.
@@ -23,15 +23,6 @@ pub struct LevelLine {
     is_quiesced: bool,
     /// As KVM has it.
     is_attached: bool,
-}
-
-/// Saved state of [`LevelLine`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LevelLineState {
-    pin: u32,
-    trigger: Slot,
-    resample: Slot,
-    is_wanted: bool,
 }
 
 impl LevelLine {
@@ -103,18 +94,20 @@ impl LevelLine {
         self.settle()
     }
 
-    pub fn save(&self) -> LevelLineState {
+    pub fn save(&self) -> (LevelLineState, LevelLineHandles) {
         let Self { controller: _, pin, trigger, resample, is_wanted, is_quiesced: _, is_attached: _ } = self;
-        LevelLineState { pin: *pin, trigger: trigger.slot(), resample: resample.slot(), is_wanted: *is_wanted }
+        let handles = LevelLineHandles { trigger: trigger.slot(), resample: resample.slot() };
+        (LevelLineState { pin: *pin, is_wanted: *is_wanted }, handles)
     }
 
     /// Comes up quiesced.
     pub fn restore(
         state: LevelLineState,
+        handles: LevelLineHandles,
         controller: Arc<dyn InterruptController>,
         claims: &mut Claims,
     ) -> Result<Self, FdStoreError> {
-        let LevelLineState { pin, trigger, resample, is_wanted } = state;
+        let (LevelLineState { pin, is_wanted }, LevelLineHandles { trigger, resample }) = (state, handles);
         let mut claim = |slot| claims.claim(slot, FdKind::Interrupt);
         let (trigger, resample) = (claim(trigger)?, claim(resample)?);
         Ok(Self { controller, pin, trigger, resample, is_wanted, is_quiesced: true, is_attached: false })
@@ -163,11 +156,11 @@ mod tests {
         controller.take(17);
         line.quiesce().unwrap();
         assert_eq!(controller.level(17), None, "it falls with the last irqfd");
-        let state = line.save();
-        assert_eq!(state, line.save(), "save is pure");
+        let (state, handles) = line.save();
+        assert_eq!((state.clone(), handles.clone()), line.save(), "save is pure");
         let (_fd_store, mut claims) = fd_store.handed_over().unwrap();
         let there = Arc::new(FakeController::default());
-        let mut new = LevelLine::restore(state, there.clone(), &mut claims).unwrap();
+        let mut new = LevelLine::restore(state, handles, there.clone(), &mut claims).unwrap();
         claims.finish().unwrap();
         assert!(there.calls().is_empty(), "it waits");
         signal(line.trigger());

@@ -17,6 +17,7 @@
 //! | [`vectors`] | [`Vectors`]: those of a device, changed together |
 //! | [`level`] | [`LevelLine`]: a level on an IOAPIC pin |
 //! | [`ioevent`] | [`IoEvent`]: the other way |
+//! | [`saved`] | all of these in the saved state |
 
 pub mod controller;
 #[cfg(test)]
@@ -24,12 +25,14 @@ pub mod fake;
 pub mod ioevent;
 pub mod level;
 pub mod route;
+pub mod saved;
 pub mod vectors;
 
 pub use controller::{InterruptController, InterruptError, MsiMessage};
 pub use ioevent::{IoAddress, IoEvent, IoEvents};
-pub use level::{LevelLine, LevelLineState};
-pub use route::{Route, RouteState};
+pub use level::LevelLine;
+pub use route::Route;
+pub use saved::{LevelLineHandles, LevelLineState, RouteHandles};
 pub use vectors::{VectorError, Vectors};
 
 /// An edge on an IOAPIC pin.

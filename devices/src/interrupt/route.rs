@@ -5,10 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use serde::{Deserialize, Serialize};
-use theseus_resources::{Slot, StoredFd};
+use theseus_resources::StoredFd;
 
 use super::controller::{InterruptController, InterruptError, MsiMessage};
+use super::saved::RouteHandles;
 
 /// What KVM has of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,14 +27,6 @@ pub struct Route {
     gsi: u32,
     eventfd: StoredFd,
     irqfd: Irqfd,
-}
-
-/// Saved state of [`Route`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RouteState {
-    pub(super) slot: Slot,
-    gsi: u32,
-    routed: Option<MsiMessage>,
 }
 
 impl Route {
@@ -56,28 +48,28 @@ impl Route {
     /// In a new VMM, detached: KVM learns of the messages in the one call of the restore.
     pub fn restore(
         controller: &Arc<dyn InterruptController>,
-        states: &[RouteState],
+        saved: &[RouteHandles],
         eventfds: Vec<StoredFd>,
     ) -> Result<Vec<Self>, InterruptError> {
-        let gsis: Vec<_> = states.iter().map(|state| state.gsi).collect();
+        let gsis: Vec<_> = saved.iter().map(|route| route.gsi).collect();
         controller.adopt(&gsis)?;
         let mut routes = Self::of(controller, gsis.into_iter().zip(eventfds));
-        Self::note(controller, &mut routes.iter_mut().zip(states).collect::<Vec<_>>());
+        Self::note(controller, &mut routes.iter_mut().zip(saved).collect::<Vec<_>>());
         Ok(routes)
     }
 
-    /// Takes the messages of a later state of the same routes ([`Route::is`]), which are detached.
-    pub fn note(controller: &Arc<dyn InterruptController>, later: &mut [(&mut Self, &RouteState)]) {
-        let routes: Vec<_> = later.iter().map(|(_, state)| (state.gsi, state.routed)).collect();
+    /// Takes the messages of later handles of the same routes ([`Route::is`]), which are detached.
+    pub fn note(controller: &Arc<dyn InterruptController>, later: &mut [(&mut Self, &RouteHandles)]) {
+        let routes: Vec<_> = later.iter().map(|(_, saved)| (saved.gsi, saved.routed.map(Into::into))).collect();
         controller.note(&routes);
-        for (route, state) in later {
-            route.irqfd = state.routed.map_or(Irqfd::Unarmed, Irqfd::Detached);
+        for (route, saved) in later {
+            route.irqfd = saved.routed.map_or(Irqfd::Unarmed, |message| Irqfd::Detached(message.into()));
         }
     }
 
-    /// Whether `state` is one of this route.
-    pub fn is(&self, state: &RouteState) -> bool {
-        self.gsi == state.gsi && self.eventfd.slot() == state.slot
+    /// Whether `saved` are the handles of this route.
+    pub fn is(&self, saved: &RouteHandles) -> bool {
+        self.gsi == saved.gsi && self.eventfd.slot() == saved.eventfd
     }
 
     /// Routes each to its message, attached or not: all in one call, or none.
@@ -141,9 +133,9 @@ impl Route {
         let _ = rustix::io::read(&self.eventfd, &mut [0; 8]);
     }
 
-    pub fn save(&self) -> RouteState {
+    pub fn save(&self) -> RouteHandles {
         let Self { controller: _, gsi, eventfd, irqfd: _ } = self;
-        RouteState { slot: eventfd.slot(), gsi: *gsi, routed: self.message() }
+        RouteHandles { eventfd: eventfd.slot(), gsi: *gsi, routed: self.message().map(Into::into) }
     }
 }
 

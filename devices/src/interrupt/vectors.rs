@@ -10,7 +10,8 @@ use theseus_resources::fd_store::{Claims, FdStoreError};
 use theseus_resources::{FdKind, FdStore, StoredFd};
 
 use super::controller::{InterruptController, InterruptError, MsiMessage};
-use super::route::{Route, RouteState};
+use super::route::Route;
+use super::saved::RouteHandles;
 use crate::rate_limited_log::RateLimitedLog;
 
 #[derive(Debug, thiserror::Error)]
@@ -178,23 +179,28 @@ impl Vectors {
         self.dirty = false;
     }
 
-    pub fn save(&self) -> Vec<RouteState> {
+    /// Those with an event that waits.
+    pub fn pending(&self) -> Vec<u16> {
+        (0..).zip(&self.vectors).filter(|(_, vector)| vector.route.is_pending()).map(|(n, _)| n).collect()
+    }
+
+    pub fn save(&self) -> Vec<RouteHandles> {
         self.vectors.iter().map(|Vector { route, wanted: _ }| route.save()).collect()
     }
 
-    /// In a new VMM: takes the state of the old one's, or a later one of the same guest, in which there may be some
+    /// In a new VMM: takes the handles of the old one's, or later ones of the same guest, in which there may be some
     /// where there were none. All are masked, and quiesced until [`Vectors::resume`].
-    pub fn mend(&mut self, states: &[RouteState], claims: &mut Claims) -> Result<(), VectorError> {
+    pub fn mend(&mut self, saved: &[RouteHandles], claims: &mut Claims) -> Result<(), VectorError> {
         self.quiesced = true;
         // Once made, they stay.
-        if states.len() < self.vectors.len() || !self.vectors.iter().zip(states).all(|(old, new)| old.route.is(new)) {
+        if saved.len() < self.vectors.len() || !self.vectors.iter().zip(saved).all(|(old, new)| old.route.is(new)) {
             return Err(VectorError::Other);
         }
-        let (known, new) = states.split_at(self.vectors.len());
+        let (known, new) = saved.split_at(self.vectors.len());
         let mut routes: Vec<_> = self.vectors.iter_mut().map(|vector| &mut vector.route).zip(known).collect();
         Route::note(&self.controller, &mut routes);
         if !new.is_empty() {
-            let eventfds = new.iter().map(|state| claims.claim(state.slot, FdKind::Interrupt));
+            let eventfds = new.iter().map(|route| claims.claim(route.eventfd, FdKind::Interrupt));
             let routes = Route::restore(&self.controller, new, eventfds.collect::<Result<_, _>>()?)?;
             self.vectors.extend(routes.into_iter().map(|route| Vector { route, wanted: None }));
         }

@@ -14,8 +14,8 @@ use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use crate::bus::LockedDevice;
-use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
-use crate::migratable::{Migratable, MigrateError};
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, Surroundings, on_board};
+use crate::migratable::{Migratable, MigrateError, NoHandles, Saved, SavedDevice};
 use crate::spec::Spec;
 
 /// Its name in a [`crate::set::DeviceSet`].
@@ -173,19 +173,21 @@ pub struct CmosState {
 impl Migratable for Cmos {
     const FORMAT: Format = Format::new("cmos", 1);
     type State = CmosState;
+    type Handles = NoHandles;
     type Parts<'a> = ();
 
-    fn save(&self) -> Result<CmosState, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         let Self { index, ram } = self;
-        Ok(CmosState { index: *index, ram: ram.to_vec() })
+        let state = CmosState { index: *index, ram: ram.to_vec() };
+        Ok(Saved { state, handles: NoHandles })
     }
 
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: CmosState, (): ()) -> Result<Self, MigrateError> {
-        let CmosState { index, ram } = state;
+    fn restore(saved: Saved<Self>, (): ()) -> Result<Self, MigrateError> {
+        let Saved { state: CmosState { index, ram }, handles: NoHandles } = saved;
         let ram = <[u8; RAM_SIZE]>::try_from(ram.as_slice())
             .map_err(|_| MigrateError::State(format!("{} bytes of RAM, not {RAM_SIZE}", ram.len())))?;
         Ok(Self { index: index & 0x7F, ram })
@@ -318,6 +320,7 @@ mod tests {
         restored.read(1, &mut byte);
         assert_eq!(byte, [0x77]);
         assert_eq!(restored.ram, cmos.ram);
-        assert!(Cmos::restore(CmosState { index: 0, ram: vec![0; 5] }, ()).is_err());
+        let state = CmosState { index: 0, ram: vec![0; 5] };
+        assert!(Cmos::restore(Saved { state, handles: NoHandles }, ()).is_err());
     }
 }

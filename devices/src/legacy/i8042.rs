@@ -10,9 +10,9 @@ use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use crate::bus::LockedDevice;
-use crate::device::{Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, on_board};
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, Surroundings, on_board};
 use crate::interrupt::{GuestRequest, GuestRequests};
-use crate::migratable::{Migratable, MigrateError};
+use crate::migratable::{Migratable, MigrateError, NoHandles, Saved, SavedDevice};
 use crate::spec::Spec;
 
 /// Its name in a [`crate::set::DeviceSet`].
@@ -87,19 +87,21 @@ pub struct I8042State {
 impl Migratable for I8042 {
     const FORMAT: Format = Format::new("i8042", 1);
     type State = I8042State;
+    type Handles = NoHandles;
     type Parts<'a> = Arc<dyn GuestRequests>;
 
-    fn save(&self) -> Result<I8042State, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         let Self { requests: _, port_b } = self;
-        Ok(I8042State { port_b: *port_b })
+        let state = I8042State { port_b: *port_b };
+        Ok(Saved { state, handles: NoHandles })
     }
 
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: I8042State, requests: Arc<dyn GuestRequests>) -> Result<Self, MigrateError> {
-        let I8042State { port_b } = state;
+    fn restore(saved: Saved<Self>, requests: Arc<dyn GuestRequests>) -> Result<Self, MigrateError> {
+        let Saved { state: I8042State { port_b }, handles: NoHandles } = saved;
         Ok(Self { requests, port_b: port_b & (WRITABLE | REFRESH) })
     }
 }

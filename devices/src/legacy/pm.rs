@@ -14,11 +14,9 @@ use theseus_resources::state::Format;
 use theseus_resources::{Claims, layout};
 
 use crate::bus::LockedDevice;
-use crate::device::{
-    Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, edge_interrupt, on_board,
-};
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, Surroundings, edge_interrupt, on_board};
 use crate::interrupt::{GuestRequest, GuestRequests, IrqLine};
-use crate::migratable::{Migratable, MigrateError};
+use crate::migratable::{Migratable, MigrateError, NoHandles, Saved, SavedDevice};
 use crate::spec::Spec;
 
 /// Its name in a [`crate::set::DeviceSet`].
@@ -124,19 +122,21 @@ pub struct PmParts {
 impl Migratable for Pm {
     const FORMAT: Format = Format::new("acpi-pm", 1);
     type State = PmState;
+    type Handles = NoHandles;
     type Parts<'a> = PmParts;
 
-    fn save(&self) -> Result<PmState, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         let Self { requests: _, ged: _, ged_status } = self;
-        Ok(PmState { ged_status: *ged_status })
+        let state = PmState { ged_status: *ged_status };
+        Ok(Saved { state, handles: NoHandles })
     }
 
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: PmState, parts: PmParts) -> Result<Self, MigrateError> {
-        let PmState { ged_status } = state;
+    fn restore(saved: Saved<Self>, parts: PmParts) -> Result<Self, MigrateError> {
+        let Saved { state: PmState { ged_status }, handles: NoHandles } = saved;
         let PmParts { requests, ged } = parts;
         if ged_status != 0 {
             ged.pulse();

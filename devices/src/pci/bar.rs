@@ -1,15 +1,14 @@
 //! A BAR's register (PCI Local Bus 3.0, 6.2.5), and where it puts the BAR.
 
-use serde::{Deserialize, Serialize};
-
 use super::config::ConfigSpace;
 use super::regs::*;
+use super::saved::BarRegisterState;
 
 /// What a memory BAR takes of the guest's memory at least, in bytes.
 pub const PAGE: u64 = 4096;
 
 /// A BAR to emulate. `size` is a power of two; `address` is the one it has at the guest's boot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarRegister {
     pub index: u8,
     /// The read-only low bits: type and prefetchable.
@@ -45,6 +44,16 @@ impl BarRegister {
     /// What of COMMAND lets it decode.
     pub fn decode_bit(&self) -> u16 {
         if self.is_io() { COMMAND_IO } else { COMMAND_MEMORY }
+    }
+
+    pub fn save(&self) -> BarRegisterState {
+        let Self { index, flags, size, address, is_64bit } = *self;
+        BarRegisterState { index, flags, size, address, is_64bit }
+    }
+
+    pub fn restore(state: BarRegisterState) -> Self {
+        let BarRegisterState { index, flags, size, address, is_64bit } = state;
+        Self { index, flags, size, address, is_64bit }
     }
 
     fn offset(&self) -> u16 {

@@ -1,7 +1,8 @@
 //! A configuration space as the guest sees it: for each bit whether we answer it, and whether the guest can write it.
 //! The rest, of a passed-through function, is the device's.
 
-use serde::{Deserialize, Serialize};
+pub use super::saved::ConfigSpaceState;
+use crate::migratable::MigrateError;
 
 /// Conventional configuration space, in bytes.
 pub const CONFIG_SIZE: usize = 256;
@@ -22,17 +23,14 @@ pub trait PhysicalConfig {
     fn write(&self, offset: u16, data: &[u8]);
 }
 
-/// Serialisable as a whole: what a guest has seen stays as it is, also in a build that would begin with other values.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigSpace {
     /// The emulated bits; zero where the device answers.
-    #[serde(with = "serde_bytes")]
     bytes: Vec<u8>,
     /// A set bit is emulated. As long as `bytes`.
-    #[serde(with = "serde_bytes")]
     emulated: Vec<u8>,
     /// A set bit can be written by the guest; it is emulated. As long as `bytes`.
-    #[serde(with = "serde_bytes")]
     writable: Vec<u8>,
 }
 
@@ -47,11 +45,19 @@ impl ConfigSpace {
         Self { emulated: vec![0; EXTENDED_CONFIG_SIZE], ..Self::new(EXTENDED_CONFIG_SIZE) }
     }
 
-    /// For a state that was read: are all parts there?
-    pub fn is_whole(&self) -> bool {
-        let Self { bytes, emulated, writable } = self;
+    pub fn save(&self) -> ConfigSpaceState {
+        let Self { bytes, emulated, writable } = self.clone();
+        ConfigSpaceState { bytes, emulated, writable }
+    }
+
+    /// Refuses what is not whole.
+    pub fn restore(state: ConfigSpaceState) -> Result<Self, MigrateError> {
+        let ConfigSpaceState { bytes, emulated, writable } = state;
         let len = bytes.len();
-        matches!(len, CONFIG_SIZE | EXTENDED_CONFIG_SIZE) && emulated.len() == len && writable.len() == len
+        if matches!(len, CONFIG_SIZE | EXTENDED_CONFIG_SIZE) && emulated.len() == len && writable.len() == len {
+            return Ok(Self { bytes, emulated, writable });
+        }
+        Err(MigrateError::State("the configuration space is not whole".into()))
     }
 
     /// Sets a value, whatever is writable. What exceeds the space is left out.
@@ -157,9 +163,9 @@ mod tests {
         let mut data = [0; 4];
         config.read(254, &mut data);
         assert_eq!(data, [1, 1, 0xFF, 0xFF]);
-        assert!(config.is_whole());
+        assert_eq!(ConfigSpace::restore(config.save()).unwrap(), config);
         config.writable.pop();
-        assert!(!config.is_whole());
+        assert!(ConfigSpace::restore(config.save()).is_err());
         config.write(255, &[1]);
     }
 }

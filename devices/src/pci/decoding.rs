@@ -4,8 +4,9 @@
 use super::bar::BarRegister;
 use super::placement::Decoded;
 use super::regs::{COMMAND, PM_D3HOT, PM_STATE};
+use super::saved::DecodingState;
 
-/// See the module. Its parts are saved by whoever has it.
+/// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decoding {
     /// As the guest last wrote it.
@@ -19,6 +20,16 @@ impl Decoding {
     /// As after a reset: awake, and nothing decodes.
     pub fn new(windows: Decoded) -> Self {
         Self { command: 0, in_d3hot: false, windows }
+    }
+
+    pub fn save(&self) -> DecodingState {
+        let Self { command, in_d3hot, windows } = self;
+        DecodingState { command: *command, in_d3hot: *in_d3hot, windows: windows.save() }
+    }
+
+    pub fn restore(state: DecodingState) -> Self {
+        let DecodingState { command, in_d3hot, windows } = state;
+        Self { command, in_d3hot, windows: Decoded::restore(windows) }
     }
 
     /// Takes what is of its concern of a write by the guest. `power`: where the power management control register is,

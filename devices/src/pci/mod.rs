@@ -10,6 +10,7 @@ pub mod msix_capability;
 pub mod placed_bar;
 pub mod placement;
 pub mod regs;
+pub mod saved;
 
 /// A function on the PCI bus as its configuration space.
 pub trait PciDevice: Send {

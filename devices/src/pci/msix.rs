@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use theseus_resources::FdStore;
 use theseus_resources::fd_store::Claims;
 
 use super::regs::{MSIX_ENABLE, MSIX_FUNCTION_MASK, MSIX_WRITABLE};
-use crate::interrupt::{InterruptController, InterruptError, MsiMessage, RouteState, VectorError, Vectors};
+use super::saved::{MsixHandles, MsixState};
+use crate::interrupt::{InterruptController, InterruptError, MsiMessage, VectorError, Vectors};
 
 /// Bytes of a table entry: address (8), data (4), vector control (4).
 const ENTRY: usize = 16;
@@ -26,15 +26,6 @@ pub struct Msix {
     control: u16,
     /// All of them, or none before the guest first enables MSI-X.
     vectors: Vectors,
-}
-
-/// Saved state of [`Msix`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MsixState {
-    #[serde(with = "serde_bytes")]
-    table: Vec<u8>,
-    control: u16,
-    vectors: Vec<RouteState>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -187,28 +178,30 @@ impl Msix {
         self.vectors.release();
     }
 
-    pub fn save(&self) -> MsixState {
+    pub fn save(&self) -> (MsixState, MsixHandles) {
         let Self { table, control, vectors } = self;
-        MsixState { table: table.clone(), control: *control, vectors: vectors.save() }
+        let state = MsixState { table: table.clone(), control: *control, pending: vectors.pending() };
+        (state, MsixHandles { vectors: vectors.save() })
     }
 
     /// Comes up quiesced, its GSIs and routes given to `controller` but nothing attached.
     pub fn restore(
         name: &str,
-        state: MsixState,
+        (state, handles): (MsixState, MsixHandles),
         controller: Arc<dyn InterruptController>,
         fd_store: FdStore,
         claims: &mut Claims,
     ) -> Result<Self, MsixError> {
         let vectors = Vectors::new(format!("{name} msix"), controller, fd_store);
         let mut this = Self { table: vec![0; state.table.len()], control: 0, vectors };
-        this.mend(state, claims)?;
+        this.mend(state, handles, claims)?;
         Ok(this)
     }
 
     /// Takes a later state of the same guest. Nothing is attached yet.
-    pub fn mend(&mut self, state: MsixState, claims: &mut Claims) -> Result<(), MsixError> {
-        let MsixState { table, control, vectors } = state;
+    pub fn mend(&mut self, state: MsixState, handles: MsixHandles, claims: &mut Claims) -> Result<(), MsixError> {
+        // What is pending is counted in the eventfds.
+        let (MsixState { table, control, pending: _ }, MsixHandles { vectors }) = (state, handles);
         let is_whole =
             table.len().is_multiple_of(ENTRY) && (vectors.is_empty() || vectors.len() == table.len() / ENTRY);
         if !is_whole {

@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use serde::{Deserialize, Serialize};
-
 use super::config::{ConfigSpace, PhysicalConfig};
 use super::msix::Msix;
 use super::regs::*;
+use super::saved::MsixLayoutState;
 
 /// Message control, from the start of the capability.
 const CONTROL: u16 = 2;
@@ -14,7 +13,7 @@ const TABLE: u16 = 4;
 const PBA: u16 = 8;
 
 /// What the capability says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsixLayout {
     pub vectors: u16,
     pub table_bar: u8,
@@ -43,6 +42,16 @@ impl MsixLayout {
             pba_offset: pba & !7,
         };
         if layout.table_bar > 5 || layout.pba_bar > 5 { Err(layout) } else { Ok(layout) }
+    }
+
+    pub fn save(&self) -> MsixLayoutState {
+        let Self { vectors, table_bar, table_offset, pba_bar, pba_offset } = *self;
+        MsixLayoutState { vectors, table_bar, table_offset, pba_bar, pba_offset }
+    }
+
+    pub fn restore(state: MsixLayoutState) -> Self {
+        let MsixLayoutState { vectors, table_bar, table_offset, pba_bar, pba_offset } = state;
+        Self { vectors, table_bar, table_offset, pba_bar, pba_offset }
     }
 
     /// Puts the capability's body at `at`; its id and the link to the next one are the caller's. Enable and function

@@ -96,11 +96,11 @@ fn a_refused_update_loses_nothing() {
 
 /// The same in a new image.
 fn carried(msix: &mut Msix, fd_store: &FdStore) -> (Msix, Arc<FakeController>) {
-    let state = msix.save();
-    assert_eq!(state, msix.save(), "save is pure");
+    let saved = msix.save();
+    assert_eq!(saved, msix.save(), "save is pure");
     let (fd_store, mut claims) = fd_store.handed_over().unwrap();
     let msi = Arc::new(FakeController::default());
-    let new = Msix::restore("nic0", state, msi.clone(), fd_store, &mut claims).unwrap();
+    let new = Msix::restore("nic0", saved, msi.clone(), fd_store, &mut claims).unwrap();
     claims.finish().unwrap();
     (new, msi)
 }
@@ -111,7 +111,9 @@ fn an_event_in_the_pause_is_injected_in_the_new_image() {
     program(&mut msix, 2, 0x42, true);
     msix.quiesce_irqfds().unwrap();
     let (mut new, msi) = carried(&mut msix, &fd_store);
+    assert_eq!(msix.save().0.pending, [0; 0]);
     signal(&mut msix, 0);
+    assert_eq!((msix.save().0.pending, msix.save().1), (vec![0], new.save().1), "the guest's, and no handle");
     assert!(msi.calls().is_empty(), "routes are staged, irqfds wait");
     assert_eq!(pba(&new), 1);
     new.resume_irqfds().unwrap();

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::{Taken, Window, Windows};
 
 use super::bar::{BarRegister, PAGE};
+use super::saved::{DecodedState, WindowState};
 
 #[derive(Debug, thiserror::Error)]
 #[error("BAR {index} of {size:#x} bytes: no room in the guest's PCI windows")]
@@ -15,7 +15,7 @@ pub struct NoRoom {
 }
 
 /// The host bridge's windows, frozen at the guest's boot: a BAR decodes only inside them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decoded {
     mmio32: Range<u64>,
     mmio64: Range<u64>,
@@ -26,6 +26,18 @@ impl Decoded {
     pub fn new(windows: &Windows) -> Self {
         let Windows { mmio32, mmio64, io } = windows;
         Self { mmio32: mmio32.range(), mmio64: mmio64.range(), io: io.range() }
+    }
+
+    pub(super) fn save(&self) -> DecodedState {
+        let Self { mmio32, mmio64, io } = self;
+        let [mmio32, mmio64, io] = [mmio32, mmio64, io].map(|range| WindowState { start: range.start, end: range.end });
+        DecodedState { mmio32, mmio64, io }
+    }
+
+    pub(super) fn restore(state: DecodedState) -> Self {
+        let DecodedState { mmio32, mmio64, io } = state;
+        let [mmio32, mmio64, io] = [mmio32, mmio64, io].map(|WindowState { start, end }| start..end);
+        Self { mmio32, mmio64, io }
     }
 
     /// Whether all of a BAR at `address` is inside a window of its kind.

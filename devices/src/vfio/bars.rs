@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use rustix::mm::{MapFlags, ProtFlags};
-use serde::{Deserialize, Serialize};
 use theseus_resources::rate::Rate;
 
 use super::device::{DeviceError, Region, VfioDevice};
 use super::dma::{DmaDomain, MapSource};
+use super::saved::{BarHandles, BarState};
 use super::signals;
 use crate::bus::{BusDevice, SharedDevice};
 use crate::pci::bar::{BarAddress, BarRegister, PAGE};
@@ -96,14 +96,6 @@ impl Drop for Mapping {
     }
 }
 
-/// Where a BAR is while it decodes, in the saved state.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Active {
-    address: u64,
-    /// iovas of the peer-to-peer mappings in the domain.
-    dma: Vec<u64>,
-}
-
 /// See the module.
 pub struct Bar {
     placed: PlacedBar<Mapping>,
@@ -153,31 +145,27 @@ impl Bar {
         self.placed.shown()
     }
 
-    /// Takes `active` of a later state, if the BAR is where that says.
-    pub fn keep(&mut self, active: Option<&Active>) -> bool {
-        match (self.address(), active) {
-            (None, None) => true,
-            (Some(here), Some(there)) if here == there.address => {
-                self.dma.clone_from(&there.dma);
-                true
+    pub fn save(&self) -> (BarState, BarHandles) {
+        // (Memslots end with their VM.)
+        let Self { placed, region, dma, leftover_dma } = self;
+        let state = BarState { register: placed.register.save(), address: placed.address() };
+        (state, BarHandles { region: *region, dma: dma.clone(), leftover_dma: leftover_dma.clone() })
+    }
+
+    /// In a new image: brings one that is new, or was put somewhere by an earlier state, to where it was before the
+    /// guest in the old image. Its peer-to-peer mappings are in the domain still. True if it had to be put elsewhere.
+    pub fn place_again(&mut self, address: Option<u64>, handles: BarHandles) -> Result<bool, PlaceError> {
+        let BarHandles { region: _, dma, leftover_dma } = handles;
+        let moves = self.address() != address;
+        if moves {
+            self.placed.take_away();
+            self.placed.settle();
+            if let Some(address) = address {
+                self.placed.put(address)?;
             }
-            _ => false,
         }
-    }
-
-    /// For the saved state.
-    pub fn active(&self) -> Option<Active> {
-        Some(Active { address: self.address()?, dma: self.dma.clone() })
-    }
-
-    /// iovas of peer-to-peer mappings that could not be taken away yet, for the saved state. (Memslots end with their
-    /// VM.)
-    pub fn leftover_dma(&self) -> &[u64] {
-        &self.leftover_dma
-    }
-
-    pub fn set_leftover_dma(&mut self, iovas: Vec<u64>) {
-        self.leftover_dma = iovas;
+        (self.dma, self.leftover_dma) = (dma, leftover_dma);
+        Ok(moves)
     }
 
     /// Takes away what could not be taken away before. False if something is left still.
@@ -198,14 +186,6 @@ impl Bar {
     /// Puts the BAR before the guest at `address`. On failure nothing of it is.
     pub fn map(&mut self, address: u64) -> Result<(), PlaceError> {
         self.placed.put(address)
-    }
-
-    /// As [`Bar::map`], in a new image, for a BAR that was before the guest in the old one. Its peer-to-peer mappings
-    /// are in the domain still.
-    pub fn map_again(&mut self, active: Active) -> Result<(), PlaceError> {
-        self.placed.put(active.address)?;
-        self.dma = active.dma;
-        Ok(())
     }
 
     /// Lets the other devices of the domain reach the BAR (peer-to-peer). Not all domains can: then they do not.
@@ -234,13 +214,6 @@ impl Bar {
             }
         }
         is_gone && self.leftover_dma.is_empty()
-    }
-
-    /// Takes the BAR away from this image's guest only.
-    pub fn forget(&mut self) {
-        self.placed.take_away();
-        self.placed.settle();
-        self.dma.clear();
     }
 }
 

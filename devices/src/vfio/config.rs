@@ -5,15 +5,15 @@
 //! that cannot work in a guest are taken out of the chains. All the rest goes to VFIO, which virtualises what must not
 //! reach the hardware (`vfio_pci_config.c`).
 
-use serde::{Deserialize, Serialize};
-
+use super::saved::FilterState;
+use crate::migratable::MigrateError;
 use crate::pci::bar::BarRegister;
 use crate::pci::config::{ConfigSpace, PhysicalConfig};
 use crate::pci::msix_capability::MsixLayout;
 use crate::pci::regs::*;
 
-/// See the module. Also its own saved form: the guest's view is carried, not computed again.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigFilter {
     space: ConfigSpace,
     /// Where the MSI-X capability is.
@@ -78,9 +78,18 @@ impl ConfigFilter {
         self.space.emulate(offset, values, mask, writable);
     }
 
-    /// For a state that was read: are all parts there, and the capabilities where capabilities can be?
-    pub fn is_whole(&self) -> bool {
-        self.space.is_whole() && self.msix < EXTENDED_START && self.pm.is_none_or(|at| at < EXTENDED_START)
+    pub(super) fn save(&self) -> FilterState {
+        let Self { space, msix, pm } = self;
+        FilterState { space: space.save(), msix: *msix, pm: *pm }
+    }
+
+    /// Refuses capabilities where none can be.
+    pub(super) fn restore(state: FilterState) -> Result<Self, MigrateError> {
+        let FilterState { space, msix, pm } = state;
+        if msix >= EXTENDED_START || pm.is_some_and(|at| at >= EXTENDED_START) {
+            return Err(MigrateError::State("a capability is outside of the configuration space".into()));
+        }
+        Ok(Self { space: ConfigSpace::restore(space)?, msix, pm })
     }
 
     /// Relinks the chain that starts at 0x34 without the hidden capabilities (PCI 3.0, 6.7).

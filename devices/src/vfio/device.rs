@@ -4,17 +4,17 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde::{Deserialize, Serialize};
 use theseus_resources::fd_store::{Claims, FdStoreError};
-use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
+use theseus_resources::{FdKind, FdStore, StoredFd};
 use vfio_bindings::bindings::vfio::*;
 
 use super::ioctl;
+use super::saved::{DeviceHandles, RegionHandles};
 use crate::pci::bar::PAGE;
 use crate::pci::regs::{COMMAND, DISABLE_INTX};
 
 /// One region of the device file: a BAR or the configuration space.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Region {
     pub index: u32,
     /// Bytes; 0: the device does not have it.
@@ -25,15 +25,16 @@ pub struct Region {
     pub mappable: Vec<(u64, u64)>,
 }
 
-/// A device fd in the saved state, with all that was asked of the kernel when it was opened.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct DeviceState {
-    bdf: String,
-    slot: Slot,
-    bars: Vec<Region>,
-    config: Region,
-    vectors: u32,
-    signals: bool,
+impl Region {
+    fn save(&self) -> RegionHandles {
+        let Self { index, size, offset, mappable } = self.clone();
+        RegionHandles { index, size, offset, mappable }
+    }
+
+    fn restore(handles: RegionHandles) -> Self {
+        let RegionHandles { index, size, offset, mappable } = handles;
+        Self { index, size, offset, mappable }
+    }
 }
 
 /// VFIO_DEVICE_SET_IRQS, apart so that what follows from it can be tested without a device.
@@ -223,37 +224,38 @@ impl VfioDevice {
         Self { bdf: bdf.to_owned(), irqs, fd, bars, config, vectors, signals: AtomicBool::new(false) }
     }
 
-    pub(super) fn save(&self) -> DeviceState {
+    pub(super) fn save(&self) -> DeviceHandles {
         let Self { bdf, irqs: _, fd, bars, config, vectors, signals: _ } = self;
-        DeviceState {
+        DeviceHandles {
             bdf: bdf.clone(),
-            slot: fd.slot(),
-            bars: bars.clone(),
-            config: config.clone(),
+            fd: fd.slot(),
+            bars: bars.iter().map(Region::save).collect(),
+            config: config.save(),
             vectors: *vectors,
             signals: self.signals(),
         }
     }
 
-    /// Takes a later state of the same device.
-    pub(super) fn mend(&self, state: &DeviceState) -> Result<(), OtherDevice> {
-        let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
-        let is_same = *bdf == self.bdf
-            && *slot == self.fd.slot()
-            && *bars == self.bars
-            && *config == self.config
-            && *vectors == self.vectors;
+    /// Takes later handles of the same device.
+    pub(super) fn mend(&self, later: DeviceHandles) -> Result<(), OtherDevice> {
+        let DeviceHandles { bdf, fd, bars, config, vectors, signals } = later;
+        let is_same = bdf == self.bdf
+            && fd == self.fd.slot()
+            && bars.into_iter().map(Region::restore).eq(self.bars.iter().cloned())
+            && Region::restore(config) == self.config
+            && vectors == self.vectors;
         if !is_same {
-            return Err(OtherDevice { was: self.bdf.clone(), is: bdf.clone() });
+            return Err(OtherDevice { was: self.bdf.clone(), is: bdf });
         }
-        self.signals.store(*signals, Ordering::Relaxed);
+        self.signals.store(signals, Ordering::Relaxed);
         Ok(())
     }
 
     /// Touches nothing in the kernel: the device is in use.
-    pub(super) fn restore(state: DeviceState, claims: &mut Claims) -> Result<Self, FdStoreError> {
-        let DeviceState { bdf, slot, bars, config, vectors, signals } = state;
-        let fd = claims.claim(slot, FdKind::VfioDevice)?;
+    pub(super) fn restore(handles: DeviceHandles, claims: &mut Claims) -> Result<Self, FdStoreError> {
+        let DeviceHandles { bdf, fd, bars, config, vectors, signals } = handles;
+        let fd = claims.claim(fd, FdKind::VfioDevice)?;
+        let (bars, config) = (bars.into_iter().map(Region::restore).collect(), Region::restore(config));
         let signals = AtomicBool::new(signals);
         Ok(Self { bdf, irqs: Box::new(fd.clone()), fd, bars, config, vectors, signals })
     }

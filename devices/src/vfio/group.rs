@@ -8,13 +8,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use theseus_resources::fd_store::{Claims, FdStoreError};
-use theseus_resources::{FdKind, FdStore, Slot, StoredFd};
+use theseus_resources::{FdKind, FdStore, StoredFd};
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
 use super::dma::DmaDomain;
 use super::ioctl;
+use super::saved::GroupHandles;
 use super::sysfs::driver;
 
 const HOW_TO_BIND: &str = "modprobe vfio-pci; then, for each device, write vfio-pci into its driver_override, its \
@@ -58,14 +58,6 @@ pub struct Group {
     number: u32,
     fd: StoredFd,
     domain: Arc<dyn DmaDomain>,
-}
-
-/// A group in the saved state.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct GroupState {
-    number: u32,
-    slot: Slot,
-    container: String,
 }
 
 /// A VMM that was killed gives its devices back when they are reset, which takes some 100 ms: whoever is started in its
@@ -132,26 +124,26 @@ impl Group {
         Self { number, fd, domain }
     }
 
-    pub(super) fn save(&self) -> GroupState {
+    pub(super) fn save(&self) -> GroupHandles {
         let Self { number, fd, domain } = self;
-        GroupState { number: *number, slot: fd.slot(), container: domain.name().to_owned() }
+        GroupHandles { number: *number, fd: fd.slot(), container: domain.name().to_owned() }
     }
 
-    /// Whether `state` is a later one of the same group.
-    pub(super) fn is(&self, state: &GroupState) -> bool {
-        let GroupState { number, slot, container } = state;
-        (*number, *slot, &container[..]) == (self.number, self.fd.slot(), self.domain.name())
+    /// Whether `later` are handles of the same group.
+    pub(super) fn is(&self, later: &GroupHandles) -> bool {
+        let GroupHandles { number, fd, container } = later;
+        (*number, *fd, &container[..]) == (self.number, self.fd.slot(), self.domain.name())
     }
 
     /// Touches nothing in the kernel: the group is in use.
     pub(super) fn restore(
-        state: GroupState,
+        handles: GroupHandles,
         claims: &mut Claims,
         find: impl Fn(&str) -> Option<Arc<dyn DmaDomain>>,
     ) -> Result<Self, GroupError> {
-        let GroupState { number, slot, container } = state;
+        let GroupHandles { number, fd, container } = handles;
         let domain = find(&container).ok_or(GroupError::NoContainer { number, container })?;
-        let fd = claims.claim(slot, FdKind::VfioGroup).map_err(|source| GroupError::FdStore { number, source })?;
+        let fd = claims.claim(fd, FdKind::VfioGroup).map_err(|source| GroupError::FdStore { number, source })?;
         Ok(Self { number, fd, domain })
     }
 }

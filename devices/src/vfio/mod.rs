@@ -11,6 +11,7 @@
 //! | [`signals`] | its MSI-X and VFIO's in line |
 //! | [`wiring`] | what a device is wired to in this process |
 //! | [`sysfs`] | what this host says of a device |
+//! | [`saved`] | all of it in the saved state |
 //!
 //! The fds are the device: a group can be opened only once, so they go over to the new VMM in the FdStore, and it builds
 //! its objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
@@ -26,6 +27,7 @@ pub mod group;
 mod ioctl;
 pub mod pci;
 pub mod registry;
+pub mod saved;
 mod signals;
 mod sysfs;
 mod wiring;
@@ -34,6 +36,6 @@ pub use bars::unmap_bars;
 pub use dma::invalidate::{InvalidateError, Invalidated, invalidate_all};
 pub use dma::{DmaDomain, DmaError, DmaMap, MapSource};
 pub use group::Group;
-pub use pci::{VfioPci, VfioPciParts, VfioPciState};
-pub use registry::{AttachError, DeviceConfig, Passthrough, PassthroughState};
+pub use pci::{VfioPci, VfioPciParts};
+pub use registry::{AttachError, DeviceConfig, Passthrough};
 pub use wiring::{PassthroughError, Wiring};

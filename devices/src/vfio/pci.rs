@@ -14,23 +14,23 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
 use theseus_resources::fd_store::Claims;
 use theseus_resources::state::Format;
 
-use super::bars::{Active, Bar, BarParts, discover_bars};
+use super::bars::{Bar, BarParts, discover_bars};
 use super::config::{ConfigError, ConfigFilter};
-use super::device::{DeviceError, DeviceState, VfioDevice};
+use super::device::{DeviceError, VfioDevice};
 use super::group::Group;
+use super::saved::{BarHandles, BarState, VfioPciHandles, VfioPciState};
 use super::signals;
 use super::wiring::{PassthroughError, Wiring};
-use crate::migratable::{Migratable, MigrateError};
+use crate::migratable::{Migratable, MigrateError, Saved};
 use crate::pci::PciDevice;
 use crate::pci::bar::{BarAddress, BarRegister};
 use crate::pci::config::PhysicalConfig;
 use crate::pci::decoding::Decoding;
-use crate::pci::msix::{Msix, MsixError, MsixState};
+use crate::pci::msix::{Msix, MsixError};
 use crate::pci::msix_capability::MsixLayout;
 use crate::pci::placement::{Decoded, place, reserve, vacate};
 use crate::pci::regs::*;
@@ -51,29 +51,6 @@ pub struct VfioPci {
     /// Memslots or mappings of BARs that were refused: tried again by [`VfioPci::settle`].
     dirty: bool,
     complaints: RateLimitedLog,
-}
-
-/// Saved state of [`VfioPci`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct VfioPciState {
-    id: String,
-    group: u32,
-    device: DeviceState,
-    filter: ConfigFilter,
-    layout: MsixLayout,
-    msix: MsixState,
-    bars: Vec<BarState>,
-    decoded: Decoded,
-    command: u16,
-    in_d3hot: bool,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct BarState {
-    register: BarRegister,
-    region: u32,
-    active: Option<Active>,
-    leftover_dma: Vec<u64>,
 }
 
 /// What [`VfioPci`] needs of the new image.
@@ -299,48 +276,42 @@ impl PciDevice for VfioPci {
 impl Migratable for VfioPci {
     const FORMAT: Format = Format::new("vfio-pci", 1);
     type State = VfioPciState;
+    type Handles = VfioPciHandles;
     type Parts<'a> = VfioPciParts<'a>;
 
-    fn save(&self) -> Result<VfioPciState, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         let Self { id, group, device, filter, layout, msix: _, bars, decoding, dirty: _, complaints: _ } = self;
-        let Decoding { command, in_d3hot, windows } = decoding;
-        let bars = bars.iter().map(|bar| BarState {
-            register: *bar.register(),
-            region: bar.region(),
-            active: bar.active(),
-            leftover_dma: bar.leftover_dma().to_vec(),
-        });
-        let msix = self.msix.look().map_err(|held| MigrateError::State(held.to_string()))?;
-        Ok(VfioPciState {
+        let (bars, bar_handles) = bars.iter().map(Bar::save).unzip();
+        let (msix, vectors) = self.msix.look().map_err(|held| MigrateError::State(held.to_string()))?.save();
+        let state = VfioPciState {
             id: id.clone(),
-            group: group.number(),
-            device: device.save(),
-            filter: filter.clone(),
-            layout: *layout,
-            msix: msix.save(),
-            bars: bars.collect(),
-            decoded: windows.clone(),
-            command: *command,
-            in_d3hot: *in_d3hot,
-        })
+            config: filter.save(),
+            layout: layout.save(),
+            msix,
+            bars,
+            decoding: decoding.save(),
+        };
+        let (group, device) = (group.number(), device.save());
+        Ok(Saved { state, handles: VfioPciHandles { group, device, msix: vectors, bars: bar_handles } })
     }
 
-    /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: VfioPciState, parts: VfioPciParts<'_>) -> Result<Self, MigrateError> {
-        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, in_d3hot } = state;
+    /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
+    fn restore(saved: Saved<Self>, parts: VfioPciParts<'_>) -> Result<Self, MigrateError> {
+        let Saved { state, handles } = saved;
+        let VfioPciState { id, config, layout, msix, bars, decoding } = state;
+        let VfioPciHandles { group, device, msix: vectors, bars: bar_handles } = handles;
         let VfioPciParts { claims, groups, windows, wiring } = parts;
         let wrong = |what: String| MigrateError::State(what);
         let group = groups(group).ok_or_else(|| wrong(format!("group {group} is not in the saved state")))?;
-        if !filter.is_whole() {
-            return Err(wrong("the configuration space is not whole".into()));
-        }
+        let filter = ConfigFilter::restore(config)?;
         let device = Arc::new(VfioDevice::restore(device, claims)?);
-        let msix = Msix::restore(&id, msix, wiring.interrupts.clone(), wiring.fd_store.clone(), claims);
+        let msix = Msix::restore(&id, (msix, vectors), wiring.interrupts.clone(), wiring.fd_store.clone(), claims);
         let msix = Arc::new(Turn::new(msix.map_err(|e| wrong(e.to_string()))?));
+        let layout = MsixLayout::restore(layout);
         let mut this = Self {
             id,
             group,
@@ -349,21 +320,20 @@ impl Migratable for VfioPci {
             layout,
             msix: msix.clone(),
             bars: Vec::new(),
-            decoding: Decoding { command, in_d3hot, windows: decoded },
+            decoding: Decoding::restore(decoding),
             dirty: true,
             complaints: RateLimitedLog::default(),
         };
         let parts = BarParts { device: &device, msix: &msix, layout: &layout, space: &wiring.space };
-        for BarState { register, region: index, active, leftover_dma } in bars {
+        for (BarState { register, address }, handles) in pairs(bars, bar_handles)? {
+            let register = BarRegister::restore(register);
+            let index = handles.region;
             reserve(windows, &register).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
             let region = device.bars().iter().find(|region| region.index == index);
             let region = region.ok_or_else(|| wrong(format!("BAR {index} has no region")))?;
             let mut bar = Bar::new(register, region, &parts)
                 .map_err(|DeviceError { what, source }| MigrateError::Os { what, source })?;
-            if let Some(active) = active {
-                bar.map_again(active).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
-            }
-            bar.set_leftover_dma(leftover_dma);
+            bar.place_again(address, handles).map_err(|e| wrong(format!("BAR {index}: {e}")))?;
             this.bars.push(bar);
         }
         Ok(this)
@@ -371,41 +341,49 @@ impl Migratable for VfioPci {
 }
 
 impl VfioPci {
-    /// Brings a device that was restored from an earlier state of its guest to `state`, before anything of it is in
+    /// Brings a device that was restored from an earlier state of its guest to a later one, before anything of it is in
     /// use. Returns which BARs had to be put elsewhere: that takes time.
-    pub fn mend(&mut self, state: VfioPciState, claims: &mut Claims) -> Result<Vec<u8>, MigrateError> {
-        let VfioPciState { id, group, device, filter, layout, msix, bars, decoded, command, in_d3hot } = state;
+    pub fn mend(&mut self, later: Saved<Self>, claims: &mut Claims) -> Result<Vec<u8>, MigrateError> {
+        let Saved { state, handles } = later;
+        let VfioPciState { id, config, layout, msix, bars, decoding } = state;
+        let VfioPciHandles { group, device, msix: vectors, bars: bar_handles } = handles;
         let wrong = |what: String| MigrateError::State(what);
-        let is_same =
-            id == self.id && group == self.group.number() && layout == self.layout && decoded == self.decoding.windows;
+        let decoding = Decoding::restore(decoding);
+        let is_same = id == self.id
+            && group == self.group.number()
+            && MsixLayout::restore(layout) == self.layout
+            && decoding.windows == self.decoding.windows;
         if !is_same || bars.len() != self.bars.len() {
             return Err(wrong("it is another device than the one that was made ready".into()));
         }
-        if !filter.is_whole() {
-            return Err(wrong("the configuration space is not whole".into()));
-        }
-        self.device.mend(&device).map_err(|e| wrong(e.to_string()))?;
+        let filter = ConfigFilter::restore(config)?;
+        self.device.mend(device).map_err(|e| wrong(e.to_string()))?;
         self.filter = filter;
-        self.msix().mend(msix, claims).map_err(|e| wrong(e.to_string()))?;
-        (self.decoding.command, self.decoding.in_d3hot) = (command, in_d3hot);
+        self.msix().mend(msix, vectors, claims).map_err(|e| wrong(e.to_string()))?;
+        self.decoding = decoding;
         let mut moved = Vec::new();
-        for (bar, BarState { register, region, active, leftover_dma }) in self.bars.iter_mut().zip(bars) {
-            if register != *bar.register() || region != bar.region() {
+        for (bar, (BarState { register, address }, handles)) in self.bars.iter_mut().zip(pairs(bars, bar_handles)?) {
+            let region = handles.region;
+            if BarRegister::restore(register) != *bar.register() || region != bar.region() {
                 return Err(wrong(format!("BAR {region} is another one than the one that was made ready")));
             }
-            if bar.keep(active.as_ref()) {
-                bar.set_leftover_dma(leftover_dma);
-                continue;
+            if bar.place_again(address, handles).map_err(|e| wrong(format!("BAR {region}: {e}")))? {
+                moved.push(bar.register().index);
             }
-            moved.push(register.index);
-            bar.forget();
-            if let Some(active) = active {
-                bar.map_again(active).map_err(|e| wrong(format!("BAR {region}: {e}")))?;
-            }
-            bar.set_leftover_dma(leftover_dma);
         }
         Ok(moved)
     }
+}
+
+/// Each BAR with its handles.
+fn pairs(
+    states: Vec<BarState>,
+    handles: Vec<BarHandles>,
+) -> Result<impl Iterator<Item = (BarState, BarHandles)>, MigrateError> {
+    if states.len() == handles.len() {
+        return Ok(states.into_iter().zip(handles));
+    }
+    Err(MigrateError::State(format!("{} BARs, and handles of {}", states.len(), handles.len())))
 }
 
 #[cfg(test)]

@@ -8,8 +8,10 @@ use super::super::device::{Irqs, Region};
 use super::super::dma::tests::{RamOnly, container};
 use super::super::dma::{DmaDomain, MapSource};
 use super::super::registry::{DEFAULT_CONTAINER, Passthrough};
+use super::super::saved::PassthroughHandles;
 use super::*;
 use crate::interrupt::fake::FakeController;
+use crate::migratable::{Handles, SavedDevice, with_slots};
 use crate::pci::placed_bar::tests::{FakeMemslots, space};
 
 /// VFIO's interrupts as far as they change the device: the end of MSI-X clears DisINTx (pci_intx_for_msi).
@@ -238,7 +240,7 @@ fn carried_untouched(rig: Rig) -> Rig {
     let (fd_store, mut claims) = rig.wiring.fd_store.handed_over().unwrap();
     drop(rig.pci);
     let (wiring, memslots, msi) = wiring(&fd_store);
-    let passthrough = Passthrough::restore(vfio, (fd_store.clone(), Arc::default(), &mut claims)).unwrap();
+    let passthrough = Passthrough::restore(vfio, fd_store.clone(), Arc::default(), &mut claims).unwrap();
     let mut windows = Windows::new(1 << 30, 40);
     let parts = VfioPciParts {
         claims: &mut claims,
@@ -254,15 +256,17 @@ fn carried_untouched(rig: Rig) -> Rig {
 /// What the device and its registry are, as they would be saved, in bytes.
 fn saved(rig: &Rig) -> Vec<u8> {
     let mut writer = StateWriter::new("test");
-    writer.add("vfio", &Passthrough::FORMAT, &rig.passthrough.save().unwrap()).unwrap();
-    writer.add("nic0", &VfioPci::FORMAT, &rig.pci.save().unwrap()).unwrap();
+    let SavedDevice { state, handles } = SavedDevice::of(&rig.pci, "nic0").unwrap();
+    for section in [rig.passthrough.save().encode("vfio").unwrap(), Some(state), handles].into_iter().flatten() {
+        writer.add_encoded(section.encoded, &section.format).unwrap();
+    }
     writer.finish().unwrap()
 }
 
-fn read(bytes: &[u8]) -> (super::super::PassthroughState, VfioPciState) {
+fn read(bytes: &[u8]) -> (PassthroughHandles, Saved<VfioPci>) {
     let mut reader = StateReader::new(bytes).unwrap();
-    let vfio = crate::migratable::take::<Passthrough>(&mut reader, "vfio").unwrap();
-    (vfio, crate::migratable::take::<VfioPci>(&mut reader, "nic0").unwrap())
+    let vfio = PassthroughHandles::take(&mut reader, "vfio").unwrap();
+    (vfio, crate::migratable::take(&mut reader, "nic0").unwrap())
 }
 
 /// A new VMM gets ready while the guest goes on, and is then brought to the guest's last state: whatever has changed in
@@ -300,7 +304,7 @@ fn a_device_that_was_made_ready_is_mended() {
         fd_store.receive(&mut claims, records, again(fds)).unwrap();
         let (wiring, memslots, msi) = wiring(&fd_store);
         let (vfio, state) = read(&early);
-        let passthrough = Passthrough::restore(vfio, (fd_store.clone(), Arc::default(), &mut claims)).unwrap();
+        let passthrough = Passthrough::restore(vfio, fd_store.clone(), Arc::default(), &mut claims).unwrap();
         let mut windows = Windows::new(1 << 30, 40);
         let (groups, device) = (&|n| passthrough.group(n), wiring.clone());
         let parts = VfioPciParts { claims: &mut claims, groups, windows: &mut windows, wiring: device };
@@ -330,11 +334,25 @@ fn a_device_that_was_made_ready_is_mended() {
 #[test]
 fn a_device_that_is_another_one_is_refused() {
     let (one, other) = (rig(), rig());
-    let (_, state) = read(&saved(&one));
+    let other_of = |change: fn(&mut Saved<VfioPci>)| {
+        let (_, mut later) = read(&saved(&one));
+        change(&mut later);
+        later
+    };
     let mut other = carried_untouched(other);
     let mut claims = Claims::default();
-    assert!(other.pci.mend(VfioPciState { id: "nic1".into(), ..state.clone() }, &mut claims).is_err());
-    assert!(other.pci.mend(VfioPciState { bars: Vec::new(), ..state }, &mut claims).is_err());
+    let changes: [fn(&mut Saved<VfioPci>); 6] = [
+        |later| later.state.id = "nic1".into(),
+        |later| later.state.bars.clear(),
+        |later| later.handles.bars.clear(),
+        |later| later.handles.bars[1].region = 4,
+        |later| later.handles.group = 8,
+        |later| later.handles.device.config.size = 256,
+    ];
+    for change in changes {
+        assert!(other.pci.mend(other_of(change), &mut claims).is_err());
+    }
+    other.pci.mend(other_of(|_| {}), &mut claims).unwrap();
 }
 
 #[test]
@@ -345,6 +363,7 @@ fn a_moved_and_running_device_goes_over_whole() {
     rig.pci.quiesce_irqfds().unwrap();
     let (slots, dma, memslots) = (rig.slots(), rig.dma(), rig.memslots.clone());
     let msix_fd = rig.pci.msix().eventfds().unwrap()[0].try_clone_to_owned().unwrap();
+    assert_eq!(with_slots(&saved(&rig)), ["nic0.handles", "vfio.handles"]);
     let asked = rig.irqs.asked.load(Ordering::Relaxed);
     let mut new = carried(rig);
     assert_eq!(memslots.count(), 0, "no memslot outlives its mapping");

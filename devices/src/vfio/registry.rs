@@ -4,23 +4,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
-use serde::{Deserialize, Serialize};
 use theseus_resources::alloc::Windows;
 use theseus_resources::fd_store::Claims;
 use theseus_resources::memory_listener::{MemoryError, MemoryListeners, RamBlock};
-use theseus_resources::state::Format;
 use theseus_resources::survivor::look;
 use theseus_resources::{FdStore, StoredFd};
 
 use super::device::VfioDevice;
 use super::dma::invalidate::{InvalidateError, Invalidated, invalidate_all};
 use super::dma::type1::Container;
-use super::dma::{ContainerState, DmaDomain, DmaError, DmaMap, DomainState, MapSource};
-use super::group::{Group, GroupError, GroupState};
+use super::dma::{DmaDomain, DmaError, DmaMap, MapSource};
+use super::group::{Group, GroupError};
 use super::pci::VfioPci;
+use super::saved::{DomainHandles, PassthroughHandles};
 use super::sysfs::{SysfsError, can_storm, identify};
 use super::wiring::{PassthroughError, Wiring};
-use crate::migratable::{Migratable, MigrateError};
+use crate::migratable::MigrateError;
 use crate::turn::Turn;
 
 /// The container of devices that name none.
@@ -69,13 +68,6 @@ pub struct Passthrough {
     /// Each domain is one of these as long as it is here.
     memory: Arc<MemoryListeners>,
     inner: Mutex<Inner>,
-}
-
-/// Saved state of [`Passthrough`]: containers with what is mapped in them, and groups.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PassthroughState {
-    containers: Vec<ContainerState>,
-    groups: Vec<GroupState>,
 }
 
 impl Passthrough {
@@ -212,15 +204,15 @@ impl Passthrough {
         self.lock().domains.iter().try_for_each(|domain| unsafe { domain.remap(&vaddr_of) })
     }
 
-    /// Takes a later state of the same guest: what is mapped may have changed.
-    pub fn mend(&self, state: PassthroughState) -> Result<(), MigrateError> {
-        let PassthroughState { containers, groups } = state;
+    /// Takes later handles of the same guest: what is mapped may have changed.
+    pub fn mend(&self, later: PassthroughHandles) -> Result<(), MigrateError> {
+        let PassthroughHandles { containers, groups } = later;
         let inner = self.lock();
         let same_number = containers.len() == inner.domains.len() && groups.len() == inner.groups.len();
-        let domains = containers.into_iter().map(DomainState::Type1);
+        let domains = containers.into_iter().map(DomainHandles::Type1);
         let is_same = same_number
-            && inner.groups.iter().zip(&groups).all(|(group, state)| group.is(state))
-            && inner.domains.iter().zip(domains).all(|(domain, state)| domain.mend(state));
+            && inner.groups.iter().zip(&groups).all(|(group, later)| group.is(later))
+            && inner.domains.iter().zip(domains).all(|(domain, later)| domain.mend(later));
         let other = || MigrateError::State("containers or groups are others than those that were made ready".into());
         is_same.then_some(()).ok_or_else(other)
     }
@@ -259,38 +251,37 @@ impl Inner {
     }
 }
 
-impl Migratable for Passthrough {
-    const FORMAT: Format = Format::new("vfio", 1);
-    type State = PassthroughState;
-    type Parts<'a> = (FdStore, Arc<MemoryListeners>, &'a mut Claims);
-
-    fn save(&self) -> Result<PassthroughState, MigrateError> {
+/// The guest sees nothing of it, so it is all handles.
+impl Passthrough {
+    /// Pure.
+    pub fn save(&self) -> PassthroughHandles {
         let Self { fd_store: _, memory: _, inner } = self;
         let Inner { domains, groups } = &*look(inner);
         let mut containers = Vec::new();
         for domain in domains {
             match domain.save() {
-                DomainState::Type1(state) => containers.push(state),
+                DomainHandles::Type1(handles) => containers.push(handles),
             }
         }
-        Ok(PassthroughState { containers, groups: groups.iter().map(|group| group.save()).collect() })
+        PassthroughHandles { containers, groups: groups.iter().map(|group| group.save()).collect() }
     }
 
     /// Touches nothing in the kernel. Restore the devices next, then [`Passthrough::remap`].
-    fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
-        Ok(state)
-    }
-
-    fn restore(state: PassthroughState, (fd_store, memory, claims): Self::Parts<'_>) -> Result<Self, MigrateError> {
-        let PassthroughState { containers, groups } = state;
+    pub fn restore(
+        handles: PassthroughHandles,
+        fd_store: FdStore,
+        memory: Arc<MemoryListeners>,
+        claims: &mut Claims,
+    ) -> Result<Self, MigrateError> {
+        let PassthroughHandles { containers, groups } = handles;
         let mut inner = Inner::default();
-        for state in containers {
-            let container = Container::restore(state, claims).map_err(|e| MigrateError::State(e.to_string()))?;
+        for handles in containers {
+            let container = Container::restore(handles, claims).map_err(|e| MigrateError::State(e.to_string()))?;
             inner.domains.push(Arc::new(container));
         }
-        for state in groups {
+        for handles in groups {
             let find = |name: &str| inner.domains.iter().find(|domain| domain.name() == name).cloned();
-            let group = Group::restore(state, claims, find).map_err(|e| MigrateError::State(e.to_string()))?;
+            let group = Group::restore(handles, claims, find).map_err(|e| MigrateError::State(e.to_string()))?;
             inner.groups.push(Arc::new(group));
         }
         // What is mapped in them was mapped by the VMM before.

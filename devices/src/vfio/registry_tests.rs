@@ -29,15 +29,16 @@ fn a_domain_that_has_gone_over_is_told_of_what_is_new_alone() {
     let fd_store = FdStore::new();
     let (domain, _) = container(&fd_store, DEFAULT_CONTAINER, false);
     let old = Passthrough::with(&fd_store, domain.clone());
-    let state = old.save().unwrap();
-    let maps = domain.maps();
+    let handles = old.save();
+    // Their addresses are nobody's yet.
+    let maps: Vec<_> = domain.maps().into_iter().map(|map| DmaMap { vaddr: 0, ..map }).collect();
     let (fd_store, mut claims) = fd_store.handed_over().unwrap();
     let memory = Arc::new(MemoryListeners::new());
     for map in &maps {
         // SAFETY: nobody touches it.
         unsafe { memory.add(block(&fd_store, map.iova)) }.unwrap();
     }
-    let passthrough = Passthrough::restore(state, (fd_store.clone(), memory.clone(), &mut claims)).unwrap();
+    let passthrough = Passthrough::restore(handles, fd_store.clone(), memory.clone(), &mut claims).unwrap();
     assert_eq!(passthrough.domains()[0].maps(), maps, "the kernel was asked for nothing");
     // Its fd is a memfd, which can map nothing: so it was asked now.
     // SAFETY: as above.

@@ -21,7 +21,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use parking_lot::{Mutex, MutexGuard};
 
 pub use refused::reasons;
-pub use state::{OwedWrite, VcpuShape, VcpuState, XsaveBytes};
+pub use state::{OwedWrite, VcpuHandles, VcpuShape, VcpuState, XsaveBytes};
 
 use crate::{Error, Hypervisor, ReadyVm, Result};
 

@@ -59,7 +59,6 @@ pub struct VcpuState {
     pub tsc_deadline: Option<u64>,
     pub nested: Option<NestedBytes>,
     pub events: kvm_vcpu_events,
-    pub tsc_offset: u64,
     pub tsc_khz: u32,
     /// IA32_MCG_CAP where it is not KVM's own. A build before it gives the guest that one, which no guest looks at
     /// again.
@@ -69,6 +68,13 @@ pub struct VcpuState {
     /// instruction.
     #[serde(default)]
     pub owed: Vec<OwedWrite>,
+}
+
+/// What of a vCPU only this host has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuHandles {
+    /// What the guest's TSC is ahead of the host's. The guest's own is in [`crate::ClockState`].
+    pub tsc_offset: u64,
 }
 
 /// A write by an exit that KVM has completed already.
@@ -104,7 +110,6 @@ impl VcpuState {
             tsc_deadline: None,
             nested: None,
             events: Default::default(),
-            tsc_offset: 0,
             tsc_khz: 0,
             owed: Vec::new(),
             mcg_cap: None,
@@ -137,7 +142,7 @@ impl Vcpu {
     }
 
     /// Changes nothing. The vCPU must have no exit pending: [`Vcpu::run`] with immediate exit until `Interrupted`.
-    pub fn save(&self) -> Result<Box<VcpuState>> {
+    pub fn save(&self) -> Result<(Box<VcpuState>, VcpuHandles)> {
         let fd = &self.fd;
         // First: KVM_GET_MP_STATE takes a pending INIT or SIPI into account, which changes what the others read.
         let mp_state = fd.get_mp_state().map_err(self.err("KVM_GET_MP_STATE"))?;
@@ -156,7 +161,8 @@ impl Vcpu {
         let nested = self.get_nested()?;
         // Last: reading the others may turn something into an event (kernel-facts.md).
         let events = fd.get_vcpu_events().map_err(self.err("KVM_GET_VCPU_EVENTS"))?;
-        Ok(Box::new(VcpuState {
+        let handles = VcpuHandles { tsc_offset: raw::tsc_offset(fd).map_err(self.io_err("read the TSC offset"))? };
+        let state = Box::new(VcpuState {
             index: self.index,
             cpuid: self.cpuid.clone(),
             mp_state,
@@ -170,11 +176,11 @@ impl Vcpu {
             tsc_deadline,
             nested,
             events,
-            tsc_offset: raw::tsc_offset(fd).map_err(self.io_err("read the TSC offset"))?,
             tsc_khz: self.tsc_khz,
             owed: Vec::new(),
             mcg_cap: self.mcg_cap,
-        }))
+        });
+        Ok((state, handles))
     }
 
     /// What it is, whatever its guest does meanwhile.
@@ -195,7 +201,7 @@ impl Vcpu {
 
     /// The part before the VM's clock can be set, with the TSC offset in it. Then [`crate::Vm::restore_clock`], then
     /// [`Vcpu::restore_late`].
-    pub fn restore_early(&mut self, state: &VcpuState) -> Result<()> {
+    pub fn restore_early(&mut self, state: &VcpuState, handles: &VcpuHandles) -> Result<()> {
         if offers::kept(&state.cpuid, &state.msrs) {
             self.keep_to_offers()?;
         }
@@ -209,7 +215,7 @@ impl Vcpu {
         fd.set_debug_regs(&state.debugregs).map_err(self.err("KVM_SET_DEBUGREGS"))?;
         // Before the LAPIC, which reckons when its one-shot or periodic timer is due in the guest's TSC
         // (set_target_expiration).
-        raw::set_tsc_offset(fd, state.tsc_offset).map_err(self.io_err("set the TSC offset"))?;
+        raw::set_tsc_offset(fd, handles.tsc_offset).map_err(self.io_err("set the TSC offset"))?;
         fd.set_lapic(&state.lapic).map_err(self.err("KVM_SET_LAPIC"))
     }
 

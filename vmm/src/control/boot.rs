@@ -19,6 +19,7 @@ use theseus_api::{ApiError, Body};
 use theseus_resources::threads::{self, Role};
 
 use super::{Control, Vm};
+use crate::machine::spec::MachineSpec;
 use crate::machine::{Machine, MachineError};
 use crate::panics::panic_text;
 
@@ -46,7 +47,8 @@ impl Wish {
     }
 }
 
-type Built = Result<Machine, MachineError>;
+/// A machine, with the configuration that it is made of.
+type Built = Result<(Machine, VmConfig), MachineError>;
 
 /// See the module.
 pub struct Booting {
@@ -73,7 +75,7 @@ impl UnderWay {
     /// At the end of the process.
     pub fn end(&self) {
         self.given_up.store(true, Ordering::SeqCst);
-        if let Ok(Ok(machine)) = self.built.recv_timeout(LAST_WAIT) {
+        if let Ok(Ok((machine, _))) = self.built.recv_timeout(LAST_WAIT) {
             machine.shut_down();
         }
     }
@@ -92,12 +94,15 @@ impl Control {
         let (sender, built) = channel();
         let (host, wake, stop) = (self.host.clone(), self.inbox.wake.clone(), given_up.clone());
         let body = move || {
-            let build = AssertUnwindSafe(|| Machine::build(config, &host, &stop));
+            let build = AssertUnwindSafe(|| {
+                let machine = Machine::build(&MachineSpec::of(&config)?, &host, &stop)?;
+                Ok((machine, config))
+            });
             let built = catch_unwind(build)
                 .unwrap_or_else(|panic| Err(MachineError::Config(format!("the boot: {}", panic_text(&*panic)))));
             // Nobody waits: the process is ending, and this machine with it.
             if let Err(unwanted) = sender.send(built)
-                && let Ok(machine) = unwanted.0
+                && let Ok((machine, _)) = unwanted.0
             {
                 machine.shut_down();
             }
@@ -114,7 +119,7 @@ impl Control {
     pub(super) fn finish_boot(&mut self) -> bool {
         if let Some(built) = self.unwanted.as_ref().and_then(UnderWay::built) {
             self.unwanted = None;
-            let _ = built.map(Machine::shut_down);
+            let _ = built.map(|(machine, _)| machine.shut_down());
             return true;
         }
         match self.booting.as_ref().and_then(|booting| booting.under_way.built()) {
@@ -129,13 +134,13 @@ impl Control {
     fn boot_ended(&mut self, built: Built) {
         let Some(Booting { wish, .. }) = self.booting.take() else { return };
         let runs = !matches!(wish, Wish::Reset { runs: false });
-        let booted = built.and_then(|mut machine| {
+        let booted = built.and_then(|(mut machine, config)| {
             if runs {
                 machine.resume()?;
             }
-            Ok(machine)
+            Ok(Vm::Booted { machine: Box::new(machine), config })
         });
-        let booted = booted.map(|machine| self.vm = Vm::Booted(Box::new(machine)));
+        let booted = booted.map(|vm| self.vm = vm);
         if booted.is_ok() {
             let vcpu_threads = self.vm.machine().map(|machine| machine.vcpus.threads()).unwrap_or_default();
             self.events.emit(wish.event(Threads { vmm_pid: std::process::id(), vcpu_threads }));

@@ -93,7 +93,10 @@ impl Control {
     pub(super) fn shut_down(&mut self) {
         self.vm = match std::mem::replace(&mut self.vm, Vm::None) {
             // The machine goes first: a new one may need the same devices.
-            Vm::Booted(machine) => Vm::ShutDown(machine.shut_down()),
+            Vm::Booted { machine, config } => {
+                machine.shut_down();
+                Vm::ShutDown(config)
+            }
             Vm::Created(config) => Vm::ShutDown(config),
             other => other,
         };

@@ -101,7 +101,7 @@ impl Control {
 
     fn on_subject<T>(&mut self, act: impl FnOnce(UpdateContext<'_>) -> T) -> T {
         let was_shut_down = matches!(self.vm, Vm::ShutDown(_));
-        let config = if self.vm.machine().is_some() { None } else { self.vm.config().cloned() };
+        let config = self.vm.config().cloned();
         let inbox = &self.inbox;
         let guest_asked = || {
             while let Some((_, reply)) = inbox.call() {

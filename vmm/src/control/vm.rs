@@ -11,24 +11,23 @@ use crate::machine::Machine;
 pub enum Vm {
     None,
     Created(VmConfig),
-    Booted(Box<Machine>),
+    Booted { machine: Box<Machine>, config: VmConfig },
     ShutDown(VmConfig),
 }
 
 impl Vm {
     pub fn machine(&self) -> Option<&Machine> {
-        if let Self::Booted(machine) = self { Some(machine) } else { None }
+        if let Self::Booted { machine, .. } = self { Some(machine) } else { None }
     }
 
     pub fn machine_mut(&mut self) -> Option<&mut Machine> {
-        if let Self::Booted(machine) = self { Some(machine) } else { None }
+        if let Self::Booted { machine, .. } = self { Some(machine) } else { None }
     }
 
     pub fn config(&self) -> Option<&VmConfig> {
         match self {
             Self::None => None,
-            Self::Created(config) | Self::ShutDown(config) => Some(config),
-            Self::Booted(machine) => Some(&machine.config),
+            Self::Created(config) | Self::ShutDown(config) | Self::Booted { config, .. } => Some(config),
         }
     }
 
@@ -37,8 +36,8 @@ impl Vm {
         match self {
             Self::None => None,
             Self::Created(_) => Some(VmState::Created),
-            Self::Booted(machine) if machine.vcpus.is_running() => Some(VmState::Running),
-            Self::Booted(_) => Some(VmState::Paused),
+            Self::Booted { machine, .. } if machine.vcpus.is_running() => Some(VmState::Running),
+            Self::Booted { .. } => Some(VmState::Paused),
             Self::ShutDown(_) => Some(VmState::Shutdown),
         }
     }

@@ -1,16 +1,15 @@
 //! The boot of a guest.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use theseus_api::types::{CpuAffinity, MemoryConfig, VmConfig};
 use theseus_devices::device::Buses;
 use theseus_devices::spec::Spec;
 use theseus_hypervisor::BareVm;
 use theseus_resources::{GuestRam, MemoryListeners, Pages, layout};
 
 use super::passthrough::PassthroughDevices;
+use super::spec::{MachineSpec, PayloadSpec};
 use super::{Host, Machine, MachineError, devices};
 use crate::boot::{self, MachineShape, cpuid};
 use crate::build_info;
@@ -20,7 +19,7 @@ use crate::vcpus::{Start, Vcpus};
 impl Machine {
     /// A machine that is ready to run its first instruction; its vCPUs are stopped.
     /// `given_up`: nobody wants it any more.
-    pub fn build(config: VmConfig, host: &Host, given_up: &AtomicBool) -> Result<Self, MachineError> {
+    pub fn build(spec: &MachineSpec, host: &Host, given_up: &AtomicBool) -> Result<Self, MachineError> {
         let go_on = || match given_up.load(Ordering::SeqCst) {
             true => Err(MachineError::Config("the boot was given up".into())),
             false => Ok(()),
@@ -28,16 +27,11 @@ impl Machine {
         crate::test_hooks::fault("boot").map_err(MachineError::Config)?;
         go_on()?;
         crate::keeper::settings::take_over();
-        let kernel = config
-            .payload
-            .kernel
-            .as_deref()
-            .ok_or_else(|| MachineError::Config("no kernel: give payload.kernel".into()))?;
-        super::fits::check(&config)?;
-        let vcpu_count = config.cpus.boot_vcpus;
-        let ram = Arc::new(GuestRam::new(&host.fd_store, config.memory.size, pages(&config.memory))?);
+        super::fits::check(spec)?;
+        warn_of_vain_wishes(&spec.memory.pages);
+        let ram = Arc::new(GuestRam::new(&host.fd_store, spec.memory.size, spec.memory.pages)?);
         let memory = told(&ram)?;
-        if config.memory.prefault {
+        if spec.memory.prefault {
             ram.prefault()?;
         }
         go_on()?;
@@ -49,7 +43,7 @@ impl Machine {
 
         let supported = host.hypervisor.supported_cpuid()?;
         let options = cpuid::CpuidOptions {
-            vcpus: vcpu_count,
+            vcpus: spec.vcpus,
             // Hypervisor::open has checked that KVM emulates it.
             tsc_deadline: true,
             nested: false,
@@ -59,44 +53,37 @@ impl Machine {
         let window64 = layout::pci_window64(ram.size(), cpuid::phys_bits(supported.as_slice()));
 
         let buses = Buses::empty();
-        let spec = Spec {
+        let on_board = Spec {
             ram_size: ram.size(),
-            console: devices::console_config(&config.serial)?,
+            console: spec.console.clone(),
             revision: build_info::HOST_BRIDGE_REVISION,
             #[cfg(feature = "test-hooks")]
             counting: crate::test_hooks::counting_device(),
         };
-        let devices = devices::boot(&spec, &vm, host, &buses)?;
+        let devices = devices::boot(&on_board, &vm, host, &buses)?;
         let passthrough =
-            PassthroughDevices::build(&config.devices, window64.clone(), &vm, &buses, &memory, &host.fd_store)?;
+            PassthroughDevices::build(&spec.passthrough, window64.clone(), &vm, &buses, &memory, &host.fd_store)?;
 
         let shape = MachineShape {
             ram_size: ram.size(),
-            vcpus: vcpu_count,
+            vcpus: spec.vcpus,
             pci_window64: window64,
             devices: devices.describe(),
         };
-        let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
-        let initramfs = config.payload.initramfs.as_deref();
-        let entry = boot::load(ram.memory(), Path::new(kernel), initramfs, cmdline, &shape)?;
+        let PayloadSpec { kernel, initramfs, cmdline } = &spec.payload;
+        let entry = boot::load(ram.memory(), kernel, initramfs.as_deref(), cmdline, &shape)?;
 
         go_on()?;
-        let starts = (0..vcpu_count)
+        let starts = (0..spec.vcpus)
             .map(|index| Start::Boot {
                 cpuid: cpuid.for_vcpu(index),
                 msrs: boot::boot_msrs(),
                 entry: (index == 0).then(|| (entry, ram.clone())),
-                host_cpus: config
-                    .cpus
-                    .affinity
-                    .iter()
-                    .flatten()
-                    .find_map(|CpuAffinity { vcpu, host_cpus }| (*vcpu == index).then(|| host_cpus.clone())),
+                host_cpus: spec.host_cpus(index),
             })
             .collect();
         let vcpus = Vcpus::start(&host.for_vcpus(&buses), starts)?.create(&vm)?;
         Ok(Self {
-            config,
             version: boot::MACHINE_VERSION,
             vcpus,
             passthrough,
@@ -111,20 +98,14 @@ impl Machine {
     }
 }
 
-fn pages(memory: &MemoryConfig) -> Pages {
-    match memory {
-        MemoryConfig { hugepages: true, hugepage_size, .. } => {
-            Pages::Huge(hugepage_size.unwrap_or(theseus_api::types::HUGEPAGE_SIZE))
-        }
-        MemoryConfig { thp: true, .. } => {
-            // Documentation/admin-guide/mm/transhuge.rst
-            const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-            if std::fs::read_to_string(SWITCH).is_ok_and(|text| text.contains("[never]") || text.contains("[deny]")) {
-                log::warn!("thp=on gives no huge pages on this host: write advise to {SWITCH}");
-            }
-            Pages::Transparent
-        }
-        _ => Pages::Small,
+/// Logs what the host will not do.
+fn warn_of_vain_wishes(pages: &Pages) {
+    // Documentation/admin-guide/mm/transhuge.rst
+    const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let is_off =
+        || std::fs::read_to_string(SWITCH).is_ok_and(|text| text.contains("[never]") || text.contains("[deny]"));
+    if *pages == Pages::Transparent && is_off() {
+        log::warn!("thp=on gives no huge pages on this host: write advise to {SWITCH}");
     }
 }
 

@@ -2,30 +2,15 @@
 
 use std::sync::Arc;
 
-use theseus_api::types::{SerialConfig, SerialMode};
 use theseus_devices::device::{Buses, Surroundings};
 use theseus_devices::interrupt::IrqLine;
 use theseus_devices::set::{DecodedSet, DeviceSet};
-use theseus_devices::spec::{ConsoleConfig, Spec};
+use theseus_devices::spec::Spec;
 use theseus_hypervisor::Vm;
 use theseus_resources::Claims;
 
 use super::glue::Pin;
 use super::{Host, MachineError};
-
-pub fn console_config(config: &SerialConfig) -> Result<ConsoleConfig, MachineError> {
-    let path = |path: &Option<std::path::PathBuf>| {
-        path.clone().ok_or_else(|| MachineError::Config("serial: a path is missing".into()))
-    };
-    Ok(match config.mode {
-        SerialMode::Off => ConsoleConfig::Off,
-        SerialMode::Null => ConsoleConfig::Null,
-        SerialMode::Tty => ConsoleConfig::Tty,
-        SerialMode::Pty => ConsoleConfig::Pty,
-        SerialMode::File => ConsoleConfig::File(path(&config.file)?),
-        SerialMode::Socket => ConsoleConfig::Socket(path(&config.socket)?),
-    })
-}
 
 /// At the guest's boot.
 pub fn boot(spec: &Spec, vm: &Arc<Vm>, host: &Host, buses: &Buses) -> Result<DeviceSet, MachineError> {

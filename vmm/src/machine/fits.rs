@@ -6,8 +6,9 @@
 use std::{fs, io};
 
 use rustix::process::{Resource, getrlimit};
-use theseus_api::types::VmConfig;
+use theseus_resources::Pages;
 
+use super::spec::MachineSpec;
 use crate::available_memory::{AvailableMemory, field};
 
 /// For the VMM itself beside the guest's RAM: binary, stacks, heap, BARs of devices not counted.
@@ -91,13 +92,13 @@ fn mib(bytes: u64) -> u64 {
 }
 
 /// Whether it can be had. What may become a problem is logged.
-pub fn check(config: &VmConfig) -> Result<(), FitError> {
-    let at_once = match config {
-        _ if !config.devices.is_empty() => Some("the devices may do DMA to all of it"),
-        _ if config.memory.prefault => Some("prefault=on touches all of it"),
+pub fn check(spec: &MachineSpec) -> Result<(), FitError> {
+    let at_once = match spec {
+        _ if !spec.passthrough.is_empty() => Some("the devices may do DMA to all of it"),
+        _ if spec.memory.prefault => Some("prefault=on touches all of it"),
         _ => None,
     };
-    let wanted = Wanted { ram: config.memory.size, huge: config.memory.hugepages, at_once };
+    let wanted = Wanted { ram: spec.memory.size, huge: matches!(spec.memory.pages, Pages::Huge(_)), at_once };
     if let Some(warning) = judge(&wanted, &Available::now()?)? {
         log::warn!("{warning}");
     }
@@ -151,6 +152,7 @@ impl Available {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use theseus_api::types::VmConfig;
 
     const GIB: u64 = 1 << 30;
 
@@ -190,9 +192,11 @@ mod tests {
 
     #[test]
     fn a_small_guest_fits_here() {
-        check(&VmConfig::default()).unwrap();
         let mut config = VmConfig::default();
-        config.memory.size = 1 << 60;
-        assert!(check(&config).unwrap_err().to_string().contains("more than this host has"));
+        config.payload.kernel = Some("/boot/vmlinuz".into());
+        let mut spec = MachineSpec::of(&config).unwrap();
+        check(&spec).unwrap();
+        spec.memory.size = 1 << 60;
+        assert!(check(&spec).unwrap_err().to_string().contains("more than this host has"));
     }
 }

@@ -8,6 +8,7 @@ mod glue;
 mod passthrough;
 mod populate;
 pub mod restore;
+pub mod spec;
 pub mod state;
 #[cfg(test)]
 mod survivor_tests;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use theseus_api::types::{DeviceNode, Resource, VmConfig};
+use theseus_api::types::{DeviceNode, Resource};
 use theseus_devices::device::{Buses, DeviceError, Operation};
 use theseus_devices::legacy::{pm, pm::Pm, serial, serial::SerialDevice};
 use theseus_devices::set::DeviceSet;
@@ -88,7 +89,6 @@ impl Host {
 
 /// Fields are dropped in this order: vCPU threads end before what they use goes away.
 pub struct Machine {
-    pub config: VmConfig,
     /// [`MACHINE_VERSION`](crate::boot::MACHINE_VERSION) of the build that the guest was booted in.
     version: u32,
     pub vcpus: Vcpus,
@@ -208,27 +208,14 @@ impl Machine {
         Ok(self.vm.broadcast_nmi()?)
     }
 
-    /// Ends the guest and gives its devices back. Returns what it takes to boot it again.
-    pub fn shut_down(self) -> VmConfig {
-        let Self {
-            config,
-            version: _,
-            vcpus,
-            passthrough,
-            devices,
-            memory,
-            vm,
-            ram,
-            clock: _,
-            unfilled: _,
-            populating,
-        } = self;
+    /// Ends the guest and gives its devices back.
+    pub fn shut_down(self) {
+        let Self { version: _, vcpus, passthrough, devices, memory, vm, ram, clock: _, unfilled: _, populating } = self;
         drop(populating);
         // Nothing may touch the devices any more before they are released.
         drop(vcpus);
         passthrough.release(&vm);
         drop((passthrough, devices, memory, vm, ram));
-        config
     }
 
     /// What is on the guest's buses, for vm.info.

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use theseus_api::types::{DeviceConfig, DeviceNode, PciBarType, Resource};
+use theseus_api::types::{DeviceNode, PciBarType, Resource};
 use theseus_devices::device::Buses;
-use theseus_devices::migratable::{self, Migratable};
+use theseus_devices::migratable::{self, Handles, Migratable, Saved, SavedDevice, SavedSection};
 use theseus_devices::pci::bar::{BarAddress, BarKind};
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::pci::placed_bar::AddressSpace;
 use theseus_devices::turn::Turn;
+use theseus_devices::vfio::saved::PassthroughHandles;
 use theseus_devices::vfio::{self, Invalidated, Passthrough, VfioPci, VfioPciParts, Wiring};
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
@@ -22,6 +23,7 @@ use theseus_resources::{Claims, FdStore, MemoryListeners, RamBlock, StateReader,
 
 use super::MachineError;
 use super::glue::{VmInterrupts, VmMemslots};
+use super::spec::PassthroughSpec;
 
 /// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
 const A_MOMENT: Duration = Duration::from_millis(500);
@@ -56,7 +58,7 @@ pub struct PassthroughDevices {
 
 /// What the other sections of passed-through devices hang on.
 #[derive(Serialize, Deserialize)]
-struct Layout {
+pub struct Layout {
     window64: (u64, u64),
     /// (PCI slot, id), one for each section `vfio-pci/ID`.
     devices: Vec<(u8, String)>,
@@ -64,11 +66,14 @@ struct Layout {
 
 pub const LAYOUT: Format = Format::new("vfio-layout", 1);
 
+/// The name of containers and groups.
+const REGISTRY: &str = "vfio";
+
 /// Decoded; nothing is claimed yet.
 pub struct PassthroughState {
     layout: Layout,
-    registry: <Passthrough as Migratable>::State,
-    devices: Vec<<VfioPci as Migratable>::State>,
+    registry: PassthroughHandles,
+    devices: Vec<Saved<VfioPci>>,
 }
 
 fn failed(error: impl std::fmt::Display) -> MachineError {
@@ -90,7 +95,7 @@ fn wiring(vm: &Arc<Vm>, buses: &Buses, fd_store: &FdStore) -> Wiring {
 impl PassthroughDevices {
     /// At the guest's boot.
     pub fn build(
-        configs: &[DeviceConfig],
+        specs: &[PassthroughSpec],
         window64: Range<u64>,
         vm: &Arc<Vm>,
         buses: &Buses,
@@ -100,8 +105,8 @@ impl PassthroughDevices {
         let registry = Passthrough::new(fd_store.clone(), memory.clone());
         let mut windows = Windows::with_window64(window64.clone());
         let mut plugged: Vec<Plugged> = Vec::new();
-        for (config, id) in configs.iter().zip(ids(configs)) {
-            let config = vfio::DeviceConfig { path: config.path.clone(), id, container: config.container.clone() };
+        for PassthroughSpec { path, id, container } in specs {
+            let config = vfio::DeviceConfig { path: path.clone(), id: id.clone(), container: container.clone() };
             let device = registry.attach(&config, wiring(vm, buses, fd_store), &mut windows).map_err(failed)?;
             let slot = buses.pci.add(None, device.clone()).map_err(failed)?;
             plugged.push(Plugged::new(slot, device));
@@ -268,15 +273,15 @@ impl PassthroughDevices {
             devices: plugged.iter().map(|plugged| (plugged.slot, plugged.id.clone())).collect(),
         };
         writer.add("vfio-layout", &LAYOUT, &layout)?;
-        let state = registry.save().map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
-        writer.add("vfio", &Passthrough::FORMAT, &state)?;
+        let mut sections = vec![registry.save().encode(REGISTRY)?];
         for (plugged, (_, id)) in plugged.iter().zip(&layout.devices) {
             let name = section(id);
             let device = plugged.device.look().map_err(|held| failed(format!("device '{id}': {held}")))?;
-            let state = device.save().map_err(|source| MachineError::Device { name: name.clone(), source })?;
-            writer.add(&name, &VfioPci::FORMAT, &state)?;
+            let saved = SavedDevice::of(&*device, &name).map_err(|source| MachineError::Device { name, source })?;
+            sections.extend([Some(saved.state), saved.handles]);
         }
-        Ok(())
+        let mut sections = sections.into_iter().flatten();
+        sections.try_for_each(|SavedSection { format, encoded }| Ok(writer.add_encoded(encoded, &format)?))
     }
 
     /// Touches neither VFIO nor the interrupts: see [`Self::remap`]. The BARs' memslots come before the interrupt
@@ -290,8 +295,8 @@ impl PassthroughDevices {
         claims: &mut Claims,
     ) -> Result<Self, MachineError> {
         let PassthroughState { layout, registry, devices } = state;
-        let registry = Passthrough::restore(registry, (fd_store.clone(), memory.clone(), claims))
-            .map_err(|source| MachineError::Device { name: "vfio".into(), source })?;
+        let registry = Passthrough::restore(registry, fd_store.clone(), memory.clone(), claims)
+            .map_err(|source| MachineError::Device { name: REGISTRY.into(), source })?;
         let window64 = layout.window64.0..layout.window64.1;
         let mut windows = Windows::with_window64(window64.clone());
         let mut plugged = Vec::new();
@@ -312,17 +317,6 @@ impl PassthroughDevices {
     }
 }
 
-/// The id of each device: its own, or the first `vfioN` from its place on that no other has.
-fn ids(configs: &[DeviceConfig]) -> Vec<String> {
-    let mut taken: Vec<String> = configs.iter().filter_map(|config| config.id.clone()).collect();
-    let mut free = |index: usize| {
-        let id = (index..).map(|n| format!("vfio{n}")).find(|id| !taken.contains(id)).unwrap_or_default();
-        taken.push(id.clone());
-        id
-    };
-    configs.iter().enumerate().map(|(index, config)| config.id.clone().unwrap_or_else(|| free(index))).collect()
-}
-
 fn bar(bar: BarAddress) -> Resource {
     let BarAddress { index, address, size, kind, prefetchable } = bar;
     let type_ = match kind {
@@ -340,25 +334,12 @@ fn section(id: &str) -> String {
 impl PassthroughState {
     pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
         let (_, layout): (_, Layout) = reader.take("vfio-layout", &LAYOUT)?;
-        let registry = migratable::take::<Passthrough>(reader, "vfio")?;
+        let registry = PassthroughHandles::take(reader, REGISTRY)?;
         let devices = layout
             .devices
             .iter()
-            .map(|(_, id)| Ok(migratable::take::<VfioPci>(reader, &section(id))?))
+            .map(|(_, id)| Ok(migratable::take(reader, &section(id))?))
             .collect::<Result<_, MachineError>>()?;
         Ok(Self { layout, registry, devices })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_two_devices_have_one_id() {
-        let config = |id: Option<&str>| DeviceConfig { path: "/sys".into(), id: id.map(Into::into), container: None };
-        assert_eq!(ids(&[config(None), config(None)]), ["vfio0", "vfio1"]);
-        assert_eq!(ids(&[config(Some("vfio1")), config(None), config(None)]), ["vfio1", "vfio2", "vfio3"]);
-        assert_eq!(ids(&[config(None), config(Some("vfio0"))]), ["vfio1", "vfio0"]);
     }
 }

@@ -64,17 +64,17 @@ impl Prewarmed {
     /// (cost), these before vCPUs.
     pub fn new(state: MachineState, host: &Host, claims: &mut Claims) -> Result<Self, MachineError> {
         let MachineState {
-            config: _,
             version: _,
             running: _,
             ram,
+            ram_handles,
             irqchip: _,
             clock: _,
             shapes,
             devices: _,
             passthrough,
         } = state;
-        let ram = Arc::new(GuestRam::restore(ram, claims)?);
+        let ram = Arc::new(GuestRam::restore(ram, ram_handles, claims)?);
         let memory = told(&ram)?;
         let vm = BareVm::new(&host.hypervisor)?;
         memory.subscribe(vm.handle().clone())?;
@@ -110,10 +110,10 @@ impl Prewarmed {
     ) -> Result<Machine, MachineError> {
         let Self { vcpus, passthrough, memory, vm, ram, buses, unfilled } = self;
         let MachineState {
-            config,
             version,
             running: _,
             ram: _,
+            ram_handles: _,
             irqchip,
             clock,
             shapes: _,
@@ -136,6 +136,6 @@ impl Prewarmed {
         timeline.pass(Phase::Devices)?;
 
         let clock = Some(clock);
-        Ok(Machine { config, version, vcpus, passthrough, devices, memory, vm, ram, clock, unfilled, populating: None })
+        Ok(Machine { version, vcpus, passthrough, devices, memory, vm, ram, clock, unfilled, populating: None })
     }
 }

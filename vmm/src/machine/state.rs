@@ -1,11 +1,11 @@
 //! The machine as sections of the saved state.
 
 use serde::{Deserialize, Serialize};
-use theseus_api::types::VmConfig;
+use theseus_devices::migratable::handles_name;
 use theseus_devices::set::DecodedSet;
-use theseus_hypervisor::{ClockAnchor, IrqchipState, VcpuShape};
-use theseus_resources::ram::RamState;
-use theseus_resources::state::Format;
+use theseus_hypervisor::{ClockAnchor, ClockHandles, ClockState, IrqchipState, VcpuHandles, VcpuShape, VcpuState};
+use theseus_resources::ram::{RamHandles, RamState};
+use theseus_resources::state::{Format, Kind};
 use theseus_resources::survivor;
 use theseus_resources::{StateReader, StateWriter};
 
@@ -15,43 +15,62 @@ use crate::boot::MACHINE_VERSION;
 use crate::build_info;
 use crate::vcpus::Saving;
 use crate::vcpus::placement::Placement;
-use crate::vcpus::saved::{self, EncodedVcpu};
+use crate::vcpus::saved::{self, EncodedVcpu, PlacementHandles, SavedVcpu};
 
 const MACHINE: Format = Format::new("machine", 1 + build_info::IS_LATER as u16);
+const MACHINE_HANDLES: Format = Format::new("machine-handles", 1);
 const RAM: Format = Format::new("guest-ram", 1);
+const RAM_HANDLES: Format = Format::new("guest-ram-handles", 1);
 const IRQCHIP: Format = Format::new("kvm-irqchip", 1);
 const CLOCK: Format = Format::new("kvm-clock", 1);
+const CLOCK_HANDLES: Format = Format::new("kvm-clock-handles", 1);
 const VCPU: Format = Format::new("vcpu", 1);
+const VCPU_HANDLES: Format = Format::new("vcpu-handles", 1);
 
 /// Of the sections that are not a device's.
-pub const FORMATS: &[Format] = &[MACHINE, RAM, IRQCHIP, CLOCK, VCPU, super::passthrough::LAYOUT];
+pub const KINDS: &[Kind] = &[
+    Kind::of::<MachineSection>(MACHINE),
+    Kind::of::<MachineHandles>(MACHINE_HANDLES),
+    Kind::of::<RamState>(RAM),
+    Kind::of::<RamHandles>(RAM_HANDLES),
+    Kind::of::<IrqchipState>(IRQCHIP),
+    Kind::of::<ClockState>(CLOCK),
+    Kind::of::<ClockHandles>(CLOCK_HANDLES),
+    Kind::of::<VcpuState>(VCPU),
+    Kind::of::<VcpuHandles>(VCPU_HANDLES),
+    Kind::of::<super::passthrough::Layout>(super::passthrough::LAYOUT),
+];
 
 /// What the other sections hang on.
 #[derive(Serialize, Deserialize)]
 struct MachineSection {
     /// What the guest was booted with: [`MACHINE_VERSION`] of that build.
     machine_version: u32,
-    config: VmConfig,
     /// Whether the vCPUs ran before the update, and so will after it.
     running: bool,
     /// None in a dry run, which is made while the guest runs.
     vcpus: Option<u32>,
-    /// In a dry run: what each vCPU is, and where and how its thread is scheduled.
+    /// In a dry run: what each vCPU is.
     shapes: Vec<VcpuShape>,
-    placements: Vec<Placement>,
     /// See [`build_info::IS_LATER`].
     #[cfg(later_build)]
     #[serde(default)]
     of_a_later_version: Option<u16>,
 }
 
+#[derive(Serialize, Deserialize)]
+struct MachineHandles {
+    /// In a dry run: where and how the thread of each vCPU is scheduled.
+    placements: Vec<PlacementHandles>,
+}
+
 /// Everything decoded but the vCPUs, nothing claimed or created yet: what `--check-update` tries, and what a new VMM
 /// starts from.
 pub struct MachineState {
-    pub config: VmConfig,
     pub version: u32,
     pub running: bool,
     pub ram: RamState,
+    pub ram_handles: RamHandles,
     pub irqchip: IrqchipState,
     pub clock: ClockAnchor,
     /// Of a dry run.
@@ -72,37 +91,28 @@ pub enum SaveScope<'a> {
 impl Machine {
     /// Pure. `was_running`: whether the guest is to run again.
     pub fn save(&self, writer: &mut StateWriter, depth: SaveScope<'_>, was_running: bool) -> Result<(), MachineError> {
-        let Self {
-            config,
-            version,
-            vcpus,
-            passthrough,
-            devices,
-            memory: _,
-            vm,
-            ram,
-            clock,
-            unfilled: _,
-            populating: _,
-        } = self;
+        let Self { version, vcpus, passthrough, devices, memory: _, vm, ram, clock, unfilled: _, populating: _ } = self;
         let (saving, shapes, placements) = match depth {
             SaveScope::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
             SaveScope::DryRun(placements) => (None, vcpus.shapes(), placements),
         };
         let section = MachineSection {
             machine_version: *version,
-            config: config.clone(),
             running: was_running,
             vcpus: saving.as_ref().map(|_| vcpus.count()),
             shapes,
-            placements,
             #[cfg(later_build)]
             of_a_later_version: Some(1),
         };
+        let handles = MachineHandles { placements: placements.into_iter().map(Into::into).collect() };
         writer.add("machine", &MACHINE, &section)?;
-        writer.add("ram", &RAM, &ram.save())?;
+        writer.add(&handles_name("machine"), &MACHINE_HANDLES, &handles)?;
+        let (ram, handles) = ram.save();
+        writer.add("ram", &RAM, &ram)?;
+        writer.add(&handles_name("ram"), &RAM_HANDLES, &handles)?;
         writer.add("irqchip", &IRQCHIP, &vm.save_irqchip()?)?;
-        writer.add("clock", &CLOCK, &vm.save_clock(*clock, vcpus.tsc_khz())?)?;
+        let clock = vm.save_clock(*clock, vcpus.tsc_khz())?;
+        writer.add(&handles_name("clock"), &CLOCK_HANDLES, &clock.handles())?;
         devices.save(writer)?;
         passthrough.save(writer)?;
         let saved = saving.map(Saving::finish).transpose()?.unwrap_or_default();
@@ -110,7 +120,12 @@ impl Machine {
         if !refused.is_empty() && (survivor::is_alone() || !crate::test_hooks::skip_state_check()) {
             return Err(MachineError::Refused(refused.join("; ")));
         }
-        saved.into_iter().try_for_each(|vcpu| Ok(writer.add_encoded(vcpu.state, &VCPU)?))
+        writer.add("clock", &CLOCK, &clock.state(saved.iter().map(|vcpu| vcpu.tsc_offset)))?;
+        for SavedVcpu { encoded: EncodedVcpu { state, handles }, .. } in saved {
+            writer.add_encoded(state, &VCPU)?;
+            writer.add_encoded(handles, &VCPU_HANDLES)?;
+        }
+        Ok(())
     }
 }
 
@@ -122,7 +137,9 @@ pub fn take_vcpus(reader: &mut StateReader<'_>) -> Result<Vec<EncodedVcpu>, Mach
         if !reader.has(&name) {
             return Ok(vcpus);
         }
-        vcpus.push(reader.take_encoded(&name, &VCPU)?.1);
+        let (_, state) = reader.take_encoded(&name, &VCPU)?;
+        let (_, handles) = reader.take_encoded(&handles_name(&name), &VCPU_HANDLES)?;
+        vcpus.push(EncodedVcpu { state, handles });
     }
 }
 
@@ -130,9 +147,10 @@ impl MachineState {
     /// `vcpus`: how many [`take_vcpus`] has found.
     pub fn decode(reader: &mut StateReader<'_>, vcpus: usize) -> Result<Self, MachineError> {
         let (_, section): (_, MachineSection) = reader.take("machine", &MACHINE)?;
-        let MachineSection { machine_version: version, config, running, vcpus: count, shapes, placements, .. } =
-            section;
-        let mut placements = placements.into_iter();
+        let MachineSection { machine_version: version, running, vcpus: count, shapes, .. } = section;
+        let (_, handles) = reader.take(&handles_name("machine"), &MACHINE_HANDLES)?;
+        let MachineHandles { placements } = handles;
+        let mut placements = placements.into_iter().map(Placement::from);
         let count = count.unwrap_or(0);
         if vcpus != count as usize {
             return Err(MachineError::Config(format!("the saved state is of {count} vCPUs, and holds {vcpus}")));
@@ -143,13 +161,16 @@ impl MachineState {
                  {MACHINE_VERSION}: update to a later build"
             )));
         }
+        // The guest's clocks go on from the anchor.
+        let (_, _): (_, ClockState) = reader.take("clock", &CLOCK)?;
+        let (_, clock) = reader.take(&handles_name("clock"), &CLOCK_HANDLES)?;
         Ok(Self {
-            config,
             version,
             running,
             ram: reader.take("ram", &RAM)?.1,
+            ram_handles: reader.take(&handles_name("ram"), &RAM_HANDLES)?.1,
             irqchip: reader.take("irqchip", &IRQCHIP)?.1,
-            clock: reader.take("clock", &CLOCK)?.1,
+            clock: ClockAnchor::restore(clock),
             shapes: shapes.into_iter().map(|shape| (shape, placements.next().unwrap_or_default())).collect(),
             devices: DecodedSet::decode(reader)?,
             passthrough: PassthroughState::decode(reader)?,

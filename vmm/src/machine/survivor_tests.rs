@@ -19,6 +19,7 @@ use theseus_hypervisor::Hypervisor;
 use theseus_resources::state::Section;
 use theseus_resources::{FdStore, StateReader, StateWriter, survivor};
 
+use super::spec::MachineSpec;
 use super::state::{SaveScope, take_vcpus};
 use super::{Host, Machine};
 use crate::heap;
@@ -84,7 +85,8 @@ fn machine(code: &[u8]) -> Option<Machine> {
         "serial": { "mode": "Null" },
     }))
     .unwrap();
-    Some(Machine::build(config.settled(), &host, &AtomicBool::new(false)).unwrap())
+    let spec = MachineSpec::of(&config.settled()).unwrap();
+    Some(Machine::build(&spec, &host, &AtomicBool::new(false)).unwrap())
 }
 
 /// One that has halted for ever, and is paused, and its state as all threads save it.
@@ -96,7 +98,8 @@ fn halted() -> Option<(Machine, Vec<u8>)> {
         machine.pause(LONG).unwrap();
         let state = save(&machine, machine.vcpus.begin_save().unwrap());
         let boot_processor = take_vcpus(&mut StateReader::new(&state).unwrap()).unwrap().swap_remove(0);
-        if saved::decode(&boot_processor, 0).unwrap().mp_state.mp_state == KVM_MP_STATE_HALTED {
+        let (boot_processor, _) = boot_processor.decode(0).unwrap();
+        if boot_processor.mp_state.mp_state == KVM_MP_STATE_HALTED {
             return Some((machine, state));
         }
     }
@@ -113,9 +116,9 @@ fn sections(state: &[u8]) -> BTreeMap<String, Vec<u8>> {
     let mut reader = StateReader::new(state).unwrap();
     let data = |section: &Section<'_>| (section.name.to_string(), section.data.to_vec());
     let mut sections: BTreeMap<_, _> = reader.sections().map(data).collect();
-    assert!(sections.remove("clock").is_some());
+    assert!(["clock", "clock.handles"].iter().all(|name| sections.remove(*name).is_some()));
     for (index, encoded) in (0..).zip(take_vcpus(&mut reader).unwrap()) {
-        let mut vcpu = saved::decode(&encoded, index).unwrap();
+        let (mut vcpu, _) = encoded.decode(index).unwrap();
         // XSTATE_BV (SDM 1, 13.4.2): what of x87 and SSE the CPU takes to be in use may change with no instruction run,
         // as host tasks take turns; what is in them is compared.
         vcpu.xsave.0[512] &= !3;
@@ -127,7 +130,11 @@ fn sections(state: &[u8]) -> BTreeMap<String, Vec<u8>> {
 fn assert_same(one: &[u8], all: &[u8]) {
     let (one, all) = (sections(one), sections(all));
     assert_eq!(one.keys().collect::<Vec<_>>(), all.keys().collect::<Vec<_>>());
-    assert!(all.contains_key("vcpu1") && all.contains_key("serial"), "{:?}", all.keys());
+    assert!(
+        ["vcpu1", "vcpu1.handles", "serial", "serial.handles"].iter().all(|name| all.contains_key(*name)),
+        "{:?}",
+        all.keys()
+    );
     for (name, data) in &all {
         let other = one[name].iter().zip(data).position(|(one, all)| one != all);
         assert_eq!(

@@ -23,6 +23,7 @@ use super::saved::{self, ApiSlots, Handover, Opened, Saved};
 use super::words::{ToNew, ToOld};
 use crate::build_info;
 use crate::events::EventStream;
+use crate::logging::LogConfig;
 use crate::machine::restore::Prewarmed;
 use crate::machine::{Host, Machine};
 use crate::spin::Spin;
@@ -118,8 +119,8 @@ pub fn adopt(
 
     let mut inbox = Inbox { channel, fd_store: FdStore::new(), claims: Claims::default(), spin: Spin::of_threads(1) };
     let (bytes, fds) = inbox.state(ToNew::Rehearsal)?;
-    let Saved { mut handover, machine } = inbox.decode(open(&bytes)?, fds)?;
-    if let Err(error) = std::mem::take(&mut handover.log).start_held() {
+    let Saved { mut handover, config: _, machine } = inbox.decode(open(&bytes)?, fds)?;
+    if let Err(error) = LogConfig::restore(std::mem::take(&mut handover.log)).start_held() {
         crate::say(std::io::stderr(), &format!("after an update: {error:#}"));
     }
     let kvm = inbox.claims.claim(handover.kvm, FdKind::Kvm)?;
@@ -134,7 +135,7 @@ pub fn adopt(
     let mut state = open(crate::test_hooks::truncated("claim", &bytes))?;
     let vcpus = state.take_vcpus();
     prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus))?;
-    let Saved { mut handover, machine } = inbox.decode(state, fds)?;
+    let Saved { mut handover, config, machine } = inbox.decode(state, fds)?;
     timeline.pass(Phase::Claim)?;
     let Inbox { mut claims, .. } = inbox;
     let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
@@ -163,14 +164,15 @@ pub fn adopt(
     if let Err(error) = say(channel, &ToOld::Committed, &[]) {
         log::debug!("the old VMM: {error}");
     }
-    let mut supervisor = std::mem::take(&mut handover.supervisor);
+    let mut supervisor = Supervisor::restore(std::mem::take(&mut handover.supervisor));
     supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));
     let report = report(&handover, timeline, machine.as_ref());
     log::info!("{:?} from build {}: pause {} us", report.outcome, report.from.build_id, report.pause_us.unwrap_or(0));
     events.emit(UpdateEvent::from(report.clone()));
     let api = api.map(|api| api.open(&report)).transpose();
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
-    let Handover { config, was_shut_down, peers, .. } = handover;
+    let Handover { was_shut_down, peers, .. } = handover;
+    let peers = Peers::restore(peers);
     Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, events })
 }
 
@@ -233,7 +235,7 @@ impl ClaimedApi {
 fn report(handover: &Handover, timeline: &Timeline, machine: Option<&Machine>) -> UpdateReport {
     UpdateReport {
         outcome: UpdateOutcome::Updated,
-        from: handover.from.clone(),
+        from: handover.from.clone().into(),
         to: Some(build_info::this().clone()),
         pid: crate::keeper::pid(),
         vmm_pid: std::process::id(),

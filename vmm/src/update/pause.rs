@@ -66,7 +66,7 @@ impl<'a> Paused<'a> {
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.fd_store, &mut kept_connections)).transpose();
         let api = api.map_err(UpdateError::os("cannot keep the API's connections"))?;
-        let mut handover = saved::Handover::new(subject, Some(target), Vec::new(), api);
+        let mut handover = saved::Handover::new(subject, Some(target), Vec::new(), api).map_err(MachineError::from)?;
         timeline.start_deadline(deadline);
         timeline.pass(Phase::Freeze)?;
 

@@ -45,7 +45,7 @@ pub fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Reh
     }
     // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
     let (records, fds) = subject.host.fd_store.offer(&BTreeSet::new());
-    Handover::new(subject, None, records, None).encode(&mut writer)?;
+    Handover::new(subject, None, records, None)?.encode(&mut writer)?;
     let bytes = writer.finish()?;
     let room = bytes.len() + needs.placements.len() * VCPU;
     Ok(Rehearsed { state: saved::seal("rehearsal", &bytes)?, bytes, room, fds })

@@ -7,47 +7,63 @@ use std::path::PathBuf;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
-use theseus_api::access::Peers;
+use theseus_api::access::PeersHandles;
 use theseus_api::types::{BuildInfo, VmConfig};
 use theseus_resources::fd_store::Record;
-use theseus_resources::state::Format;
+use theseus_resources::state::{Format, Kind, StateError};
 use theseus_resources::{Slot, StateReader, StateWriter};
 
 use super::UpdateContext;
 use crate::build_info;
-use crate::logging::LogConfig;
+use crate::logging::{LogConfig, LogHandles};
 use crate::machine::MachineError;
 use crate::machine::state::{self, MachineState};
-use crate::supervisor::Supervisor;
+use crate::supervisor::SupervisorHandles;
 use crate::vcpus::saved::EncodedVcpu;
 
 const HANDOVER: Format = Format::new("handover", 3);
 
-/// What the new VMM needs beside the machine.
+/// What the new VMM needs beside the machine: all of it this host's.
 #[derive(Serialize, Deserialize)]
 pub struct Handover {
     /// Every stored fd.
     pub fd_store: Vec<Record>,
-    pub from: BuildInfo,
+    pub from: BuildHandles,
     /// How the target was named, which is where it looks for the next one.
     #[serde(default)]
     pub target: Option<PathBuf>,
     #[serde(default)]
-    pub supervisor: Supervisor,
+    pub supervisor: SupervisorHandles,
     #[serde(default)]
     pub events: Option<Slot>,
     /// How this process logs: parsing the command line again would cost a part of the pause.
-    pub log: LogConfig,
+    pub log: LogHandles,
     pub kvm: Slot,
     pub api: Option<ApiSlots>,
     #[serde(default)]
-    pub peers: Peers,
-    /// The configuration of a VM that is created or shut down, but not booted.
-    pub config: Option<VmConfig>,
+    pub peers: PeersHandles,
+    /// The configuration of the VM, if there is one: JSON as the API has it, which reads its own of earlier builds anyway.
+    /// The machine does not know it.
+    pub config: Option<String>,
     /// Whether there is a machine in this state.
     pub booted: bool,
     /// Whether the VM was shut down, rather than not booted yet.
     pub was_shut_down: bool,
+}
+
+/// Which build has written the state.
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BuildHandles {
+    pub version: String,
+    pub build_id: String,
+}
+
+impl From<BuildHandles> for BuildInfo {
+    fn from(handles: BuildHandles) -> Self {
+        let BuildHandles { version, build_id } = handles;
+        Self { version, build_id }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,13 +76,30 @@ pub struct ApiSlots {
 }
 
 /// Of every section that this build writes.
+pub fn kinds() -> Vec<Kind> {
+    let devices = theseus_devices::catalogue::kinds();
+    [Kind::of::<Handover>(HANDOVER)].into_iter().chain(state::KINDS.iter().copied()).chain(devices).collect()
+}
+
 pub fn formats() -> Vec<Format> {
-    let devices = theseus_devices::catalogue::formats();
-    [HANDOVER].into_iter().chain(state::FORMATS.iter().copied()).chain(devices).collect()
+    kinds().into_iter().map(|kind| kind.format).collect()
+}
+
+/// A saved state as this build takes it: every section read and written again.
+pub fn reread(reader: &StateReader<'_>) -> Result<Vec<u8>, StateError> {
+    let kinds = kinds();
+    let mut writer = StateWriter::new(reader.build_id());
+    for section in reader.sections() {
+        let unknown = || StateError::Section { name: section.name.to_string(), reason: "is of an unknown kind".into() };
+        let kind = kinds.iter().find(|kind| kind.format.kind == section.kind).ok_or_else(unknown)?;
+        writer.add_encoded((kind.reread)(section)?, &kind.format)?;
+    }
+    writer.finish()
 }
 
 pub struct Saved {
     pub handover: Handover,
+    pub config: Option<VmConfig>,
     pub machine: Option<MachineState>,
 }
 
@@ -76,26 +109,39 @@ impl Handover {
         target: Option<PathBuf>,
         fd_store: Vec<Record>,
         api: Option<ApiSlots>,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, StateError> {
+        let BuildInfo { version, build_id } = build_info::this();
+        Ok(Self {
             fd_store,
-            from: build_info::this().clone(),
+            from: BuildHandles { version: version.clone(), build_id: build_id.clone() },
             target,
-            supervisor: subject.supervisor.clone(),
+            supervisor: subject.supervisor.save(),
             events: subject.events.slot(),
-            log: LogConfig::in_use(),
+            log: LogConfig::in_use().save(),
             kvm: subject.host.hypervisor.kept().slot(),
             api,
-            peers: subject.peers.clone(),
-            config: subject.config.cloned(),
+            peers: subject.peers.save(),
+            config: subject.config.map(serde_json::to_string).transpose().map_err(wrong_config)?,
             booted: subject.machine.is_some(),
             was_shut_down: subject.was_shut_down,
+        })
+    }
+
+    fn vm_config(&self) -> Result<Option<VmConfig>, StateError> {
+        let config = self.config.as_deref().map(serde_json::from_str).transpose().map_err(wrong_config)?;
+        if self.booted && config.is_none() {
+            return Err(wrong_config("a guest runs, and there is none"));
         }
+        Ok(config)
     }
 
     pub fn encode(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
         Ok(writer.add("handover", &HANDOVER, self)?)
     }
+}
+
+fn wrong_config(error: impl std::fmt::Display) -> StateError {
+    StateError::Section { name: "handover".into(), reason: format!("config: {error}") }
 }
 
 /// A state whose vCPUs can go ahead of the rest, as they are on the longest way.
@@ -122,7 +168,7 @@ impl<'a> Opened<'a> {
         let (_, handover): (_, Handover) = reader.take("handover", &HANDOVER)?;
         let machine = handover.booted.then(|| MachineState::decode(&mut reader, count)).transpose()?;
         reader.finish()?;
-        Ok(Saved { handover, machine })
+        Ok(Saved { config: handover.vm_config()?, handover, machine })
     }
 }
 

@@ -6,7 +6,6 @@ use std::io;
 use std::path::PathBuf;
 
 use rustix::process::Resource;
-use serde::{Deserialize, Serialize};
 
 /// What a thread could not be given.
 #[derive(Debug, thiserror::Error)]
@@ -23,21 +22,16 @@ pub struct PinError {
     source: ScheduleError,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
     /// The kernel's CPU mask, in bytes; empty if unknown.
-    #[serde(with = "serde_bytes", default)]
     pub affinity: Vec<u8>,
     /// SCHED_*
-    #[serde(default)]
     pub policy: i32,
     /// Of the realtime policies.
-    #[serde(default)]
     pub priority: i32,
-    #[serde(default)]
     pub nice: i32,
     /// Path below /sys/fs/cgroup of the thread's own (threaded, v2) cgroup, where it is not that of the process.
-    #[serde(default)]
     pub cgroup: Option<String>,
 }
 

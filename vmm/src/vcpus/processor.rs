@@ -6,7 +6,7 @@ use theseus_hypervisor::{ReadyVm, Vcpu};
 
 use super::VcpuError;
 use super::owed::Owed;
-use super::saved::{self, EncodedVcpu, SavedVcpu};
+use super::saved::{EncodedVcpu, SavedVcpu};
 
 pub(super) struct Processor {
     pub index: u32,
@@ -18,10 +18,10 @@ pub(super) struct Processor {
 impl Processor {
     pub fn save(&self) -> Result<SavedVcpu, VcpuError> {
         let index = self.index;
-        let mut state = self.vcpu.save().map_err(|source| VcpuError::Hypervisor { index, source })?;
+        let (mut state, handles) = self.vcpu.save().map_err(|source| VcpuError::Hypervisor { index, source })?;
         state.owed.clone_from(&self.owed.0);
         let refused = reasons(&state, &self.vm.memory());
-        let state = EncodedVcpu::new(saved::section(index as usize), &state);
-        Ok(SavedVcpu { state: state.map_err(|source| VcpuError::State { index, source })?, refused })
+        let encoded = EncodedVcpu::new(index, &state, &handles)?;
+        Ok(SavedVcpu { encoded, tsc_offset: handles.tsc_offset, refused })
     }
 }

@@ -14,7 +14,6 @@ use super::answers::{Command, Event};
 use super::checks::Checks;
 use super::owed::Owed;
 use super::processor::Processor;
-use super::saved;
 use super::{Introduction, Shared, Start, VcpuError, placement};
 use crate::boot;
 use crate::memory_errors;
@@ -69,10 +68,10 @@ impl Body {
             match command {
                 Command::RestoreEarly(encoded) => {
                     crate::test_hooks::vcpu_panic();
-                    let result = saved::decode(&encoded, self.index).and_then(|mut state| {
+                    let result = encoded.decode(self.index).and_then(|(mut state, handles)| {
                         processor.owed.0 = std::mem::take(&mut state.owed);
                         let state = restored.insert(state);
-                        processor.vcpu.restore_early(state).map_err(|source| self.error(source))
+                        processor.vcpu.restore_early(state, &handles).map_err(|source| self.error(source))
                     });
                     self.tell(Event::Ready(result));
                 }

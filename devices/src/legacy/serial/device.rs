@@ -8,10 +8,8 @@ use parking_lot::Mutex;
 use theseus_resources::{Claims, layout};
 
 use super::{Console, SERIAL_SIZE, SerialDevice, SerialParts};
-use crate::device::{
-    Catalogued, Device, DeviceError, Operation, Place, SavedDevice, Surroundings, edge_interrupt, on_board,
-};
-use crate::migratable::MigrateError;
+use crate::device::{Catalogued, Device, DeviceError, Operation, Place, Surroundings, edge_interrupt, on_board};
+use crate::migratable::{MigrateError, SavedDevice};
 use crate::spec::Spec;
 
 /// Its name in a [`crate::set::DeviceSet`].

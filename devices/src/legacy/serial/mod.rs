@@ -30,7 +30,7 @@ use vm_superio::{Serial, Trigger};
 pub use console::{Console, UNSENT_MAX};
 pub use device::NAME;
 pub use open::ConsoleError;
-pub use saved::{ConsoleState, SerialParts, SerialState};
+pub use saved::{SerialHandles, SerialParts, SerialState};
 pub use tty::SavedTermios;
 
 use crate::bus::LockedDevice;

@@ -1,5 +1,5 @@
-//! The serial port from one image to the next: registers, the FIFO, output that has not gone out, and the console's
-//! fds. Input that has not reached the FIFO is in the kernel, behind the stored fds.
+//! The serial port from one image to the next. Its state: registers, the FIFO, output that has not gone out. Its handles:
+//! the console. Input that has not reached the FIFO is in the kernel, behind the stored fds.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -16,16 +16,21 @@ use super::stream::Stream;
 use super::tty::{RawMode, SavedTermios};
 use super::{IIR_NONE, IIR_RECEIVED, Line, SerialDevice};
 use crate::interrupt::IrqLine;
-use crate::migratable::{Migratable, MigrateError};
+use crate::migratable::{HostHandles, Migratable, MigrateError, Saved};
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct SerialState {
     #[serde(with = "UartState")]
     uart: vm_superio::SerialState,
-    console: ConsoleState,
-    /// Output on its way to the console.
+    /// Output on its way to the console, whatever that is.
     #[serde(with = "serde_bytes")]
     unsent: Vec<u8>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SerialHandles {
+    console: ConsoleHandles,
+    /// Bytes that this console has not taken.
     dropped: u64,
 }
 
@@ -47,7 +52,7 @@ struct UartState {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub enum ConsoleState {
+enum ConsoleHandles {
     Null,
     /// `before`: the settings the terminal had before the VMM, if it was put into raw mode.
     Tty {
@@ -77,30 +82,35 @@ pub struct SerialParts<'a> {
     pub fd_store: &'a FdStore,
 }
 
+impl HostHandles for SerialHandles {
+    const FORMAT: Format = Format::new("serial-handles", 1);
+
+    fn upgrade(_: u16, handles: Self) -> Result<Self, MigrateError> {
+        Ok(handles)
+    }
+}
+
 impl Migratable for SerialDevice {
     const FORMAT: Format = Format::new("serial", 1);
     type State = SerialState;
+    type Handles = SerialHandles;
     type Parts<'a> = SerialParts<'a>;
 
-    fn save(&self) -> Result<SerialState, MigrateError> {
+    fn save(&self) -> Result<Saved<Self>, MigrateError> {
         // `poller` and `wants_input` follow from the rest.
         let Self { uart, console, poller: _, wants_input: _ } = self;
         // An input that has ended, or that another job has, is found out again.
         let Console { backend, fd_store: _, unsent, dropped, deaf: _, background: _, look: _ } = console;
-        Ok(SerialState {
-            uart: uart.state(),
-            console: save_backend(backend),
-            unsent: unsent.iter().copied().collect(),
-            dropped: *dropped,
-        })
+        let state = SerialState { uart: uart.state(), unsent: unsent.iter().copied().collect() };
+        Ok(Saved { state, handles: SerialHandles { console: save_backend(backend), dropped: *dropped } })
     }
 
     fn upgrade(_: u16, state: Self::State) -> Result<Self::State, MigrateError> {
         Ok(state)
     }
 
-    fn restore(state: SerialState, parts: SerialParts<'_>) -> Result<Self, MigrateError> {
-        let SerialState { uart, console, unsent, dropped } = state;
+    fn restore(saved: Saved<Self>, parts: SerialParts<'_>) -> Result<Self, MigrateError> {
+        let Saved { state: SerialState { uart, unsent }, handles: SerialHandles { console, dropped } } = saved;
         let SerialParts { irq, claims, fd_store } = parts;
         let backend = restore_backend(console, claims)?;
         let console = Console { unsent: VecDeque::from(unsent), dropped, ..Console::new(backend, fd_store.clone()) };
@@ -118,34 +128,34 @@ impl Migratable for SerialDevice {
     }
 }
 
-fn save_backend(backend: &Backend) -> ConsoleState {
+fn save_backend(backend: &Backend) -> ConsoleHandles {
     let slot = |stream: &Stream| stream.kept().slot();
     match backend {
-        Backend::Null => ConsoleState::Null,
-        Backend::Tty { input, output, raw } => ConsoleState::Tty {
+        Backend::Null => ConsoleHandles::Null,
+        Backend::Tty { input, output, raw } => ConsoleHandles::Tty {
             input: input.as_ref().map(slot),
             output: slot(output),
             before: raw.as_ref().map(|raw| raw.before().clone()),
         },
         Backend::Pty { master, slave, path } => {
-            ConsoleState::Pty { master: slot(master), slave: slave.slot(), path: path.clone() }
+            ConsoleHandles::Pty { master: slot(master), slave: slave.slot(), path: path.clone() }
         }
-        Backend::File { file } => ConsoleState::File { file: slot(file) },
+        Backend::File { file } => ConsoleHandles::File { file: slot(file) },
         Backend::Socket { listener, client, path } => {
-            ConsoleState::Socket { listener: listener.slot(), client: client.as_ref().map(slot), path: path.clone() }
+            ConsoleHandles::Socket { listener: listener.slot(), client: client.as_ref().map(slot), path: path.clone() }
         }
     }
 }
 
-fn restore_backend(state: ConsoleState, claims: &mut Claims) -> Result<Backend, MigrateError> {
+fn restore_backend(handles: ConsoleHandles, claims: &mut Claims) -> Result<Backend, MigrateError> {
     let mut claim = |slot: Slot| claims.claim(slot, FdKind::Console);
     let stream = |kept: StoredFd| {
         let what = kept.name().to_owned();
         Stream::new(kept).map_err(|source| MigrateError::Os { what, source })
     };
-    Ok(match state {
-        ConsoleState::Null => Backend::Null,
-        ConsoleState::Tty { input, output, before } => {
+    Ok(match handles {
+        ConsoleHandles::Null => Backend::Null,
+        ConsoleHandles::Tty { input, output, before } => {
             let input = input.map(&mut claim).transpose()?.map(stream).transpose()?;
             let output = stream(claim(output)?)?;
             let raw = match (&input, before) {
@@ -154,11 +164,11 @@ fn restore_backend(state: ConsoleState, claims: &mut Claims) -> Result<Backend, 
             };
             Backend::Tty { input, output, raw }
         }
-        ConsoleState::Pty { master, slave, path } => {
+        ConsoleHandles::Pty { master, slave, path } => {
             Backend::Pty { master: stream(claim(master)?)?, slave: claim(slave)?, path }
         }
-        ConsoleState::File { file } => Backend::File { file: stream(claim(file)?)? },
-        ConsoleState::Socket { listener, client, path } => Backend::Socket {
+        ConsoleHandles::File { file } => Backend::File { file: stream(claim(file)?)? },
+        ConsoleHandles::Socket { listener, client, path } => Backend::Socket {
             listener: claim(listener)?,
             client: client.map(&mut claim).transpose()?.map(stream).transpose()?,
             path,

@@ -10,7 +10,7 @@ use theseus_resources::FdStore;
 
 use super::*;
 use crate::legacy::test_parts::Pulses;
-use crate::migratable::Migratable;
+use crate::migratable::{Migratable, sent, written};
 use crate::spec::ConsoleConfig;
 
 const IER: u64 = 1;
@@ -65,11 +65,11 @@ fn run_loop(device: &mut SerialDevice) {
 
 /// As exec would: everything in `fd_store` reaches a second image, through real serialisation.
 fn update(old: SerialDevice, fd_store: &FdStore) -> (SerialDevice, Arc<Pulses>, FdStore) {
-    let bytes = rmp_serde::to_vec_named(&old.save().unwrap()).unwrap();
+    let saved = sent(&old);
     let (fd_store, mut claims) = fd_store.handed_over().unwrap();
     let irq = Arc::new(Pulses::default());
     let parts = SerialParts { irq: irq.clone(), claims: &mut claims, fd_store: &fd_store };
-    let new = SerialDevice::restore(rmp_serde::from_slice(&bytes).unwrap(), parts).unwrap();
+    let new = SerialDevice::restore(saved, parts).unwrap();
     claims.finish().unwrap();
     // The old VMM ends without destructors.
     std::mem::forget(old);
@@ -352,8 +352,7 @@ fn save_is_pure_and_reset_keeps_the_client() {
     let (mut device, _, mut client) = socket_device(dir.path(), &fd_store);
     client.write_all(b"in").unwrap();
     run_loop(&mut device);
-    let encode = |device: &SerialDevice| rmp_serde::to_vec_named(&device.save().unwrap()).unwrap();
-    assert_eq!(encode(&device), encode(&device));
+    assert_eq!(written(&device), written(&device));
     device.write(7, &[0x5A]);
     device.reset();
     assert_eq!(register(&mut device, 7), 0);
@@ -367,11 +366,11 @@ fn save_is_pure_and_reset_keeps_the_client() {
 fn a_state_that_lies_is_refused() {
     let fd_store = FdStore::new();
     let (device, _) = device(&ConsoleConfig::Pty, &fd_store);
-    let state = device.save().unwrap();
+    let saved = device.save().unwrap();
     let other = FdStore::new();
     let (_, mut claims) = other.handed_over().unwrap();
     let parts = SerialParts { irq: Arc::new(Pulses::default()), claims: &mut claims, fd_store: &other };
-    assert!(SerialDevice::restore(state, parts).is_err());
+    assert!(SerialDevice::restore(saved, parts).is_err());
 }
 
 /// A raw byte-for-byte pump at the pace of a line protocol: 64 KiB both ways, with updates on the way.

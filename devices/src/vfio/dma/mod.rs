@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | here | [`DmaDomain`]: what all ways to such a domain have in common |
-//! | [`state`] | the saved forms |
+//! | [`map`] | what is mapped |
 //! | [`type1`] | the first one: a VFIO container with the type1 IOMMU |
 //! | [`invalidate`] | making way for the next VMM's addresses in all domains, with its undo |
 //!
@@ -16,11 +16,13 @@ use theseus_resources::StoredFd;
 use theseus_resources::fd_store::FdStoreError;
 use theseus_resources::memory_listener::MemoryListener;
 
+use super::saved::DomainHandles;
+
 pub mod invalidate;
-pub mod state;
+pub mod map;
 pub mod type1;
 
-pub use state::{ContainerState, DmaMap, DomainState, MapSource};
+pub use map::{DmaMap, MapSource};
 
 #[derive(Debug, thiserror::Error)]
 pub enum DmaError {
@@ -87,10 +89,10 @@ pub trait DmaDomain: MemoryListener {
     /// `vaddr_of` must answer with an address where this process has the very pages the mapping was made for.
     unsafe fn remap(&self, vaddr_of: &dyn Fn(&DmaMap) -> Option<u64>) -> Result<(), DmaError>;
 
-    fn save(&self) -> DomainState;
+    fn save(&self) -> DomainHandles;
 
-    /// Takes a later state of the same domain. False: it is of another one.
-    fn mend(&self, state: DomainState) -> bool;
+    /// Takes later handles of the same domain. False: they are of another one.
+    fn mend(&self, later: DomainHandles) -> bool;
 }
 
 #[cfg(test)]

@@ -245,11 +245,11 @@ impl DmaDomain for RamOnly {
         unsafe { self.0.remap(vaddr_of) }
     }
 
-    fn save(&self) -> DomainState {
+    fn save(&self) -> DomainHandles {
         self.0.save()
     }
 
-    fn mend(&self, state: DomainState) -> bool {
-        self.0.mend(state)
+    fn mend(&self, later: DomainHandles) -> bool {
+        self.0.mend(later)
     }
 }

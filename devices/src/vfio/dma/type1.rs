@@ -16,9 +16,9 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DMA_UNMAP_FLAG_ALL, VFIO_DMA_UNMAP_FLAG_VADDR, VFIO_TYPE1v2_IOMMU, VFIO_UNMAP_ALL, VFIO_UPDATE_VADDR,
 };
 
-use super::state::{ContainerState, DmaMap, DomainState, MapSource};
-use super::{DmaDomain, DmaError};
+use super::{DmaDomain, DmaError, DmaMap, MapSource};
 use crate::vfio::ioctl;
+use crate::vfio::saved::{ContainerHandles, DomainHandles};
 
 /// What an operator can do about the usual errors of the DMA ioctls.
 fn hint(error: &io::Error) -> &'static str {
@@ -123,9 +123,10 @@ impl Container {
     }
 
     /// Touches nothing in the kernel: the container is in use.
-    pub(in crate::vfio) fn restore(state: ContainerState, claims: &mut Claims) -> Result<Self, DmaError> {
-        let ContainerState { name, slot, maps } = state;
-        match claims.claim(slot, FdKind::VfioContainer) {
+    pub(in crate::vfio) fn restore(handles: ContainerHandles, claims: &mut Claims) -> Result<Self, DmaError> {
+        let ContainerHandles { name, fd, maps } = handles;
+        let maps = maps.into_iter().map(DmaMap::restore).collect();
+        match claims.claim(fd, FdKind::VfioContainer) {
             Ok(fd) => Ok(Self { name, type1: Box::new(fd.clone()), fd, maps: Mutex::new(maps) }),
             Err(source) => Err(DmaError::FdStore { domain: described(&name), source }),
         }
@@ -252,16 +253,17 @@ impl DmaDomain for Container {
         Ok(())
     }
 
-    fn save(&self) -> DomainState {
-        let Self { name, fd, type1: _, maps: _ } = self;
-        DomainState::Type1(ContainerState { name: name.clone(), slot: fd.slot(), maps: self.maps() })
+    fn save(&self) -> DomainHandles {
+        let Self { name, fd, type1: _, maps } = self;
+        let maps = look(maps).iter().map(DmaMap::save).collect();
+        DomainHandles::Type1(ContainerHandles { name: name.clone(), fd: fd.slot(), maps })
     }
 
-    fn mend(&self, state: DomainState) -> bool {
-        let DomainState::Type1(ContainerState { name, slot, maps }) = state;
-        let is_same = name == self.name && slot == self.fd.slot();
+    fn mend(&self, later: DomainHandles) -> bool {
+        let DomainHandles::Type1(ContainerHandles { name, fd, maps }) = later;
+        let is_same = name == self.name && fd == self.fd.slot();
         if is_same {
-            *self.lock() = maps;
+            *self.lock() = maps.into_iter().map(DmaMap::restore).collect();
         }
         is_same
     }

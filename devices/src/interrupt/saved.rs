@@ -1,0 +1,49 @@
+//! Interrupts in the saved state.
+
+use serde::{Deserialize, Serialize};
+use theseus_resources::Slot;
+
+use super::controller::MsiMessage;
+
+/// A message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MessageState {
+    address: u64,
+    data: u32,
+}
+
+impl From<MsiMessage> for MessageState {
+    fn from(message: MsiMessage) -> Self {
+        let MsiMessage { address, data } = message;
+        Self { address, data }
+    }
+}
+
+impl From<MessageState> for MsiMessage {
+    fn from(state: MessageState) -> Self {
+        let MessageState { address, data } = state;
+        Self { address, data }
+    }
+}
+
+/// Handles of [`super::Route`]: all of it. What the guest wants of an interrupt is in the state of its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteHandles {
+    pub(super) eventfd: Slot,
+    pub(super) gsi: u32,
+    /// What KVM had it routed to.
+    pub(super) routed: Option<MessageState>,
+}
+
+/// What the guest sees of a [`super::LevelLine`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LevelLineState {
+    pub(super) pin: u32,
+    pub(super) is_wanted: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LevelLineHandles {
+    pub(super) trigger: Slot,
+    pub(super) resample: Slot,
+}
