@@ -71,7 +71,7 @@ pub trait MemoryListener: Send + Sync {
     /// was successful or the listener is dropped.
     unsafe fn add(&self, block: &RamBlock) -> Result<(), Refusal>;
 
-    /// Nobody reaches it by this listener any more. One that it does not have is no error.
+    /// Nobody reaches it by this listener any more. It is one that it has.
     fn remove(&self, block: &RamBlock) -> Result<(), Refusal>;
 }
 
@@ -200,6 +200,8 @@ impl Inner {
         let mut order = self.listeners.clone();
         if !wanted {
             order.reverse();
+            // Who could not take it again has none of it to let go.
+            order.retain(|listener| !self.owes(&**listener, block));
         }
         for (n, listener) in order.iter().enumerate() {
             let Err(source) = tell(&**listener, block, wanted) else { continue };
@@ -214,6 +216,12 @@ impl Inner {
             return Err(MemoryError::Refused { listener: listener.describe(), source, stuck });
         }
         Ok(())
+    }
+
+    /// Whether it is to have the block and has not.
+    fn owes(&self, listener: &dyn MemoryListener, block: &RamBlock) -> bool {
+        let is_it = |owed: &Owed| owed.wanted && owed.block.gpa == block.gpa;
+        self.owed.iter().any(|owed| is_it(owed) && std::ptr::addr_eq(Arc::as_ptr(&owed.listener), listener))
     }
 
     fn settle(&mut self) -> bool {

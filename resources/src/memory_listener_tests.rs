@@ -172,7 +172,9 @@ fn what_could_not_be_undone_is_not_forgotten() {
     b.refuses(&["+1000"]);
     assert!(rig.listeners.remove(0x1000).is_err());
     a.refuses(&[]);
+    rig.said();
     rig.listeners.remove(0x1000).unwrap();
+    assert_eq!(rig.said(), "b not +1000, kvm -1000, a -1000", "b has none of it");
     assert!(rig.listeners.settle(), "what is gone is owed to nobody");
 }
 
