@@ -51,7 +51,7 @@ fn print(text: &mut String, depth: usize, value: &Value) {
     for (name, value) in below {
         let (line, bytes) = (inline(value), numbers(value));
         if bytes.len() > 16 {
-            writeln!(text, "{indent}{name}").unwrap();
+            writeln!(text, "{indent}{name} {} numbers", bytes.len()).unwrap();
             dump(text, &indent, &bytes);
         } else if indent.len() + name.len() + line.len() < 120 {
             writeln!(text, "{indent}{name} {line}").unwrap();
