@@ -8,6 +8,7 @@ pub mod channel;
 pub mod fd_store;
 pub mod hugepages;
 pub mod layout;
+pub mod mapping;
 pub mod memory_listener;
 pub mod ram;
 pub mod rate;
@@ -18,6 +19,7 @@ pub mod threads;
 
 pub use channel::Channel;
 pub use fd_store::{Claims, FdKind, FdStore, Slot, StoredFd};
+pub use mapping::Mapping;
 pub use memory_listener::{MemoryListeners, RamBlock};
 pub use ram::{GuestRam, Pages, RamRange};
 pub use state::{StateReader, StateWriter};

@@ -4,11 +4,10 @@
 //! mapping.
 
 use std::os::fd::AsFd;
-use std::ptr::NonNull;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::Advice;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -16,6 +15,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use crate::fd_store::{Claims, FdKind, FdStore, FdStoreError, Slot, StoredFd};
 use crate::hugepages::Pool;
 use crate::layout;
+use crate::mapping::Mapping;
 use crate::memory_listener::RamBlock;
 
 /// KVM maps a huge page only where guest address, host address and file offset agree modulo its size.
@@ -175,12 +175,13 @@ impl GuestRam {
         let mut mappings = Vec::new();
         let mut regions = Vec::new();
         for range in &mut ranges {
-            let mapping = Mapping::new(&memfd, range.offset, range.size, pages, reserve)?;
-            range.hva = mapping.addr.as_ptr() as u64;
+            let mapping = map(&memfd, range, pages, reserve)?;
+            range.hva = mapping.address();
             // SAFETY: `mapping` covers exactly this many bytes and lives beside the region in the same struct.
-            let region =
-                unsafe { MmapRegionBuilder::new(mapping.len).with_raw_mmap_pointer(mapping.addr.as_ptr()).build() }
-                    .map_err(|error| RamError::Layout(error.to_string()))?;
+            let region = unsafe {
+                MmapRegionBuilder::new(mapping.len()).with_raw_mmap_pointer(mapping.start().as_ptr()).build()
+            }
+            .map_err(|error| RamError::Layout(error.to_string()))?;
             let region = GuestRegionMmap::new(region, GuestAddress(range.gpa))
                 .ok_or_else(|| RamError::Layout(format!("{:#x}+{:#x} wraps", range.gpa, range.size)))?;
             regions.push(region);
@@ -295,80 +296,26 @@ enum Reserve {
     Done,
 }
 
-/// How often another thread may take the free space that was found.
-const TRIES: u32 = 100;
-
-/// An aligned address where so many bytes are free, or just were. Nothing is kept there: a mapping with MAP_FIXED over
-/// a reservation would leave a hole where it fails (mmap_region unmaps first), and unmapping that again would take the
-/// stack of a thread that has started in it.
-fn free_space(size: u64, align: u64) -> Result<u64, Errno> {
-    let space = size.saturating_add(align) as usize;
-    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-    // SAFETY: a fresh mapping, and unmapped as it was mapped.
-    let base = unsafe {
-        let base = rustix::mm::mmap_anonymous(std::ptr::null_mut(), space, ProtFlags::empty(), flags)?;
-        rustix::mm::munmap(base, space)?;
-        base as u64
-    };
-    Ok(base.next_multiple_of(align))
-}
-
-/// A shared mapping of the memfd, aligned for huge pages.
-struct Mapping {
-    addr: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: a plain range of shared memory; all access goes through vm-memory's volatile accessors or the guest.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    fn new(memfd: impl AsFd, offset: u64, size: u64, pages: Pages, reserve: Reserve) -> Result<Self, RamError> {
-        let fail = |source: Errno| RamError::Map { size, offset, source: source.into() };
-        let align = if let Pages::Huge(bytes) = pages { bytes.max(HUGE) } else { HUGE };
-        // Small pages of a memfd are accounted when they are touched, whatever the mapping says (mm/shmem.c).
-        let lasting = if reserve == Reserve::Now { MapFlags::empty() } else { MapFlags::NORESERVE };
-        let mut tries = 0..TRIES;
-        let mapped = loop {
-            let start = free_space(size, align).map_err(fail)?;
-            // SAFETY: a new mapping, which replaces nothing.
-            let mapped = unsafe {
-                rustix::mm::mmap(
-                    start as *mut _,
-                    size as usize,
-                    ProtFlags::READ | ProtFlags::WRITE,
-                    MapFlags::SHARED | MapFlags::FIXED_NOREPLACE | lasting,
-                    &memfd,
-                    offset,
-                )
-            };
-            if mapped != Err(Errno::EXIST) || tries.next().is_none() {
-                break mapped;
-            }
-        };
-        let short = |source| match pages {
+/// A part of the memfd, aligned for huge pages.
+fn map(memfd: impl AsFd, range: &RamRange, pages: Pages, reserve: Reserve) -> Result<Mapping, RamError> {
+    let RamRange { size, offset, .. } = *range;
+    let fail = |source: Errno| RamError::Map { size, offset, source: source.into() };
+    let align = if let Pages::Huge(bytes) = pages { bytes.max(HUGE) } else { HUGE };
+    let len = usize::try_from(size).map_err(|_| fail(Errno::NOMEM))?;
+    // Small pages of a memfd are accounted when they are touched, whatever the mapping says (mm/shmem.c).
+    let mapping =
+        Mapping::aligned(memfd, offset, len, align, reserve == Reserve::Now).map_err(|source| match pages {
             Pages::Huge(bytes) if reserve == Reserve::Now => RamError::HugePages(Pool::of(bytes, size.div_ceil(bytes))),
             _ => fail(source),
-        };
-        let addr = NonNull::new(mapped.map_err(short)?.cast::<u8>())
-            .ok_or_else(|| RamError::Layout("mapped at address 0".into()))?;
-        if pages == Pages::Transparent {
-            // SAFETY: our own mapping; only a hint.
-            let _ = unsafe { rustix::mm::madvise(addr.as_ptr().cast(), size as usize, Advice::LinuxHugepage) };
-        }
-        // SAFETY: our own mapping. Guest memory in a core dump helps nobody and takes minutes.
-        let _ = unsafe { rustix::mm::madvise(addr.as_ptr().cast(), size as usize, Advice::LinuxDontDump) };
-        Ok(Self { addr, len: size as usize })
+        })?;
+    let start = mapping.start().as_ptr().cast();
+    if pages == Pages::Transparent {
+        // SAFETY: our own mapping; only a hint.
+        let _ = unsafe { rustix::mm::madvise(start, len, Advice::LinuxHugepage) };
     }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `new`, and the owner drops its memslots and DMA maps first.
-        let _ = unsafe { rustix::mm::munmap(self.addr.as_ptr().cast(), self.len) };
-    }
+    // SAFETY: our own mapping. Guest memory in a core dump helps nobody and takes minutes.
+    let _ = unsafe { rustix::mm::madvise(start, len, Advice::LinuxDontDump) };
+    Ok(mapping)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ pub mod boot;
 mod build_info;
 mod cli;
 mod control;
+mod elf;
 mod ending;
 mod events;
 pub mod heap;
@@ -15,10 +16,12 @@ mod main_thread;
 mod memory_errors;
 mod notify;
 mod panics;
+mod seams;
 mod signals;
 mod spin;
 mod supervisor;
 mod talk;
+#[cfg(feature = "test-hooks")]
 mod test_hooks;
 mod timeline;
 mod update;
@@ -54,6 +57,7 @@ use logging::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
 use panics::panic_text;
+use seams::Seams;
 use signals::Signals;
 use supervisor::Supervisor;
 use timeline::Timeline;
@@ -89,7 +93,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(error) => {
-            say(std::io::stderr(), &text(&error));
+            emit(std::io::stderr(), &text(&error));
             ExitCode::FAILURE
         }
     }
@@ -102,7 +106,7 @@ fn text(error: &anyhow::Error) -> String {
 
 /// To standard output or error, if it takes it now: neither `println!`, which panics where nobody listens any more, nor
 /// a write that waits for a terminal which stands still.
-fn say(mut to: impl Write + AsFd, what: &str) {
+fn emit(mut to: impl Write + AsFd, what: &str) {
     if ready(&to) {
         let _ = writeln!(to, "theseus: {what}");
     }
@@ -113,10 +117,18 @@ fn ready(fd: &impl AsFd) -> bool {
     rustix::event::poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default())) == Ok(1)
 }
 
+/// What tests do to this VMM.
+fn seams() -> Arc<dyn Seams> {
+    #[cfg(feature = "test-hooks")]
+    return Arc::new(test_hooks::Hooks);
+    #[cfg(not(feature = "test-hooks"))]
+    seams::untouched()
+}
+
 /// The life of a new VMM. Returns the exit code; one that fails before its commit has touched nothing.
 fn in_update(newcomer: Newcomer, started: u64) -> i32 {
     let Newcomer { keeper, channel, page } = newcomer;
-    let timeline = match Timeline::map(&page) {
+    let timeline = match Timeline::map(&page, seams()) {
         Ok(timeline) => timeline,
         Err(_) => return EXIT_FAILED,
     };
@@ -144,7 +156,7 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
         return Ok(EXIT_OK);
     }
     if cli.check_update {
-        update::target::answer().context("--check-update")?;
+        update::target::answer(&*seams()).context("--check-update")?;
         return Ok(EXIT_OK);
     }
     #[cfg(feature = "test-hooks")]
@@ -167,7 +179,7 @@ fn run(keeper: Keeper, if_none: IfNone, prepare: impl FnOnce(Parts) -> anyhow::R
     keeper::watch::start(|| ending::abandon(EXIT_FAILURE))
         .context("cannot start the thread that watches the keeper")?;
     let (queue, inbox) = control::queue().context("control queue")?;
-    let (main, orders) = main_thread::orders();
+    let (main, orders) = main_thread::orders(seams().environment());
     let control = prepare(Parts { keeper, signals, queue, inbox, main, memory_errors })?;
     start(control, if_none)?;
     Ok(orders.serve())
@@ -253,7 +265,7 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
     let fd_store = FdStore::new();
     let hypervisor = Arc::new(Hypervisor::open(&fd_store)?);
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
-    let host = Host { hypervisor, fd_store, requests };
+    let host = Host { hypervisor, fd_store, requests, seams: seams() };
     let config = cli.vm_config();
     if let Some(config) = &config {
         config.validate().map_err(|problems| anyhow::anyhow!("{}", problems.join("; ")))?;

@@ -15,6 +15,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use theseus_resources::mapping;
 use theseus_resources::memory_listener::{MemoryListener, RamBlock, Rank, Refusal};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -167,11 +168,8 @@ fn note(gpa: u64, by_vcpu: bool) {
 /// An empty page, as long as this mapping lives, where the lost one was. The guest is told of that.
 fn replace(address: u64, len: u64) -> bool {
     let start = address & !(len - 1);
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_FIXED | libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     // SAFETY: within the mapping of guest RAM, which is a multiple of its pages long, and no Rust object.
-    let mapped = unsafe { libc::mmap(start as *mut libc::c_void, len as usize, protection, flags, -1, 0) };
-    mapped != libc::MAP_FAILED
+    unsafe { mapping::replace(start, len as usize) }.is_ok()
 }
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {

@@ -15,6 +15,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
             "threads",
             "socket",
             "channel",
+            "mapping",
             "hugepages",
             "layout",
             "alloc",
@@ -48,6 +49,8 @@ const LAYERS: [(&str, &[&str]); 6] = [
     (
         "vmm",
         &[
+            "elf",
+            "seams",
             "test_hooks",
             "panics",
             "heap",

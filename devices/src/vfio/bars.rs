@@ -7,12 +7,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
-use rustix::mm::{MapFlags, ProtFlags};
+use theseus_resources::mapping::{self, Mapping};
 use theseus_resources::rate::Rate;
 
 use super::device::{DeviceError, Region, VfioDevice};
@@ -34,42 +33,35 @@ static STUCK: Rate = Rate::new(10, Duration::from_secs(60));
 
 /// A mapping of a piece of a BAR in this process.
 #[derive(Debug)]
-struct Mapping {
-    hva: u64,
-    size: u64,
-}
+struct Mapped(Mapping);
 
-impl Mapping {
+impl Mapped {
     fn new(device: &VfioDevice, region: &Region, offset: u64, size: u64) -> Result<Self, DeviceError> {
         let error =
             |source| DeviceError { what: format!("cannot map BAR {}: {offset:#x}+{size:#x}", region.index), source };
         let at = region.offset.checked_add(offset).ok_or_else(|| error(std::io::ErrorKind::InvalidInput.into()))?;
         let len = usize::try_from(size).map_err(|_| error(std::io::ErrorKind::InvalidInput.into()))?;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address the kernel chooses; no Rust reference is ever made to it.
-        let hva =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, device.fd().as_fd(), at) };
-        let hva = hva.map_err(|e| error(e.into()))? as u64;
-        mapped().insert(hva, size);
-        Ok(Self { hva, size })
+        let mapping = Mapping::new(device.fd(), at, len).map_err(|e| error(e.into()))?;
+        mapped().insert(mapping.address(), len);
+        Ok(Self(mapping))
     }
 }
 
 // SAFETY: mapped by `new` until it is dropped, whole pages of a device.
-unsafe impl BarMemory for Mapping {
+unsafe impl BarMemory for Mapped {
     fn hva(&self) -> u64 {
-        self.hva
+        self.0.address()
     }
 
     fn size(&self) -> u64 {
-        self.size
+        self.0.len() as u64
     }
 }
 
 /// All of them in this process: address and size.
-static MAPPED: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
+static MAPPED: Mutex<BTreeMap<u64, usize>> = Mutex::new(BTreeMap::new());
 
-fn mapped() -> MutexGuard<'static, BTreeMap<u64, u64>> {
+fn mapped() -> MutexGuard<'static, BTreeMap<u64, usize>> {
     MAPPED.lock()
 }
 
@@ -80,25 +72,21 @@ fn mapped() -> MutexGuard<'static, BTreeMap<u64, u64>> {
 /// Nobody may use a device any more, or mind to be ended for it.
 pub unsafe fn unmap_bars() {
     for (hva, size) in MAPPED.try_lock().iter().flat_map(|mapped| mapped.iter()) {
-        // SAFETY: mapped by `Mapping::new`, and the caller's promise.
-        let _ = unsafe { rustix::mm::munmap(*hva as *mut _, *size as usize) };
+        // SAFETY: the caller's promise.
+        unsafe { mapping::abandon(*hva, *size) };
     }
 }
 
-impl Drop for Mapping {
+/// The memslots over it are removed before (see `Drop for PlacedBar`). The device does not notice.
+impl Drop for Mapped {
     fn drop(&mut self) {
-        mapped().remove(&self.hva);
-        // SAFETY: mapped in `new`; the memslots over it are removed before (see `Drop for PlacedBar`). The device does
-        // not notice.
-        if let Err(e) = unsafe { rustix::mm::munmap(self.hva as *mut _, self.size as usize) } {
-            log::error!("cannot unmap a BAR at {:#x}: {e}", self.hva);
-        }
+        mapped().remove(&self.0.address());
     }
 }
 
 /// See the module.
 pub struct Bar {
-    placed: PlacedBar<Mapping>,
+    placed: PlacedBar<Mapped>,
     region: u32,
     /// iovas of the peer-to-peer mappings in the domain, while it decodes.
     dma: Vec<u64>,
@@ -121,7 +109,7 @@ impl Bar {
         let mappable = if register.is_io() { &[][..] } else { &region.mappable };
         let (direct, trapped) = split(register.size, mappable, &here.ranges());
         let direct =
-            direct.into_iter().map(|(offset, size)| Ok((offset, Mapping::new(parts.device, region, offset, size)?)));
+            direct.into_iter().map(|(offset, size)| Ok((offset, Mapped::new(parts.device, region, offset, size)?)));
         let trapped = trapped.into_iter().map(|(start, size)| {
             let (device, region, msix) = (parts.device.clone(), region.clone(), parts.msix.clone());
             let trap = Trap { device, region, start, msix, here: here.clone() };
@@ -195,7 +183,7 @@ impl Bar {
             let iova = address.saturating_add(*offset);
             let source = MapSource::Bar { device: device.to_owned(), region: self.region, offset: *offset };
             // SAFETY: the mapping lives until this Bar is dropped.
-            match unsafe { domain.map_device_memory(iova, mapping.size, mapping.hva, source) } {
+            match unsafe { domain.map_device_memory(iova, mapping.size(), mapping.hva(), source) } {
                 Ok(()) => self.dma.push(iova),
                 Err(e) => {
                     complaints.warn(|| format!("device '{device}': no peer-to-peer DMA to BAR {}: {e}", self.region))

@@ -33,7 +33,7 @@ mod sysfs;
 mod wiring;
 
 pub use bars::unmap_bars;
-pub use dma::invalidate::{InvalidateError, Invalidated, invalidate_all};
+pub use dma::invalidate::{InvalidateError, Invalidated, invalidate_all, remap_all};
 pub use dma::{DmaDomain, DmaError, DmaMap, MapSource};
 pub use group::Group;
 pub use pci::{VfioPci, VfioPciParts};

@@ -6,14 +6,13 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use theseus_resources::alloc::Windows;
 use theseus_resources::fd_store::Claims;
-use theseus_resources::memory_listener::{MemoryError, MemoryListeners, RamBlock};
+use theseus_resources::memory_listener::{MemoryError, MemoryListeners};
 use theseus_resources::survivor::look;
 use theseus_resources::{FdStore, StoredFd};
 
 use super::device::VfioDevice;
-use super::dma::invalidate::{InvalidateError, Invalidated, invalidate_all};
 use super::dma::type1::Container;
-use super::dma::{DmaDomain, DmaError, DmaMap, MapSource};
+use super::dma::{DmaDomain, DmaError};
 use super::group::{Group, GroupError};
 use super::pci::VfioPci;
 use super::saved::{DomainHandles, PassthroughHandles};
@@ -180,30 +179,6 @@ impl Passthrough {
         self.domains().iter().flat_map(|domain| domain.blockers()).collect()
     }
 
-    /// Makes way for the next image's addresses in all domains, or in none.
-    pub fn invalidate(&self) -> Result<Invalidated, InvalidateError> {
-        invalidate_all(&self.domains())
-    }
-
-    /// In a new image: gives every mapping of every domain its address here.
-    /// `bar_vaddr(device, region, offset, size)` is [`VfioPci::bar_vaddr`] of the device with that id. May be called
-    /// again after a failure.
-    ///
-    /// # Safety
-    /// `ram` must be mapped from the same memory as in the image that mapped it first, at the same guest addresses.
-    pub unsafe fn remap(
-        &self,
-        ram: &[RamBlock],
-        bar_vaddr: impl Fn(&str, u32, u64, u64) -> Option<u64>,
-    ) -> Result<(), DmaError> {
-        let vaddr_of = |map: &DmaMap| match &map.source {
-            MapSource::Ram => ram.iter().find_map(|block| block.hva_of(map.iova, map.size)),
-            MapSource::Bar { device, region, offset } => bar_vaddr(device, *region, *offset, map.size),
-        };
-        // SAFETY: the caller's promise; the BAR mappings are of the same device fds.
-        self.lock().domains.iter().try_for_each(|domain| unsafe { domain.remap(&vaddr_of) })
-    }
-
     /// Takes later handles of the same guest: what is mapped may have changed.
     pub fn mend(&self, later: PassthroughHandles) -> Result<(), MigrateError> {
         let PassthroughHandles { containers, groups } = later;
@@ -266,7 +241,7 @@ impl Passthrough {
         PassthroughHandles { containers, groups: groups.iter().map(|group| group.save()).collect() }
     }
 
-    /// Touches nothing in the kernel. Restore the devices next, then [`Passthrough::remap`].
+    /// Touches nothing in the kernel. Restore the devices next, then [`super::remap_all`].
     pub fn restore(
         handles: PassthroughHandles,
         fd_store: FdStore,

@@ -1,5 +1,6 @@
 //! What is added to the guest's memory, and the domains that are told of it.
 
+use super::super::dma::DmaMap;
 use super::super::dma::tests::{block, container};
 use super::*;
 

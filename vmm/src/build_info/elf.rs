@@ -1,28 +1,12 @@
 //! What a file says of itself in its ELF notes: build id, and whether it is a build of Theseus.
 
 use std::fs::File;
-use std::io;
 use std::path::Path;
 
-use object::Endianness;
-use object::elf::{EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, PT_NOTE};
-use object::read::ReadCache;
-use object::read::elf::{FileHeader, ProgramHeader};
+use object::elf::NT_GNU_BUILD_ID;
 
 use crate::build_info::{NOTE_KIND, NOTE_OWNER};
-
-/// Why a file is no build; without its name.
-#[derive(Debug, thiserror::Error)]
-pub enum ElfError {
-    #[error("not an ELF file of 64 bits")]
-    NotElf,
-    #[error("for another kind of machine (ELF machine {0})")]
-    OtherMachine(u16),
-    #[error("damaged ELF file: {0}")]
-    Damaged(#[from] object::Error),
-    #[error(transparent)]
-    Os(#[from] io::Error),
-}
+use crate::elf::{Elf, ElfError};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
@@ -34,24 +18,16 @@ pub struct Found {
 
 /// Reads the notes of an executable for this machine.
 pub fn inspect(path: &Path) -> Result<Found, ElfError> {
-    inspect_file(File::open(path)?)
+    inspect_file(&File::open(path)?)
 }
 
-pub fn inspect_file(file: File) -> Result<Found, ElfError> {
-    let data = &ReadCache::new(file);
-    let header = FileHeader64::<Endianness>::parse(data).map_err(|_| ElfError::NotElf)?;
-    let endian = header.endian()?;
-    if header.e_machine(endian) != EM_X86_64 {
-        return Err(ElfError::OtherMachine(header.e_machine(endian)));
-    }
+pub fn inspect_file(file: &File) -> Result<Found, ElfError> {
+    let elf = Elf::open(file)?;
     let mut found = Found { build_id: String::new(), version: None };
-    for segment in header.program_headers(endian, data)? {
-        if segment.p_type(endian) != PT_NOTE {
-            continue;
-        }
-        let Some(mut notes) = segment.notes(endian, data)? else { continue };
+    for segment in elf.segments()? {
+        let Some(mut notes) = elf.notes(segment)? else { continue };
         while let Some(note) = notes.next()? {
-            match (note.name(), note.n_type(endian)) {
+            match (note.name(), note.n_type(elf.endian)) {
                 (b"GNU", NT_GNU_BUILD_ID) => {
                     found.build_id = note.desc().iter().map(|byte| format!("{byte:02x}")).collect();
                 }

@@ -22,6 +22,7 @@ use super::{Control, Vm};
 use crate::machine::spec::MachineSpec;
 use crate::machine::{Machine, MachineError};
 use crate::panics::panic_text;
+use crate::timeline::NotPassed;
 
 /// How long the end of the process waits for a boot to put back what it has done, such as the mode of a terminal.
 const LAST_WAIT: Duration = Duration::from_secs(1);
@@ -95,6 +96,7 @@ impl Control {
         let (host, wake, stop) = (self.host.clone(), self.inbox.wake.clone(), given_up.clone());
         let body = move || {
             let build = AssertUnwindSafe(|| {
+                host.seams.at("boot").map_err(NotPassed::from)?;
                 let machine = Machine::build(&MachineSpec::of(&config)?, &host, &stop)?;
                 Ok((machine, config))
             });
@@ -153,7 +155,7 @@ impl Control {
                 let what = format!("the guest cannot be booted: {reason}");
                 self.events.emit(VmEvent::Failed { reason });
                 self.end(crate::EXIT_FAILURE, None);
-                crate::say(std::io::stderr(), &what);
+                crate::emit(std::io::stderr(), &what);
             }
             (Wish::Reset { .. }, Err(error)) => {
                 let reason = format!("it has reset itself, and cannot be booted again: {error}");

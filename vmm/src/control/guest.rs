@@ -94,7 +94,7 @@ impl Control {
     fn end_with(&mut self, what: &str, code: i32) {
         log::info!("{what}");
         self.end(code, None);
-        crate::say(std::io::stdout(), what);
+        crate::emit(std::io::stdout(), what);
     }
 
     /// The end of the guest, if there is one, and of the process. `signal`: the cause, where it was one.

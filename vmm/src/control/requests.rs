@@ -38,7 +38,7 @@ impl Control {
                 self.shut_down();
                 return self.boot(Wish::Reboot(reply));
             }
-            Request::Ping => to_json(&ping()),
+            Request::Ping => self.ping(),
             Request::VmmShutdown => {
                 self.end(crate::EXIT_OK, None);
                 Ok(Body::EmptyOk)
@@ -75,6 +75,18 @@ impl Control {
             self.events.emit(event);
         }
         reply.send(answer);
+    }
+
+    fn ping(&self) -> Reply {
+        let build = build_info::this();
+        to_json(&PingInfo {
+            build_version: build.version.clone(),
+            version: build_info::VERSION.into(),
+            build_id: build.build_id.clone(),
+            pid: crate::keeper::pid(),
+            vmm_pid: std::process::id(),
+            features: self.host.seams.features(),
+        })
     }
 
     fn create(&mut self, config: VmConfig) -> Reply {
@@ -139,18 +151,6 @@ impl Control {
             log: DroppedBytes { dropped_bytes: crate::logging::dropped() },
             events: LostEvents { lost: crate::events::lost() },
         })
-    }
-}
-
-fn ping() -> PingInfo {
-    let build = build_info::this();
-    PingInfo {
-        build_version: build.version.clone(),
-        version: build_info::VERSION.into(),
-        build_id: build.build_id.clone(),
-        pid: crate::keeper::pid(),
-        vmm_pid: std::process::id(),
-        features: crate::test_hooks::features(),
     }
 }
 

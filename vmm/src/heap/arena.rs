@@ -5,6 +5,8 @@ use std::alloc::Layout;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use theseus_resources::mapping;
+
 pub struct Arena {
     /// Address of the mapping; 0: there is none.
     start: AtomicUsize,
@@ -17,17 +19,11 @@ impl Arena {
         Self { start: AtomicUsize::new(0), size: AtomicUsize::new(0), used: AtomicUsize::new(0) }
     }
 
-    /// Once, before anybody takes. It costs no memory until then, and no swap is set aside for it.
+    /// Once, before anybody takes. It costs no memory until then.
     pub fn map(&self, size: usize) -> std::io::Result<()> {
-        let (protection, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        // SAFETY: a new mapping where the kernel has room for it.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, flags, -1, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error());
-        }
+        let start = mapping::for_ever(size)?;
         self.size.store(size, Ordering::Relaxed);
-        self.start.store(start as usize, Ordering::Relaxed);
+        self.start.store(start.as_ptr() as usize, Ordering::Relaxed);
         Ok(())
     }
 

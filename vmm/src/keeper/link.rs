@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::Channel;
 use theseus_resources::channel::ChannelError;
 
-use crate::talk::{hear, say};
+use crate::talk;
 
 /// How long an exec and the start of a process may take, on a machine that has next to no time for it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -96,7 +96,7 @@ impl Keeper {
     }
 
     pub fn notify(&self, text: &str) {
-        if let Err(error) = say(&self.channel, &Ask::Notify(text.to_owned()), &[]) {
+        if let Err(error) = talk::send(&self.channel, &Ask::Notify(text.to_owned()), &[]) {
             log::warn!("systemd cannot be notified: {error}");
         }
     }
@@ -125,11 +125,11 @@ impl Keeper {
         let id = self.asked.fetch_add(1, Ordering::Relaxed);
         let refused = |error: ChannelError| NotBecome::Refused(error.into());
         let half = |error: ChannelError| NotBecome::Half(error.into());
-        say(&self.channel, &Ask::Become { update, id }, fds).map_err(refused)?;
+        talk::send(&self.channel, &Ask::Become { update, id }, fds).map_err(refused)?;
         let until = Instant::now() + PATIENCE;
         loop {
             let rest = until.saturating_duration_since(Instant::now());
-            let (tell, fds) = hear::<Tell>(&self.channel, rest).map_err(half)?;
+            let (tell, fds) = talk::receive::<Tell>(&self.channel, rest).map_err(half)?;
             return match tell.answer {
                 _ if tell.id != id => continue,
                 Answer::Became => Ok(fds),

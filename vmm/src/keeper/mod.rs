@@ -26,7 +26,8 @@ use theseus_resources::channel::ChannelError;
 
 pub use link::{Keeper, KeeperError, NotBecome, is_gone, is_there, pid};
 
-use crate::talk::{hear, say};
+use crate::seams::untouched;
+use crate::talk;
 use crate::timeline::Timeline;
 use children::{Fork, fork};
 use link::{Answer, Ask, Tell};
@@ -101,7 +102,7 @@ pub fn role() -> std::io::Result<Role> {
 }
 
 fn begin(page: &OwnedFd) -> std::io::Result<(Fork, Timeline)> {
-    let timeline = Timeline::map(page)?;
+    let timeline = Timeline::map(page, untouched())?;
     Ok((fork()?, timeline))
 }
 
@@ -138,7 +139,7 @@ fn close_all_but(mut kept: [RawFd; 2]) {
 
 fn tell(vmm: &Channel, id: u32, answer: Answer, fds: &[std::os::fd::BorrowedFd<'_>]) {
     // One that is gone hears of nothing, and its end is seen.
-    let _ = say(vmm, &Tell { id, answer }, fds);
+    let _ = talk::send(vmm, &Tell { id, answer }, fds);
 }
 
 /// The keeper's life.
@@ -218,16 +219,15 @@ impl Life {
     /// Answers every word of the VMM that is there. A new one has nothing to say before it has the guest.
     fn asked(&mut self) {
         let gone = loop {
-            match hear::<Ask>(&self.vmm.link, Duration::ZERO) {
+            match talk::receive::<Ask>(&self.vmm.link, Duration::ZERO) {
                 Ok((Ask::Notify(text), _)) => crate::notify::send(&text),
                 Ok((Ask::Become { update, id }, fds)) => self.become_other(update, id, &fds),
                 Err(error) => break matches!(error, ChannelError::Gone),
             }
         };
-        let new_is_gone = self
-            .update
-            .as_ref()
-            .is_some_and(|update| matches!(hear::<Ask>(&update.new.link, Duration::ZERO), Err(ChannelError::Gone)));
+        let new_is_gone = self.update.as_ref().is_some_and(|update| {
+            matches!(talk::receive::<Ask>(&update.new.link, Duration::ZERO), Err(ChannelError::Gone))
+        });
         if gone || new_is_gone {
             // The end of a link comes shortly before the end of its VMM, which is a signal.
             children::await_end(&self.signals);

@@ -24,7 +24,6 @@ impl Machine {
             true => Err(MachineError::Config("the boot was given up".into())),
             false => Ok(()),
         };
-        crate::test_hooks::fault("boot").map_err(MachineError::Config)?;
         go_on()?;
         crate::keeper::settings::take_over();
         super::fits::check(spec)?;
@@ -58,11 +57,10 @@ impl Machine {
             console: spec.console.clone(),
             revision: build_info::HOST_BRIDGE_REVISION,
             #[cfg(feature = "test-hooks")]
-            counting: crate::test_hooks::counting_device(),
+            counting: host.seams.counting_device(),
         };
         let devices = devices::boot(&on_board, &vm, host, &buses)?;
-        let passthrough =
-            PassthroughDevices::build(&spec.passthrough, window64.clone(), &vm, &buses, &memory, &host.fd_store)?;
+        let passthrough = PassthroughDevices::build(&spec.passthrough, window64.clone(), &vm, &buses, &memory, host)?;
 
         let shape = MachineShape {
             ram_size: ram.size(),

@@ -32,6 +32,7 @@ use theseus_resources::state::StateError;
 use theseus_resources::{FdStore, GuestRam, MemoryListeners, layout};
 
 use crate::boot::BootError;
+use crate::seams::Seams;
 use crate::timeline::NotPassed;
 use crate::vcpus::{Shared, VcpuError, Vcpus};
 use fits::FitError;
@@ -78,12 +79,13 @@ pub struct Host {
     pub hypervisor: Arc<Hypervisor>,
     pub fd_store: FdStore,
     pub requests: Arc<dyn theseus_devices::interrupt::GuestRequests>,
+    pub seams: Arc<dyn Seams>,
 }
 
 impl Host {
     fn for_vcpus(&self, buses: &Buses) -> Shared {
-        let Self { hypervisor, fd_store: _, requests } = self.clone();
-        Shared { hypervisor, pio: buses.pio.clone(), mmio: buses.mmio.clone(), requests }
+        let Self { hypervisor, fd_store: _, requests, seams } = self.clone();
+        Shared { hypervisor, pio: buses.pio.clone(), mmio: buses.mmio.clone(), requests, seams }
     }
 }
 
@@ -173,7 +175,7 @@ impl Machine {
 
     /// In the new VMM: the DMA addresses are those of this process from now on.
     pub fn remap(&self) -> Result<(), MachineError> {
-        self.passthrough.remap(self.memory.blocks(), &self.vm)
+        self.passthrough.remap(&self.memory.blocks(), &self.vm)
     }
 
     /// In the one VMM that has the guest: interrupts arrive again, and if it is to run, it does.

@@ -15,15 +15,16 @@ use theseus_devices::pci::msix::Msix;
 use theseus_devices::pci::placed_bar::AddressSpace;
 use theseus_devices::turn::Turn;
 use theseus_devices::vfio::saved::PassthroughHandles;
-use theseus_devices::vfio::{self, Invalidated, Passthrough, VfioPci, VfioPciParts, Wiring};
+use theseus_devices::vfio::{self, DmaDomain, Invalidated, Passthrough, VfioPci, VfioPciParts, Wiring};
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
 use theseus_resources::state::Format;
 use theseus_resources::{Claims, FdStore, MemoryListeners, RamBlock, StateReader, StateWriter};
 
-use super::MachineError;
 use super::glue::{VmInterrupts, VmMemslots};
 use super::spec::PassthroughSpec;
+use super::{Host, MachineError};
+use crate::seams::Seams;
 
 /// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
 const A_MOMENT: Duration = Duration::from_millis(500);
@@ -54,6 +55,7 @@ pub struct PassthroughDevices {
     registry: Passthrough,
     window64: Range<u64>,
     windows: Mutex<Windows>,
+    seams: Arc<dyn Seams>,
 }
 
 /// What the other sections of passed-through devices hang on.
@@ -100,8 +102,9 @@ impl PassthroughDevices {
         vm: &Arc<Vm>,
         buses: &Buses,
         memory: &Arc<MemoryListeners>,
-        fd_store: &FdStore,
+        host: &Host,
     ) -> Result<Self, MachineError> {
+        let (fd_store, seams) = (&host.fd_store, host.seams.clone());
         let registry = Passthrough::new(fd_store.clone(), memory.clone());
         let mut windows = Windows::with_window64(window64.clone());
         let mut plugged: Vec<Plugged> = Vec::new();
@@ -111,7 +114,7 @@ impl PassthroughDevices {
             let slot = buses.pci.add(None, device.clone()).map_err(failed)?;
             plugged.push(Plugged::new(slot, device));
         }
-        let this = Self { plugged, registry, window64, windows: Mutex::new(windows) };
+        let this = Self { plugged, registry, window64, windows: Mutex::new(windows), seams };
         this.tell_kvm(vm)?;
         Ok(this)
     }
@@ -181,7 +184,7 @@ impl PassthroughDevices {
     /// Attaches all irqfds, in the one VMM that has the guest, before its vCPUs run. What the host refuses is logged
     /// and tried again: see [`Self::settle`].
     pub fn resume(&self, vm: &Vm) {
-        if !crate::test_hooks::skip_irqfds() {
+        if self.seams.attaches_irqfds() {
             for plugged in &self.plugged {
                 let device = plugged.device.lock();
                 if let Err(error) = device.attach_irqfds() {
@@ -192,23 +195,16 @@ impl PassthroughDevices {
         self.settle(vm);
     }
 
+    fn domains(&self) -> Vec<Arc<dyn DmaDomain>> {
+        self.seams.dma_domains(self.registry.domains())
+    }
+
     /// None where there is nothing to invalidate.
     pub fn invalidate(&self) -> Result<Option<Invalidated>, MachineError> {
         if self.plugged.is_empty() {
             return Ok(None);
         }
-        if let Some(refusing) = crate::test_hooks::fault_number("invalidate", "ebusy") {
-            return self.refuse(refusing);
-        }
-        self.registry.invalidate().map(Some).map_err(failed)
-    }
-
-    /// As if container `refusing` were busy: those before it are invalidated, and put back.
-    fn refuse(&self, refusing: u32) -> Result<Option<Invalidated>, MachineError> {
-        let domains = self.registry.domains();
-        let before = domains.get(..refusing as usize).unwrap_or(&domains);
-        drop(vfio::invalidate_all(before).map_err(failed)?);
-        Err(failed(format!("container {refusing} of {}: device or resource busy (test)", domains.len())))
+        vfio::invalidate_all(&self.domains()).map(Some).map_err(failed)
     }
 
     /// Takes a later state of the same guest, while none of it is in use.
@@ -231,25 +227,15 @@ impl PassthroughDevices {
 
     /// In the new VMM, after the routes are set: addresses for the DMA mappings, and groups for KVM. Interrupts come
     /// after the word: [`Self::resume`].
-    pub fn remap(&self, mut ram: Vec<RamBlock>, vm: &Vm) -> Result<(), MachineError> {
-        // Which BAR mapping a test wants refused; a number below that of the blocks is one of these.
-        let mut refused_bar = None;
-        if let Some(refused) = crate::test_hooks::fault_number("remap", "refused") {
-            refused_bar = (refused as usize).checked_sub(ram.len());
-            ram.truncate(refused as usize);
-        }
-        let bars = std::cell::Cell::new(0);
+    pub fn remap(&self, ram: &[RamBlock], vm: &Vm) -> Result<(), MachineError> {
         let bar_vaddr = |id: &str, region, offset, size| {
-            if refused_bar == Some(bars.replace(bars.get() + 1)) {
-                return None;
-            }
             let plugged = self.plugged.iter().find(|plugged| plugged.id == id)?;
             plugged.device.lock().bar_vaddr(region, offset, size)
         };
         self.tell_kvm(vm)?;
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine
         // restored them.
-        unsafe { self.registry.remap(&ram, bar_vaddr) }.map_err(failed)
+        unsafe { vfio::remap_all(&self.domains(), ram, bar_vaddr) }.map_err(failed)
     }
 
     /// The orderly end: devices quiet and given back.
@@ -267,7 +253,7 @@ impl PassthroughDevices {
     }
 
     pub fn save(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
-        let Self { plugged, registry, window64, windows: _ } = self;
+        let Self { plugged, registry, window64, windows: _, seams: _ } = self;
         let layout = Layout {
             window64: (window64.start, window64.end),
             devices: plugged.iter().map(|plugged| (plugged.slot, plugged.id.clone())).collect(),
@@ -291,10 +277,11 @@ impl PassthroughDevices {
         vm: &BareVm,
         buses: &Buses,
         memory: &Arc<MemoryListeners>,
-        fd_store: &FdStore,
+        host: &Host,
         claims: &mut Claims,
     ) -> Result<Self, MachineError> {
         let PassthroughState { layout, registry, devices } = state;
+        let (fd_store, seams) = (&host.fd_store, host.seams.clone());
         let registry = Passthrough::restore(registry, fd_store.clone(), memory.clone(), claims)
             .map_err(|source| MachineError::Device { name: REGISTRY.into(), source })?;
         let window64 = layout.window64.0..layout.window64.1;
@@ -313,7 +300,7 @@ impl PassthroughDevices {
             buses.pci.add(Some(slot), device.clone()).map_err(failed)?;
             plugged.push(Plugged::new(slot, device));
         }
-        Ok(Self { plugged, registry, window64, windows: Mutex::new(windows) })
+        Ok(Self { plugged, registry, window64, windows: Mutex::new(windows), seams })
     }
 }
 

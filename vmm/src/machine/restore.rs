@@ -82,7 +82,7 @@ impl Prewarmed {
         let buses = Buses::empty();
         let starts = shapes.into_iter().map(|(shape, placement)| Start::Prewarm(Box::new(shape), placement)).collect();
         let threads = Vcpus::start(&host.for_vcpus(&buses), starts)?;
-        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &memory, &host.fd_store, claims)?;
+        let passthrough = PassthroughDevices::restore(passthrough, &vm, &buses, &memory, host, claims)?;
 
         let vm = vm.create_irqchip()?;
         crate::ending::remember(Arc::downgrade(&vm));

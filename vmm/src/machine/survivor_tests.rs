@@ -76,7 +76,12 @@ fn machine(code: &[u8]) -> Option<Machine> {
     let fd_store = FdStore::new();
     let hypervisor = Hypervisor::open(&fd_store).inspect_err(|error| eprintln!("skipped: {error}")).ok()?;
     install_kick_handler().unwrap();
-    let host = Host { hypervisor: Arc::new(hypervisor), fd_store, requests: Arc::new(Nobody) };
+    let host = Host {
+        hypervisor: Arc::new(hypervisor),
+        fd_store,
+        requests: Arc::new(Nobody),
+        seams: crate::seams::untouched(),
+    };
     let kernel = kernel(code);
     let config: VmConfig = serde_json::from_value(serde_json::json!({
         "cpus": { "boot_vcpus": VCPUS },

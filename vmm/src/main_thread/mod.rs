@@ -4,6 +4,7 @@
 
 mod child;
 
+use std::ffi::OsString;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -35,19 +36,24 @@ impl MainThread {
     }
 }
 
-pub struct Orders(Receiver<Order>);
+pub struct Orders {
+    orders: Receiver<Order>,
+    environment: Option<(OsString, OsString)>,
+}
 
-pub fn orders() -> (MainThread, Orders) {
-    let (sender, receiver) = channel();
-    (MainThread(sender), Orders(receiver))
+/// `environment`: what each child has in its own, whatever else it has or has not.
+pub fn orders(environment: Option<(OsString, OsString)>) -> (MainThread, Orders) {
+    let (sender, orders) = channel();
+    (MainThread(sender), Orders { orders, environment })
 }
 
 impl Orders {
     /// The main thread's life. Returns the exit code.
     pub fn serve(self) -> i32 {
-        for order in &self.0 {
+        for order in &self.orders {
             match order {
-                Order::Spawn(command, patience, answer) => {
+                Order::Spawn(mut command, patience, answer) => {
+                    command.envs(self.environment.clone());
                     let _ = answer.send(run_child(*command, patience));
                 }
                 Order::Quit(code) => return code,

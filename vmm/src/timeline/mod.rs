@@ -1,15 +1,16 @@
 //! A page of shared memory that both VMMs of an update and the keeper see: the word, the deadline, when each phase
-//! ended, and why the new VMM gave up.
+//! ended, and why the new VMM gave up. What passes it can be met by a test there ([`Seams`]).
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
-use rustix::mm::{MapFlags, ProtFlags};
 use theseus_api::types::PhaseTime;
+use theseus_resources::Mapping;
 
+use crate::seams::{Injected, Seams};
 use word::Word;
 
 mod word;
@@ -68,17 +69,17 @@ impl Phase {
 
 const CAUSE: usize = 2048;
 
-/// All zero at the start. Two builds read it: what is there stays where it is, and what is new comes last. Atomics
-/// only: it is shared with processes that may be killed at any moment.
 /// Why a phase is the last of its update.
 #[derive(Debug, thiserror::Error)]
 pub enum NotPassed {
     #[error("the update has taken {late:.1?} longer than its deadline of {all:?} (deadline_ms)")]
     Late { late: Duration, all: Duration },
-    #[error("{0}")]
-    Test(String),
+    #[error(transparent)]
+    Test(#[from] Injected),
 }
 
+/// All zero at the start. Two builds read it: what is there stays where it is, and what is new comes last. Atomics
+/// only: it is shared with processes that may be killed at any moment.
 #[repr(C)]
 pub struct Page {
     word: Word,
@@ -96,40 +97,54 @@ const SIZE: usize = 4096;
 const _: () = assert!(size_of::<Page>() <= SIZE);
 
 /// See the module.
-pub struct Timeline(NonNull<Page>);
-
-// SAFETY: the page holds atomics only.
-unsafe impl Send for Timeline {}
-// SAFETY: as above.
-unsafe impl Sync for Timeline {}
+pub struct Timeline {
+    page: Mapping,
+    seams: Arc<dyn Seams>,
+}
 
 impl Timeline {
     /// A new page, and the fd by which others get at it.
-    pub fn new() -> std::io::Result<(Self, OwnedFd)> {
+    pub fn new(seams: Arc<dyn Seams>) -> std::io::Result<(Self, OwnedFd)> {
         let fd = rustix::fs::memfd_create("update-timeline", MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&fd, SIZE as u64)?;
-        Ok((Self::map(&fd)?, fd))
+        Ok((Self::map(&fd, seams)?, fd))
     }
 
     /// Fails unless the fd is of a file of that size: an access behind its end would be a SIGBUS.
-    pub fn map(fd: impl AsFd) -> std::io::Result<Self> {
+    pub fn map(fd: impl AsFd, seams: Arc<dyn Seams>) -> std::io::Result<Self> {
         if rustix::fs::fstat(&fd)?.st_size != SIZE as i64 {
             return Err(std::io::ErrorKind::InvalidData.into());
         }
-        // SAFETY: a new shared mapping.
-        let page = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), SIZE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &fd, 0)
-        }?;
-        Ok(Self(NonNull::new(page.cast::<Page>()).ok_or(std::io::ErrorKind::OutOfMemory)?))
+        Ok(Self { page: Mapping::new(fd, 0, SIZE)?, seams })
     }
 
     fn page(&self) -> &Page {
         // SAFETY: mapped as long as self, large enough, and all bit patterns of the atomics are valid.
-        unsafe { self.0.as_ref() }
+        unsafe { self.page.start().cast::<Page>().as_ref() }
     }
 
     pub fn word(&self) -> &Word {
         &self.page().word
+    }
+
+    pub fn seams(&self) -> &Arc<dyn Seams> {
+        &self.seams
+    }
+
+    /// Right before the keeper is asked to become the new image.
+    pub fn become_other(&self) -> Result<(), NotPassed> {
+        Ok(self.seams.at("become")?)
+    }
+
+    /// The guest is this VMM's, the new one, unless it is late or the old one has taken it back. Whether it is.
+    pub fn commit(&self) -> Result<bool, NotPassed> {
+        self.check(Phase::Commit)?;
+        self.seams.at("word")?;
+        if !self.word().commit() {
+            return Ok(false);
+        }
+        self.seams.at("committed")?;
+        Ok(true)
     }
 
     pub fn stamp(&self, phase: Phase) {
@@ -150,7 +165,7 @@ impl Timeline {
 
     /// [`Timeline::pass`] for a phase that is not over yet.
     pub fn check(&self, phase: Phase) -> Result<(), NotPassed> {
-        crate::test_hooks::fault(phase.name()).map_err(NotPassed::Test)?;
+        self.seams.at(phase.name())?;
         let (deadline, now) = (self.page().deadline.load(Ordering::Relaxed), now_ns());
         if deadline == 0 || now < deadline {
             return Ok(());
@@ -223,13 +238,6 @@ impl Timeline {
     }
 }
 
-impl Drop for Timeline {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map`, not used afterwards.
-        let _ = unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), SIZE) };
-    }
-}
-
 /// CLOCK_MONOTONIC, ns.
 pub fn now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
@@ -239,10 +247,11 @@ pub fn now_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seams::untouched;
 
     #[test]
     fn phases_are_differences() {
-        let (timeline, _fd) = Timeline::new().unwrap();
+        let (timeline, _fd) = Timeline::new(untouched()).unwrap();
         assert_eq!(timeline.current(), Phase::Start);
         for phase in [Phase::Start, Phase::Prepare, Phase::Freeze, Phase::Commit] {
             timeline.pass(phase).unwrap();
@@ -255,21 +264,21 @@ mod tests {
 
     #[test]
     fn a_failure_goes_over_to_the_old_vmm() {
-        let (timeline, fd) = Timeline::new().unwrap();
+        let (timeline, fd) = Timeline::new(untouched()).unwrap();
         timeline.stamp(Phase::Invalidate);
-        let old = Timeline::map(&fd).unwrap();
+        let old = Timeline::map(&fd, untouched()).unwrap();
         assert_eq!((old.current(), old.cause()), (Phase::Claim, String::new()));
         timeline.stamp(Phase::Remap);
         timeline.set_cause(&"é".repeat(CAUSE));
         assert_eq!(old.current(), Phase::Commit);
         assert_eq!(old.cause().len(), CAUSE);
         let empty = rustix::fs::memfd_create("t", MemfdFlags::CLOEXEC).unwrap();
-        assert!(Timeline::map(empty).is_err());
+        assert!(Timeline::map(empty, untouched()).is_err());
     }
 
     #[test]
     fn the_deadline_counts() {
-        let (timeline, _fd) = Timeline::new().unwrap();
+        let (timeline, _fd) = Timeline::new(untouched()).unwrap();
         timeline.start_deadline(Duration::from_secs(600));
         timeline.pass(Phase::Save).unwrap();
         assert!(timeline.left() > Duration::from_secs(500));

@@ -3,10 +3,9 @@
 //! Until commit it consumes nothing: no console byte, no API request, no guest instruction. So the saved state stays
 //! true, and the old VMM may go on at any moment.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::time::Duration;
 
 use theseus_api::access::Peers;
 use theseus_api::server::KeptConnection;
@@ -14,25 +13,20 @@ use theseus_api::types::{UpdateEvent, UpdateOutcome, UpdateReport, VmConfig};
 use theseus_api::{Body, Reply};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
-use theseus_resources::channel::ChannelError;
 use theseus_resources::{Channel, Claims, FdKind, FdStore, StateReader, StoredFd};
 
 use super::UpdateError;
 use super::dispensable::Dispensable;
-use super::saved::{self, ApiSlots, Handover, Opened, Saved};
+use super::saved::{ApiSlots, Handover, Opened, Saved};
+use super::transport::{Arrived, Incoming};
 use super::words::{ToNew, ToOld};
 use crate::build_info;
 use crate::events::EventStream;
 use crate::logging::LogConfig;
 use crate::machine::restore::Prewarmed;
 use crate::machine::{Host, Machine};
-use crate::spin::Spin;
 use crate::supervisor::Supervisor;
-use crate::talk::{hear, say};
 use crate::timeline::{Phase, Timeline};
-
-/// The old VMM has deadlines, and ends this one when they are over.
-const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// The running guest in its new VMM, and what is left to do outside of its pause.
 pub struct Adopted {
@@ -53,53 +47,17 @@ pub struct AdoptedApi {
 
 /// What comes from the old VMM.
 struct Inbox<'a> {
-    channel: &'a Channel,
+    old: Incoming<'a>,
     fd_store: FdStore,
     claims: Claims,
-    spin: Spin,
 }
 
 impl Inbox<'_> {
-    fn hear(&self, wanted: ToNew) -> Result<Vec<OwnedFd>, UpdateError> {
-        let now = || match hear::<ToNew>(self.channel, Duration::ZERO) {
-            Err(ChannelError::Silent(_)) => None,
-            heard => Some(heard),
-        };
-        let mut spin = Spin::NOT;
-        loop {
-            match spin.awake(now).unwrap_or_else(|| hear(self.channel, FOR_EVER)) {
-                Ok((ToNew::Soon, _)) => spin = self.spin,
-                Ok((word, fds)) if word == wanted => return Ok(fds),
-                Ok((word, _)) => {
-                    return Err(UpdateError::Talk(format!("the old VMM says {word:?} instead of {wanted:?}")));
-                }
-                Err(error) => return Err(UpdateError::ToOld(error)),
-            }
-        }
-    }
-
-    /// The state that comes with `word`, and descriptors that it names.
-    fn state(&self, word: ToNew) -> Result<(Vec<u8>, Vec<OwnedFd>), UpdateError> {
-        let mut came = self.hear(word)?.into_iter();
-        let state = came.next().ok_or_else(|| UpdateError::Talk("the old VMM has sent no state".into()))?;
-        let bytes = saved::unseal(state.as_fd()).map_err(UpdateError::os("the saved state cannot be read"))?;
-        Ok((bytes, came.collect()))
-    }
-
-    /// Decodes it, and gets the rest of the descriptors. `fds`: those that came with it.
-    fn decode(&mut self, state: Opened<'_>, mut fds: Vec<OwnedFd>) -> Result<Saved, UpdateError> {
+    /// Decodes a state, and gets the rest of the descriptors. `fds`: those that came with it.
+    fn decode(&mut self, state: Opened<'_>, fds: Vec<OwnedFd>) -> Result<Saved, UpdateError> {
         let mut saved = state.decode()?;
         let records = std::mem::take(&mut saved.handover.fd_store);
-        let missing = self.fd_store.missing(&records);
-        while fds.len() < missing {
-            say(self.channel, &ToOld::More, &[]).map_err(UpdateError::ToOld)?;
-            let more = self.hear(ToNew::Fds)?;
-            if more.is_empty() {
-                let sent = format!("the old VMM has sent {} of {missing} descriptors", fds.len());
-                return Err(UpdateError::Talk(sent));
-            }
-            fds.extend(more);
-        }
+        let fds = self.old.descriptors(fds, self.fd_store.missing(&records))?;
         self.fd_store.receive(&mut self.claims, records, fds)?;
         Ok(saved)
     }
@@ -117,27 +75,29 @@ pub fn adopt(
     timeline.stamp_at(Phase::Exec, started);
     let dispensable = Dispensable::new();
 
-    let mut inbox = Inbox { channel, fd_store: FdStore::new(), claims: Claims::default(), spin: Spin::of_threads(1) };
-    let (bytes, fds) = inbox.state(ToNew::Rehearsal)?;
+    let old = Incoming::new(channel, &**timeline.seams());
+    let mut inbox = Inbox { old, fd_store: FdStore::new(), claims: Claims::default() };
+    let Arrived { bytes, fds } = inbox.old.state(ToNew::Rehearsal)?;
     let Saved { mut handover, config: _, machine } = inbox.decode(open(&bytes)?, fds)?;
     if let Err(error) = LogConfig::restore(std::mem::take(&mut handover.log)).start_held() {
-        crate::say(std::io::stderr(), &format!("after an update: {error:#}"));
+        crate::emit(std::io::stderr(), &format!("after an update: {error:#}"));
     }
     let kvm = inbox.claims.claim(handover.kvm, FdKind::Kvm)?;
     let events = EventStream::claim(handover.events, &mut inbox.claims)?;
-    let host = Host { hypervisor: Arc::new(Hypervisor::from_kept(kvm)), fd_store: inbox.fd_store.clone(), requests };
+    let (hypervisor, fd_store) = (Arc::new(Hypervisor::from_kept(kvm)), inbox.fd_store.clone());
+    let host = Host { hypervisor, fd_store, requests, seams: timeline.seams().clone() };
     let prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose()?;
     timeline.pass(Phase::Prewarm)?;
-    say(channel, &ToOld::Ready, &[]).map_err(UpdateError::ToOld)?;
+    inbox.old.say(&ToOld::Ready)?;
 
     // From here on the guest stands still. Its vCPUs' threads begin before the rest is decoded.
-    let (bytes, fds) = inbox.state(ToNew::State)?;
-    let mut state = open(crate::test_hooks::truncated("claim", &bytes))?;
+    let Arrived { bytes, fds } = inbox.old.state(ToNew::State)?;
+    let mut state = open(&bytes)?;
     let vcpus = state.take_vcpus();
     prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus))?;
     let Saved { mut handover, config, machine } = inbox.decode(state, fds)?;
     timeline.pass(Phase::Claim)?;
-    let Inbox { mut claims, .. } = inbox;
+    let Inbox { old, mut claims, .. } = inbox;
     let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;
     let running = machine.as_ref().is_some_and(|machine| machine.running);
     let restored = prewarmed.zip(machine).map(|(ready, state)| ready.restore(state, &host, &mut claims, timeline));
@@ -148,12 +108,9 @@ pub fn adopt(
         timeline.pass(Phase::Remap)?;
     }
 
-    timeline.check(Phase::Commit)?;
-    crate::test_hooks::fault("word").map_err(UpdateError::Test)?;
-    if !timeline.word().commit() {
+    if !timeline.commit()? {
         superseded();
     }
-    crate::test_hooks::fault("committed").map_err(UpdateError::Test)?;
     if let Some(machine) = &mut machine {
         machine.activate(running)?;
     }
@@ -161,8 +118,8 @@ pub fn adopt(
 
     // From here on the guest runs, and no error is worth losing it.
     drop(dispensable);
-    if let Err(error) = say(channel, &ToOld::Committed, &[]) {
-        log::debug!("the old VMM: {error}");
+    if let Err(error) = old.say(&ToOld::Committed) {
+        log::debug!("{error}");
     }
     let mut supervisor = Supervisor::restore(std::mem::take(&mut handover.supervisor));
     supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));
@@ -184,7 +141,7 @@ fn open(bytes: &[u8]) -> Result<Opened<'_>, UpdateError> {
 pub fn give_up(channel: &Channel, timeline: &Timeline, cause: String) {
     timeline.set_cause(&cause);
     // One that is gone hears of nothing.
-    let _ = say(channel, &ToOld::Failed(cause), &[]);
+    let _ = Incoming::new(channel, &**timeline.seams()).say(&ToOld::Failed(cause));
 }
 
 /// The old VMM has the guest, and is about to end this process.

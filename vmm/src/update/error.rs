@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use theseus_api::server::FreezeError;
-use theseus_resources::channel::ChannelError;
 use theseus_resources::fd_store::FdStoreError;
 use theseus_resources::state::StateError;
 
 use super::target::Unfit;
+use super::transport::TransportError;
 use crate::keeper::KeeperError;
 use crate::machine::MachineError;
 use crate::timeline::{NotPassed, Phase};
@@ -31,15 +31,10 @@ pub enum UpdateError {
     Api(#[from] FreezeError),
     #[error("{what}: {source}")]
     Os { what: &'static str, source: std::io::Error },
-    #[error("the new VMM: {0}")]
-    ToNew(ChannelError),
-    #[error("the old VMM: {0}")]
-    ToOld(ChannelError),
+    #[error(transparent)]
+    Transport(#[from] TransportError),
     #[error("no room for the state: {source}: {remedy}")]
     Memory { source: std::io::Error, remedy: &'static str },
-    /// One VMM has said what the other did not expect.
-    #[error("{0}")]
-    Talk(String),
     /// What the new VMM said before it gave up.
     #[error("{0}")]
     GaveUp(String),
@@ -60,8 +55,6 @@ pub enum UpdateError {
     /// A thread of this VMM.
     #[error("{0}")]
     Panic(String),
-    #[error("{0}")]
-    Test(String),
 }
 
 impl UpdateError {

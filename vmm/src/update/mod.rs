@@ -20,8 +20,10 @@ mod prepare;
 mod rehearsed;
 mod rights;
 pub mod saved;
+mod sealed;
 mod standby;
 pub mod target;
+mod transport;
 mod words;
 
 use std::os::fd::AsFd;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use theseus_api::server::{ConnId, Frozen};
-use theseus_resources::{FdKind, FdStore, Slot, StateReader, StateWriter, StoredFd};
+use theseus_resources::{FdKind, FdStore, Slot, StateWriter, StoredFd};
 
 use super::saved::{self, ApiSlots};
 use super::standby::{End, Standby};
@@ -112,11 +112,7 @@ impl<'a> Paused<'a> {
             machine.save(&mut writer, SaveScope::Full(vcpus), *was_running)?;
         }
         self.new.soon()?;
-        let bytes = writer.finish()?;
-        let bytes = crate::test_hooks::truncated("save", &bytes);
-        // What cannot be read back is found before the guest's DMA is touched.
-        StateReader::new(bytes)?;
-        self.new.blank().seal(bytes).map_err(UpdateError::os("cannot keep the state"))?;
+        self.new.store(writer.finish()?)?;
         self.timeline.pass(Phase::Save)?;
         Ok(Saved { paused: self })
     }

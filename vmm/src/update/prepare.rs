@@ -17,7 +17,7 @@ use theseus_resources::Pages;
 use super::preflight::{self, Requirements};
 use super::rehearsed::{NotRehearsed, Rehearsed, rehearse};
 use super::rights::{Image, Wants};
-use super::saved::Blank;
+use super::sealed::Blank;
 use super::standby::{NotStarted, Standby};
 use super::target::{self, Rehearsal, Target, Unfit};
 use super::{NotUpdated, UpdateContext, UpdateError, back_to};
@@ -75,7 +75,7 @@ impl Order {
         given_up: Arc<AtomicBool>,
     ) -> Result<Self, NotUpdated> {
         settings::take_over_limits();
-        let (timeline, page) = Timeline::new().map_err(cannot_prepare)?;
+        let (timeline, page) = Timeline::new(subject.host.seams.clone()).map_err(cannot_prepare)?;
         timeline.stamp(Phase::Start);
         let mut reasons = Vec::new();
         if !keeper::is_there() {
@@ -171,13 +171,12 @@ fn stand_by(
     given_up: Arc<AtomicBool>,
 ) -> Result<Standby, NotStarted> {
     let whole = |reason| NotStarted { reason, is_whole: true };
-    crate::test_hooks::fault("become").map_err(UpdateError::Test).map_err(whole)?;
+    timeline.become_other().map_err(|error| whole(error.into()))?;
     // Whoever comes from here on waits, or meets the exec itself.
     target.unchanged().map_err(UpdateError::from).map_err(whole)?;
-    let program = if crate::test_hooks::fail_exec() { page.as_fd() } else { target.file.as_fd() };
     let blank = Blank::new("saved-state", rehearsed.room)
         .map_err(|error| whole(UpdateError::Memory { remedy: preflight::remedy(&error), source: error }))?;
-    let new = Standby::start(&back.keeper, program, page.as_fd(), timeline.clone(), given_up, blank)?;
+    let new = Standby::start(&back.keeper, target.file.as_fd(), page.as_fd(), timeline.clone(), given_up, blank)?;
     new.prewarm(rehearsed).map_err(|reason| NotStarted { reason, is_whole: false })?;
     Ok(new)
 }

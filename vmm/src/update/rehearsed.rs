@@ -8,7 +8,8 @@ use theseus_resources::{StateWriter, StoredFd};
 
 use super::UpdateContext;
 use super::preflight::Requirements;
-use super::saved::{self, Handover};
+use super::saved::Handover;
+use super::sealed;
 use crate::build_info;
 use crate::machine::MachineError;
 use crate::machine::state::SaveScope;
@@ -48,5 +49,5 @@ pub fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Reh
     Handover::new(subject, None, records, None)?.encode(&mut writer)?;
     let bytes = writer.finish()?;
     let room = bytes.len() + needs.placements.len() * VCPU;
-    Ok(Rehearsed { state: saved::seal("rehearsal", &bytes)?, bytes, room, fds })
+    Ok(Rehearsed { state: sealed::seal("rehearsal", &bytes)?, bytes, room, fds })
 }

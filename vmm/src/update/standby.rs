@@ -1,24 +1,23 @@
 //! The new VMM as the old one sees it: started by the keeper once that is the new image, it makes itself ready while
 //! the guest runs here.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, VecDeque};
+use std::cell::Cell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use theseus_resources::channel::{ChannelError, FDS};
+use theseus_resources::channel::ChannelError;
 use theseus_resources::fd_store::Record;
-use theseus_resources::{Channel, FdStore, Slot, StoredFd};
+use theseus_resources::{FdStore, StateReader, StoredFd};
 
 use super::UpdateError;
 use super::rehearsed::Rehearsed;
-use super::saved::Blank;
+use super::sealed::Blank;
+use super::transport::{Outgoing, TransportError};
 use super::words::{ToNew, ToOld};
 use crate::keeper::{Keeper, NotBecome};
-use crate::talk::{hear, say};
 use crate::timeline::Timeline;
 
 /// How long the new VMM may take before the guest stands still. That costs nobody anything, but an update that hangs is
@@ -30,15 +29,12 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Ended, if it has not committed, when this is dropped: nothing of it is left then.
 pub struct Standby {
-    channel: Channel,
+    transport: Outgoing,
     pidfd: OwnedFd,
     timeline: Arc<Timeline>,
-    /// What it has of the fd store.
-    known: RefCell<BTreeSet<Slot>>,
-    /// Descriptors that it has not asked for yet.
-    waiting: RefCell<VecDeque<StoredFd>>,
     given_up: Arc<AtomicBool>,
     ended: Cell<bool>,
+    /// Where the state of the guest that stands still goes.
     blank: Blank,
 }
 
@@ -68,68 +64,44 @@ impl Standby {
         blank: Blank,
     ) -> Result<Self, NotStarted> {
         let whole = |reason| NotStarted { reason, is_whole: true };
-        let (ours, theirs) =
-            Channel::pair().map_err(|source| whole(UpdateError::Os { what: "cannot make a socket", source }))?;
+        let (transport, theirs) = Outgoing::new().map_err(|error| whole(error.into()))?;
         let pidfd = keeper.update(program, theirs, page).map_err(|not| match not {
             NotBecome::Refused(reason) => whole(reason.into()),
             NotBecome::Half(reason) => NotStarted { reason: reason.into(), is_whole: false },
         })?;
-        Ok(Self {
-            channel: ours,
-            pidfd,
-            timeline,
-            known: RefCell::default(),
-            waiting: RefCell::default(),
-            given_up,
-            ended: Cell::new(false),
-            blank,
-        })
+        Ok(Self { transport, pidfd, timeline, given_up, ended: Cell::new(false), blank })
     }
 
     /// Gives it the state of the running guest, and waits until it is ready for the true one.
     pub fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), UpdateError> {
-        self.send_state(&ToNew::Rehearsal, rehearsed.state.as_fd(), rehearsed.fds.clone())?;
+        let sent = self.transport.send_state(&ToNew::Rehearsal, rehearsed.state.as_fd(), rehearsed.fds.clone());
+        sent.map_err(|error| self.why(error))?;
         self.converse(Instant::now() + PREWARM, &ToOld::Ready)
     }
 
-    /// The fd_store as it is now, for the state, and those of its descriptors that the new VMM does not have, for
-    /// [`Standby::hand_over`].
+    /// See [`Outgoing::missing`]; for [`Standby::hand_over`].
     pub fn missing(&self, fd_store: &FdStore) -> (Vec<Record>, Vec<StoredFd>) {
-        fd_store.offer(&self.known.borrow())
-    }
-
-    /// With as many of the descriptors that it names as one message holds; the new VMM asks for the others.
-    fn send_state(&self, word: &ToNew, state: BorrowedFd<'_>, fds: Vec<StoredFd>) -> Result<(), UpdateError> {
-        self.known.borrow_mut().extend(fds.iter().map(StoredFd::slot));
-        self.waiting.borrow_mut().extend(fds);
-        self.send(word, Some(state))
-    }
-
-    fn send(&self, word: &ToNew, first: Option<BorrowedFd<'_>>) -> Result<(), UpdateError> {
-        let mut waiting = self.waiting.borrow_mut();
-        let count = waiting.len().min(FDS - first.iter().len());
-        let next: Vec<StoredFd> = waiting.drain(..count).collect();
-        let fds: Vec<_> = first.into_iter().chain(next.iter().map(AsFd::as_fd)).collect();
-        say(&self.channel, word, &fds).map_err(UpdateError::ToNew)
+        self.transport.missing(fd_store)
     }
 
     /// It is to wake up.
     pub fn soon(&self) -> Result<(), UpdateError> {
-        say(&self.channel, &ToNew::Soon, &[]).map_err(UpdateError::ToNew)
+        self.transport.say(&ToNew::Soon).map_err(|error| self.why(error))
     }
 
-    /// Where the state of the guest that stands still goes.
-    pub fn blank(&self) -> &Blank {
-        &self.blank
+    /// Stores the state of the guest that stands still. What cannot be read back is found here, before the guest's DMA
+    /// is touched.
+    pub fn store(&self, mut state: Vec<u8>) -> Result<(), UpdateError> {
+        self.timeline.seams().state("save", &mut state);
+        StateReader::new(&state)?;
+        self.blank.seal(&state).map_err(UpdateError::os("cannot keep the state"))
     }
 
-    /// Gives it the state of the guest that stands still, and waits for what becomes of it, until the update's
-    /// deadline.
+    /// Gives it the state that was stored, and waits for what becomes of it, until the update's deadline.
     pub fn hand_over(&self, fds: Vec<StoredFd>) -> End {
-        if let Err(reason) = self.send_state(&ToNew::State, self.blank.as_fd(), fds) {
-            return End::Failed(reason);
-        }
-        match self.converse(Instant::now() + self.timeline.left(), &ToOld::Committed) {
+        let sent = self.transport.send_state(&ToNew::State, self.blank.as_fd(), fds).map_err(|error| self.why(error));
+        let until = || Instant::now() + self.timeline.left();
+        match sent.and_then(|()| self.converse(until(), &ToOld::Committed)) {
             Ok(()) => End::Committed,
             Err(reason) => End::Failed(reason),
         }
@@ -139,15 +111,12 @@ impl Standby {
     fn converse(&self, until: Instant, wanted: &ToOld) -> Result<(), UpdateError> {
         loop {
             self.await_word(until)?;
-            match hear::<ToOld>(&self.channel, Duration::ZERO) {
-                Ok((ToOld::More, _)) => self.send(&ToNew::Fds, None)?,
-                Ok((ToOld::Failed(reason), _)) => return Err(UpdateError::GaveUp(reason)),
-                Ok((word, _)) if word == *wanted => return Ok(()),
-                Ok((word, _)) => {
-                    return Err(UpdateError::Talk(format!("the new VMM says {word:?} where nobody has asked")));
-                }
-                Err(ChannelError::Gone) => return Err(self.how_it_died()),
-                Err(error) => return Err(UpdateError::ToNew(error)),
+            match self.transport.hear() {
+                Ok(None) => {}
+                Ok(Some(ToOld::Failed(reason))) => return Err(UpdateError::GaveUp(reason)),
+                Ok(Some(word)) if word == *wanted => return Ok(()),
+                Ok(Some(word)) => return Err(TransportError::NewSays(word).into()),
+                Err(error) => return Err(self.why(error)),
             }
         }
     }
@@ -160,7 +129,7 @@ impl Standby {
             let left = until.saturating_duration_since(Instant::now());
             let rest = left.min(LOOK);
             let timeout = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
-            let mut fds = [PollFd::new(&self.channel, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
+            let mut fds = [PollFd::new(&self.transport, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
             match rustix::event::poll(&mut fds, Some(&timeout)) {
                 // What it said before it died comes first.
                 Ok(_) if !fds[0].revents().is_empty() => return Ok(()),
@@ -170,6 +139,14 @@ impl Standby {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(UpdateError::os("cannot wait for the new VMM")(error.into())),
             }
+        }
+    }
+
+    /// One that cannot be reached has died, whether it was to hear or to say something.
+    fn why(&self, error: TransportError) -> UpdateError {
+        match error {
+            TransportError::ToNew(ChannelError::Gone) => self.how_it_died(),
+            other => other.into(),
         }
     }
 

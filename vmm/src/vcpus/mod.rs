@@ -33,6 +33,7 @@ use theseus_resources::survivor::{self, look};
 use theseus_resources::threads::{self, Role, ThreadError};
 
 use crate::boot::{BootError, Entry};
+use crate::seams::Seams;
 use crate::spin::Spin;
 use answers::{Answers, Command};
 use checks::Checks;
@@ -96,6 +97,7 @@ pub struct Shared {
     pub pio: Arc<Bus>,
     pub mmio: Arc<Bus>,
     pub requests: Arc<dyn GuestRequests>,
+    pub seams: Arc<dyn Seams>,
 }
 
 /// One thread as its owner sees it.

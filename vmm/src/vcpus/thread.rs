@@ -67,7 +67,7 @@ impl Body {
             let processor = &mut *processor.lock();
             match command {
                 Command::RestoreEarly(encoded) => {
-                    crate::test_hooks::vcpu_panic();
+                    self.shared.seams.restores_vcpu();
                     let result = encoded.decode(self.index).and_then(|(mut state, handles)| {
                         processor.owed.0 = std::mem::take(&mut state.owed);
                         let state = restored.insert(state);
@@ -86,7 +86,11 @@ impl Body {
                 }
                 Command::Save(turn) => {
                     self.take_checks(&processor.vcpu);
-                    self.tell(Event::Saved(turn, self.index, processor.save()));
+                    let saved = processor.save().map(|mut saved| {
+                        self.shared.seams.saved_vcpu(&mut saved.refused);
+                        saved
+                    });
+                    self.tell(Event::Saved(turn, self.index, saved));
                 }
                 Command::End => return,
             }

@@ -5,7 +5,7 @@
 //! | here | [`DmaDomain`]: what all ways to such a domain have in common |
 //! | [`map`] | what is mapped |
 //! | [`type1`] | the first one: a VFIO container with the type1 IOMMU |
-//! | [`invalidate`] | making way for the next VMM's addresses in all domains, with its undo |
+//! | [`invalidate`] | making way for the next VMM's addresses in all domains, with its undo, and what that does then |
 //!
 //! RAM reaches a domain as it reaches all others ([`MemoryListener`]); the BARs of devices come from the devices
 //! (`vfio/bars.rs`).

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::guard::Unguarded;
 use super::handshake::DryRunError;
-use crate::build_info::elf::ElfError;
+use crate::elf::ElfError;
 
 /// In the words that a caller reads.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +41,8 @@ pub enum Reason {
     NotRead(io::Error),
     #[error("version {to} is older than the running {from}: say allow_downgrade")]
     Older { to: String, from: String },
+    #[error("says that its version is '{to}', which is none ({source}): say allow_downgrade")]
+    NoVersion { to: String, source: semver::Error },
     #[error("dry run: {0}")]
     DryRun(#[from] DryRunError),
     #[error(transparent)]

@@ -16,6 +16,7 @@ use theseus_resources::state::{Format, Section, StateError};
 use super::{Target, Unfit};
 use crate::build_info;
 use crate::main_thread::{Ended, MainThread};
+use crate::seams::Seams;
 use crate::update::saved::{self, Opened};
 
 /// How long the target may take for its verdict.
@@ -108,7 +109,6 @@ fn converse(
     let mut complaints = memfd()?;
     input.write_all(state).and_then(|()| input.rewind())?;
     let mut command = alone(target.file.as_raw_fd(), "--check-update");
-    command.envs(crate::test_hooks::environment());
     command.stdin(Stdio::from(OwnedFd::from(input))).stdout(output.try_clone()?);
     command.stderr(complaints.try_clone()?);
     let ended = main.spawn(command, PATIENCE).map_err(DryRunError::NotRun)?;
@@ -140,10 +140,11 @@ fn last_line(output: &mut File) -> String {
 }
 
 /// In the target, as `--check-update`: reads the state from standard input, prints the verdict.
-pub fn answer() -> std::io::Result<()> {
+pub fn answer(seams: &dyn Seams) -> std::io::Result<()> {
     let mut state = Vec::new();
     std::io::stdin().read_to_end(&mut state)?;
-    let reasons = match crate::test_hooks::state_as_read(StateReader::new(&state)) {
+    seams.state("check-update", &mut state);
+    let reasons = match StateReader::new(&state) {
         Err(error) => vec![error.to_string()],
         Ok(reader) => {
             let foreign = foreign(&reader, &saved::formats());

@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use semver::Version;
 use sha2::{Digest, Sha256};
 use theseus_api::types::{BuildInfo, UpdateRequest};
 
@@ -79,7 +80,7 @@ impl Target {
         } else if let Err(error) = rustix::fs::accessat(here, by_fd(&file), may, rustix::fs::AtFlags::EACCESS) {
             reasons.push(Reason::MayNotExecute(error.into()));
         }
-        let inspected = file.try_clone().map_err(Reason::from).and_then(|file| Ok(elf::inspect_file(file)?));
+        let inspected = elf::inspect_file(&file).map_err(Reason::from);
         let build = inspected.and_then(|elf::Found { version, build_id }| match version {
             None => Err(Reason::Foreign),
             Some(version) => Ok(BuildInfo { version, build_id }),
@@ -98,8 +99,13 @@ impl Target {
                 return Err(reasons);
             }
         };
-        if !request.allow_downgrade && older(&build.version, &running.version) {
-            reasons.push(Reason::Older { to: build.version.clone(), from: running.version.clone() });
+        if !request.allow_downgrade {
+            let (to, from) = (build.version.clone(), running.version.clone());
+            match older(&to, &from) {
+                Ok(false) => {}
+                Ok(true) => reasons.push(Reason::Older { to, from }),
+                Err(source) => reasons.push(Reason::NoVersion { to, source }),
+            }
         }
         if reasons.is_empty() { Ok(Self { path: path.into(), file, build, leased }) } else { Err(reasons) }
     }
@@ -138,13 +144,9 @@ fn sha256(file: &File) -> std::io::Result<String> {
     }
 }
 
-/// Whether version `a` is older than `b`; what follows a plus or minus sign does not count.
-fn older(a: &str, b: &str) -> bool {
-    let numbers = |text: &str| -> Vec<u64> {
-        let core = text.split(['+', '-']).next().unwrap_or_default();
-        core.split('.').map(|part| part.parse().unwrap_or(0)).collect()
-    };
-    numbers(a) < numbers(b)
+/// Whether version `a` is older than `b`; what follows a plus sign does not count.
+fn older(a: &str, b: &str) -> Result<bool, semver::Error> {
+    Ok(Version::parse(a)?.cmp_precedence(&Version::parse(b)?).is_lt())
 }
 
 /// For messages.
@@ -198,8 +200,10 @@ mod tests {
 
     #[test]
     fn versions_are_compared_as_numbers() {
-        assert!(older("0.9.0", "0.10.0"));
-        assert!(!older("1.0.0+b", "1.0.0+a"));
-        assert!(!older("1.0.1", "1.0.0"));
+        assert!(older("0.9.0", "0.10.0").unwrap());
+        assert!(!older("1.0.0+b", "1.0.0+a").unwrap() && !older("1.0.0+a", "1.0.0+b").unwrap());
+        assert!(!older("1.0.1", "1.0.0").unwrap());
+        assert!(older("1.0.0-rc.2", "1.0.0").unwrap() && older("1.0.0-rc.2", "1.0.0-rc.10").unwrap());
+        assert!(older("of today", "1.0.0").is_err() && older("1.0", "1.0.0").is_err());
     }
 }

@@ -1,0 +1,75 @@
+//! A state in a file of memory that nobody can change any more: stored, however it then travels.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
+
+/// A memfd for a state that is still to come, made before the pause: most of its cost is its pages.
+pub struct Blank(File);
+
+impl Blank {
+    /// `name`: in /proc; `room`: how many bytes it will be, about.
+    pub fn new(name: &str, room: usize) -> std::io::Result<Self> {
+        let memfd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        if room > 0 {
+            rustix::fs::fallocate(&memfd, FallocateFlags::empty(), 0, room as u64)?;
+        }
+        Ok(Self(memfd.into()))
+    }
+
+    /// With these bytes, that nobody can change any more.
+    pub fn seal(&self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.write_all_at(bytes, 0)?;
+        rustix::fs::ftruncate(&self.0, bytes.len() as u64)?;
+        Ok(rustix::fs::fcntl_add_seals(&self.0, SEALS | SealFlags::SEAL)?)
+    }
+}
+
+impl AsFd for Blank {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A memfd with these bytes.
+pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let blank = Blank::new(name, bytes.len())?;
+    blank.seal(bytes)?;
+    Ok(blank.0.into())
+}
+
+/// The bytes of a sealed memfd. Read rather than mapped: to unmap it would interrupt every CPU that runs a thread of this
+/// process. Refuses what is not sealed: its bytes could change, or end, under us.
+pub fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
+    if !rustix::fs::fcntl_get_seals(fd)?.contains(SEALS) {
+        return Err(std::io::Error::other("its memfd is not sealed"));
+    }
+    let len = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(std::io::Error::other)?;
+    let mut bytes = vec![0; len];
+    // Its offset is where its writer has left it.
+    File::from(fd.try_clone_to_owned()?).read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_sealed_is_read_back() {
+        let fd = seal("state", &[7; 5000]).unwrap();
+        assert_eq!(unseal(fd.as_fd()).unwrap(), [7; 5000]);
+        assert!(rustix::io::write(&fd, &[1]).is_err());
+        let open = rustix::fs::memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        assert!(unseal(open.as_fd()).is_err(), "nobody promises that it stays as it is");
+        assert!(unseal(seal("state", &[]).unwrap().as_fd()).unwrap().is_empty());
+        let blank = Blank::new("state", 10_000).unwrap();
+        blank.seal(&[1, 2]).unwrap();
+        assert_eq!(unseal(blank.as_fd()).unwrap(), [1, 2]);
+        assert!(blank.seal(&[3]).is_err(), "once only");
+    }
+}
