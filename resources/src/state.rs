@@ -184,6 +184,33 @@ impl StateWriter {
     }
 }
 
+/// How long an envelope says it is, header and all; None where there is no header.
+pub fn length(bytes: &[u8]) -> Option<usize> {
+    let body = bytes.get(16..HEADER)?.try_into().ok().map(u64::from_le_bytes)?;
+    usize::try_from(body).ok()?.checked_add(HEADER)
+}
+
+/// That an envelope is whole: its header, length and checksum. Returns its body.
+pub fn check(bytes: &[u8]) -> Result<&[u8], StateError> {
+    let (header, body) = bytes.split_at_checked(HEADER).ok_or(StateError::Magic)?;
+    let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    if header[..8] != MAGIC {
+        return Err(StateError::Magic);
+    }
+    let format = word(8);
+    if format.abs_diff(FORMAT) > 1 {
+        return Err(StateError::Format(format));
+    }
+    let want = u64::from(word(16)) | u64::from(word(20)) << 32;
+    if body.len() as u64 != want {
+        return Err(StateError::Length { have: body.len() as u64, want });
+    }
+    if checksum(body) != word(12) {
+        return Err(StateError::Checksum);
+    }
+    Ok(body)
+}
+
 /// A checked envelope whose sections wait to be taken.
 pub struct StateReader<'a> {
     build_id: String,
@@ -192,22 +219,7 @@ pub struct StateReader<'a> {
 
 impl<'a> StateReader<'a> {
     pub fn new(bytes: &'a [u8]) -> Result<Self, StateError> {
-        let (header, body) = bytes.split_at_checked(HEADER).ok_or(StateError::Magic)?;
-        let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-        if header[..8] != MAGIC {
-            return Err(StateError::Magic);
-        }
-        let format = word(8);
-        if format.abs_diff(FORMAT) > 1 {
-            return Err(StateError::Format(format));
-        }
-        let want = u64::from(word(16)) | u64::from(word(20)) << 32;
-        if body.len() as u64 != want {
-            return Err(StateError::Length { have: body.len() as u64, want });
-        }
-        if checksum(body) != word(12) {
-            return Err(StateError::Checksum);
-        }
+        let body = check(bytes)?;
         let body: Body = rmp_serde::from_slice(body).map_err(|error| StateError::Envelope(error.to_string()))?;
         let mut sections = BTreeMap::new();
         for section in body.sections {

@@ -1,8 +1,12 @@
 //! Waits for who is about to answer, without going to sleep: to be woken takes tens of microseconds, most of them a
 //! CPU's way out of its idle state, and in the pause of an update one wait follows another.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
+
+use rustix::thread::CpuSet;
 
 /// What one step of a pause takes, and then some.
 const LONGEST: Duration = Duration::from_micros(300);
@@ -21,8 +25,21 @@ impl Spin {
         if cpus > count { Self(LONGEST) } else { Self::NOT }
     }
 
-    pub fn receive<T>(self, from: &Receiver<T>) -> Result<T, RecvError> {
-        self.awake(|| message(from)).unwrap_or_else(|| from.recv())
+    pub fn is_spinning(self) -> bool {
+        !self.0.is_zero()
+    }
+
+    /// For a command, which `commander` gives.
+    pub fn receive<T>(self, from: &Receiver<T>, commander: &Commander) -> Result<T, RecvError> {
+        let mut stays = false;
+        let look = || {
+            let found = message(from);
+            if found.is_none() && !stays {
+                stays = commander.keep_off();
+            }
+            found
+        };
+        self.awake(look).unwrap_or_else(|| from.recv())
     }
 
     pub fn receive_until<T>(self, from: &Receiver<T>, deadline: Instant) -> Result<T, RecvTimeoutError> {
@@ -46,6 +63,49 @@ impl Spin {
     }
 }
 
+/// Where the thread is that commands others. Who stays awake on its CPU until the next command would only begin with it
+/// once the commander waits itself: the scheduler does not part two threads that both run all the time, and what is to be
+/// done at the same time is done one after the other.
+#[derive(Clone, Default)]
+pub struct Commander(Arc<AtomicUsize>);
+
+impl Commander {
+    /// The calling thread is about to command.
+    pub fn is_here(&self) {
+        self.0.store(rustix::thread::sched_getcpu() + 1, Ordering::Relaxed);
+    }
+
+    /// Moves the calling thread to another CPU if it is on the commander's, and may be on another. Whether it is, or was
+    /// moved: once is enough.
+    fn keep_off(&self) -> bool {
+        let here = rustix::thread::sched_getcpu();
+        if self.0.load(Ordering::Relaxed) != here + 1 {
+            return false;
+        }
+        leave(here);
+        true
+    }
+}
+
+/// Moves the calling thread to another CPU, where it may be on another. Returns which. Its affinity is then what it was
+/// (but for an operator's change within these microseconds): for a thread that may be on all CPUs of its cpuset not a list
+/// of these, or it would not be let on those that the cpuset gets later (task_struct.user_cpus_ptr).
+fn leave(cpu: usize) -> Option<usize> {
+    let allowed = rustix::thread::sched_getaffinity(None).ok()?;
+    let mut others = allowed;
+    others.unset(cpu);
+    if others.count() == 0 {
+        return None;
+    }
+    let mut all = CpuSet::new();
+    (0..CpuSet::MAX_CPU).for_each(|cpu| all.set(cpu));
+    rustix::thread::sched_setaffinity(None, &all).ok()?;
+    let is_free = rustix::thread::sched_getaffinity(None).is_ok_and(|cpuset| cpuset == allowed);
+    let moved = rustix::thread::sched_setaffinity(None, &others).map(|()| rustix::thread::sched_getcpu());
+    rustix::thread::sched_setaffinity(None, if is_free { &all } else { &allowed }).ok()?;
+    moved.ok()
+}
+
 /// None: there is none yet.
 fn message<T>(from: &Receiver<T>) -> Option<Result<T, RecvError>> {
     match from.try_recv() {
@@ -67,7 +127,7 @@ mod tests {
             let (sender, receiver) = channel();
             let soon = || Instant::now() + Duration::from_millis(20);
             sender.send(1).unwrap();
-            assert_eq!(spin.receive(&receiver), Ok(1));
+            assert_eq!(spin.receive(&receiver, &Commander::default()), Ok(1));
             assert_eq!(spin.receive_until(&receiver, soon()), Err(RecvTimeoutError::Timeout));
             let late = std::thread::spawn({
                 let sender = sender.clone();
@@ -76,11 +136,20 @@ mod tests {
                     sender.send(2)
                 }
             });
-            assert_eq!(spin.receive(&receiver), Ok(2));
+            assert_eq!(spin.receive(&receiver, &Commander::default()), Ok(2));
             late.join().unwrap().unwrap();
             drop(sender);
-            assert_eq!(spin.receive(&receiver), Err(RecvError));
+            assert_eq!(spin.receive(&receiver, &Commander::default()), Err(RecvError));
             assert_eq!(spin.receive_until(&receiver, soon()), Err(RecvTimeoutError::Disconnected));
         }
+    }
+    #[test]
+    fn who_waits_leaves_the_cpu_of_whom_it_waits_for() {
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+        assert!(!Commander::default().keep_off(), "nobody commands yet");
+        let here = rustix::thread::sched_getcpu();
+        let to = leave(here);
+        assert!(to != Some(here) && to.is_some() == (allowed.count() > 1), "{to:?}");
+        assert_eq!(rustix::thread::sched_getaffinity(None).unwrap(), allowed, "it may be everywhere again");
     }
 }

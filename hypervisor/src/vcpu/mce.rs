@@ -37,8 +37,8 @@ const BANK: u8 = 9;
 const BANK_DEFERRED: u8 = 10;
 const BANK_OF_OTHERS: u8 = 1;
 
-/// As KVM has them by itself; an older build counts on them.
-const BANKS: u64 = 32;
+/// Those that are used, and those before them: four MSRs each, which every pause of an update reads. KVM has 32.
+const BANKS: u64 = BANK_DEFERRED as u64 + 1;
 /// Software error recovery: an Intel guest takes an error as fatal, or for none of its business, without.
 const MCG_SER_P: u64 = 1 << 24;
 const CR4_MCE: u64 = 1 << 6;

@@ -1,10 +1,13 @@
 //! One vCPU: run it, stop it between instructions, save and restore it.
 
+mod abi;
 mod deadline;
 pub mod mce;
 mod msrs;
 mod offers;
 mod refused;
+#[cfg(test)]
+mod restore_tests;
 #[cfg(test)]
 mod run_tests;
 mod state;
@@ -104,6 +107,8 @@ pub struct Vcpu {
     vendor: mce::Vendor,
     /// What IA32_MCG_CAP was set to, if it was.
     mcg_cap: Option<u64>,
+    /// In a new VMM until its restore: what it has by itself, and need not be given.
+    fresh: Option<(Box<VcpuState>, VcpuHandles)>,
 }
 
 impl Vcpu {
@@ -127,6 +132,7 @@ impl Vcpu {
             has_nested,
             vendor: Default::default(),
             mcg_cap: None,
+            fresh: None,
         })
     }
 
@@ -165,10 +171,11 @@ impl Vcpu {
         msrs::write(&self.fd, self.index, values)
     }
 
-    /// From now on the guest may use those of KVM's own MSRs and hypercalls that its CPUID offers, and no others.
-    pub fn keep_to_offers(&self) -> Result<()> {
+    /// From now on the guest may use those of KVM's own MSRs and hypercalls that its CPUID offers, and no others; or
+    /// all of them again.
+    pub fn keep_to_offers(&self, on: bool) -> Result<()> {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, ..Default::default() };
-        cap.args[0] = 1;
+        cap.args[0] = on.into();
         self.fd.enable_cap(&cap).map_err(Error::call(format!("vCPU {}: KVM_CAP_ENFORCE_PV_FEATURE_CPUID", self.index)))
     }
 

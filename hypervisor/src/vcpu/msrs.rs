@@ -24,11 +24,10 @@ fn unlisted() -> impl Iterator<Item = u32> {
     mtrrs.chain(mce).chain([IA32_DEBUGCTL])
 }
 
-/// A machine check bank or variable MTRR that was never written: as a new vCPU has it. They are most of all MSRs. Not
-/// so IA32_MCi_CTL, which KVM_X86_SETUP_MCE sets.
-fn is_untouched(entry: &kvm_msr_entry) -> bool {
-    let is_bank = (0x400..0x480).contains(&entry.index) && !entry.index.is_multiple_of(4);
-    entry.data == 0 && (is_bank || (0x200..0x210).contains(&entry.index))
+/// Whether `values`, in ascending order of their index, have it with the same value.
+pub fn is_among(entry: &kvm_msr_entry, values: &[kvm_msr_entry]) -> bool {
+    let at = values.binary_search_by_key(&entry.index, |value| value.index);
+    at.is_ok_and(|at| values[at].data == entry.data)
 }
 
 /// The MSRs that answer, and take their own value back, on this vCPU. The TSC is left out: its offset is what goes
@@ -92,8 +91,7 @@ pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<(Vec<kvm_msr_entr
 /// Writes all of `values` but the wall clocks, which states of earlier builds have. KVM_SET_MSRS stops at the first
 /// that it refuses, which is the error.
 pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
-    let values: Vec<_> =
-        values.iter().filter(|entry| !is_untouched(entry) && !WALL_CLOCKS.contains(&entry.index)).copied().collect();
+    let values: Vec<_> = values.iter().filter(|entry| !WALL_CLOCKS.contains(&entry.index)).copied().collect();
     for chunk in values.chunks(CHUNK) {
         if let Some(refused) = chunk.get(write_once(fd, chunk)) {
             return Err(Error::Msr { vcpu, index: refused.index, data: refused.data });

@@ -23,8 +23,12 @@ const NEEDS: [(u32, u32); 11] = [
     (0x4b56_4d08, 17),          // MIGRATION_CONTROL
 ];
 
-fn is_offered(cpuid: &[kvm_cpuid_entry2], index: u32) -> bool {
-    let features = cpuid.iter().find(|leaf| leaf.function == LEAF_KVM_FEATURES).map_or(0, |leaf| leaf.eax);
+/// What a CPUID offers: EAX of its leaf.
+fn features(cpuid: &[kvm_cpuid_entry2]) -> u32 {
+    cpuid.iter().find(|leaf| leaf.function == LEAF_KVM_FEATURES).map_or(0, |leaf| leaf.eax)
+}
+
+fn is_offered(features: u32, index: u32) -> bool {
     NEEDS.iter().all(|(msr, feature)| *msr != index || features & 1 << feature != 0)
 }
 
@@ -35,13 +39,14 @@ fn is_untouched(msr: &kvm_msr_entry) -> bool {
 
 /// Whether the guest has kept to what it was offered, and so can be made to.
 pub fn kept(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> bool {
-    msrs.iter().all(|msr| is_offered(cpuid, msr.index) || is_untouched(msr))
+    let features = features(cpuid);
+    msrs.iter().all(|msr| is_offered(features, msr.index) || is_untouched(msr))
 }
 
 /// The MSRs that there are for it.
 pub fn existing(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> Vec<kvm_msr_entry> {
-    let all = !kept(cpuid, msrs);
-    msrs.iter().filter(|msr| all || is_offered(cpuid, msr.index)).copied().collect()
+    let (all, features) = (!kept(cpuid, msrs), features(cpuid));
+    msrs.iter().filter(|msr| all || is_offered(features, msr.index)).copied().collect()
 }
 
 #[cfg(test)]

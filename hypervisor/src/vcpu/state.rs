@@ -6,7 +6,7 @@ use kvm_bindings::{
     kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
-use zerocopy::IntoBytes;
+use zerocopy::{Immutable, IntoBytes};
 
 use super::msrs::{self, MSR_IA32_TSC_DEADLINE};
 use super::{Vcpu, deadline, offers};
@@ -37,9 +37,13 @@ pub struct Sregs {
 pub struct VcpuShape {
     pub index: u32,
     /// Frozen at the guest's boot: a newer build adds nothing to it.
+    #[serde(with = "super::abi")]
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// IA32_MCG_CAP where it is not KVM's own.
     pub mcg_cap: Option<u64>,
+    /// Which MSRs it has, in ascending order.
+    #[serde(with = "super::abi")]
+    pub msrs: Vec<u32>,
 }
 
 /// One vCPU between two instructions.
@@ -47,6 +51,7 @@ pub struct VcpuShape {
 pub struct VcpuState {
     pub index: u32,
     /// Frozen at the guest's boot: a newer build adds nothing to it.
+    #[serde(with = "super::abi")]
     pub cpuid: Vec<kvm_cpuid_entry2>,
     pub mp_state: kvm_mp_state,
     pub regs: kvm_regs,
@@ -55,6 +60,7 @@ pub struct VcpuState {
     pub xcrs: kvm_xcrs,
     pub debugregs: kvm_debugregs,
     pub lapic: kvm_lapic_state,
+    #[serde(with = "super::abi")]
     pub msrs: Vec<kvm_msr_entry>,
     pub tsc_deadline: Option<u64>,
     pub nested: Option<NestedBytes>,
@@ -185,34 +191,53 @@ impl Vcpu {
 
     /// What it is, whatever its guest does meanwhile.
     pub fn shape(&self) -> VcpuShape {
-        VcpuShape { index: self.index, cpuid: self.cpuid.clone(), mcg_cap: self.mcg_cap }
+        VcpuShape { index: self.index, cpuid: self.cpuid.clone(), mcg_cap: self.mcg_cap, msrs: self.msr_list.clone() }
     }
 
-    /// Before its guest stands still, in the process that will run it: all that can be known by then, and what KVM does
-    /// at a first KVM_RUN (which does not enter the guest). Then [`Vcpu::restore_early`].
+    /// Before its guest stands still, in the process that will run it: all that can be known by then, what most guests
+    /// have, and what KVM does at a first KVM_RUN (which does not enter the guest). Then [`Vcpu::restore_early`], which
+    /// leaves out what is so already: each call for a vCPU is some 10 us of the pause where KVM itself is in a VM.
     pub fn prewarm(&mut self, shape: &VcpuShape) -> Result<()> {
         self.set_cpuid(&shape.cpuid)?;
         self.set_mcg_cap(shape.mcg_cap)?;
+        self.keep_to_offers(true)?;
         self.set_immediate_exit(true);
         let first = self.run().map(drop);
         self.set_immediate_exit(false);
-        first
+        first?;
+        // What is not so is set later; these only guess.
+        let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        let _ = self.fd.set_mp_state(running).and_then(|()| self.fd.set_xcrs(&all_features(&shape.cpuid)));
+        self.msr_list.clone_from(&shape.msrs);
+        self.fresh = self.save().ok();
+        Ok(())
+    }
+
+    /// What it was before its restore, as [`Vcpu::prewarm`] has left it.
+    pub fn fresh(&self) -> Option<&(Box<VcpuState>, VcpuHandles)> {
+        self.fresh.as_ref()
     }
 
     /// The part before the VM's clock can be set, with the TSC offset in it. Then [`crate::Vm::restore_clock`], then
     /// [`Vcpu::restore_late`].
     pub fn restore_early(&mut self, state: &VcpuState, handles: &VcpuHandles) -> Result<()> {
-        if offers::kept(&state.cpuid, &state.msrs) {
-            self.keep_to_offers()?;
+        if !offers::kept(&state.cpuid, &state.msrs) {
+            self.keep_to_offers(false)?;
         }
         let fd = &self.fd;
-        fd.set_mp_state(state.mp_state).map_err(self.err("KVM_SET_MP_STATE"))?;
+        if self.lacks(&state.mp_state, |fresh| &fresh.mp_state) {
+            fd.set_mp_state(state.mp_state).map_err(self.err("KVM_SET_MP_STATE"))?;
+        }
         fd.set_regs(&state.regs).map_err(self.err("KVM_SET_REGS"))?;
         raw::set_sregs2(fd, &state.sregs.to_kvm()).map_err(self.io_err("KVM_SET_SREGS2"))?;
         // XCRS first: KVM checks the XSAVE area against them.
-        fd.set_xcrs(&state.xcrs).map_err(self.err("KVM_SET_XCRS"))?;
+        if self.lacks(&state.xcrs, |fresh| &fresh.xcrs) {
+            fd.set_xcrs(&state.xcrs).map_err(self.err("KVM_SET_XCRS"))?;
+        }
         self.set_xsave(&state.xsave)?;
-        fd.set_debug_regs(&state.debugregs).map_err(self.err("KVM_SET_DEBUGREGS"))?;
+        if self.lacks(&state.debugregs, |fresh| &fresh.debugregs) {
+            fd.set_debug_regs(&state.debugregs).map_err(self.err("KVM_SET_DEBUGREGS"))?;
+        }
         // Before the LAPIC, which reckons when its one-shot or periodic timer is due in the guest's TSC
         // (set_target_expiration).
         raw::set_tsc_offset(fd, handles.tsc_offset).map_err(self.io_err("set the TSC offset"))?;
@@ -224,6 +249,8 @@ impl Vcpu {
         let fd = &self.fd;
         let mut values = offers::existing(&state.cpuid, &state.msrs);
         let list = values.iter().map(|entry| entry.index).collect();
+        let fresh = self.fresh.as_ref().map_or(&[][..], |(fresh, _)| &fresh.msrs);
+        values.retain(|entry| !msrs::is_among(entry, fresh));
         // After LAPIC and MSRs: ignored unless LVTT is already in deadline mode, and an idle vCPU would never wake up.
         values.extend(state.tsc_deadline.map(|saved| kvm_msr_entry {
             index: MSR_IA32_TSC_DEADLINE,
@@ -234,9 +261,17 @@ impl Vcpu {
         if let Some(nested) = &state.nested {
             self.set_nested(nested)?;
         }
-        fd.set_vcpu_events(&state.events).map_err(self.err("KVM_SET_VCPU_EVENTS"))?;
+        if self.lacks(&state.events, |fresh| &fresh.events) {
+            fd.set_vcpu_events(&state.events).map_err(self.err("KVM_SET_VCPU_EVENTS"))?;
+        }
         self.msr_list = list;
+        self.fresh = None;
         Ok(())
+    }
+
+    /// Whether `wanted` is not what it has by itself.
+    fn lacks<T: IntoBytes + Immutable>(&self, wanted: &T, of: impl FnOnce(&VcpuState) -> &T) -> bool {
+        self.fresh.as_ref().is_none_or(|(fresh, _)| of(fresh).as_bytes() != wanted.as_bytes())
     }
 
     fn get_xsave(&self) -> Result<XsaveBytes> {
@@ -285,6 +320,14 @@ impl Vcpu {
         fill(buffer.as_mut_bytes(), &bytes.0);
         self.fd.set_nested_state(&buffer).map_err(self.err("KVM_SET_NESTED_STATE"))
     }
+}
+
+/// XCR0 with all that a CPUID offers, which is what a guest's kernel sets (CPUID 0DH.0, EDX:EAX).
+fn all_features(cpuid: &[kvm_cpuid_entry2]) -> kvm_xcrs {
+    let leaf = cpuid.iter().find(|leaf| leaf.function == 0xd && leaf.index == 0);
+    let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+    xcrs.xcrs[0].value = leaf.map_or(1, |leaf| u64::from(leaf.edx) << 32 | u64::from(leaf.eax));
+    xcrs
 }
 
 /// As much of `from` as there is room for.

@@ -94,6 +94,11 @@ impl Prewarmed {
         Ok(Self { unfilled, vcpus, passthrough, memory, vm, ram, buses })
     }
 
+    /// Its state is about to come.
+    pub fn awake(&self) {
+        self.vcpus.awake();
+    }
+
     /// The vCPUs' part of the state of the paused guest, which their threads begin with. Then [`Prewarmed::restore`].
     pub fn begin(&self, vcpus: Vec<EncodedVcpu>) -> Result<(), MachineError> {
         Ok(self.vcpus.restore_early(vcpus)?)
@@ -124,6 +129,7 @@ impl Prewarmed {
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }
+        // Beside all that follows: KVM itself orders what interrupt controllers do to vCPUs that do not run.
         vcpus.restore_late()?;
         timeline.pass(Phase::Vcpus)?;
 
@@ -133,6 +139,7 @@ impl Prewarmed {
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
         let devices = devices::restore(set, &vm, host, claims, &buses)?;
+        vcpus.all_ready()?;
         timeline.pass(Phase::Devices)?;
 
         let clock = Some(clock);

@@ -101,7 +101,7 @@ fn halted() -> Option<(Machine, Vec<u8>)> {
         machine.resume().unwrap();
         std::thread::yield_now();
         machine.pause(LONG).unwrap();
-        let state = save(&machine, machine.vcpus.begin_save().unwrap());
+        let state = save(&machine, machine.vcpus.begin_save(&|| ()).unwrap());
         let boot_processor = take_vcpus(&mut StateReader::new(&state).unwrap()).unwrap().swap_remove(0);
         let (boot_processor, _) = boot_processor.decode(0).unwrap();
         if boot_processor.mp_state.mp_state == KVM_MP_STATE_HALTED {
@@ -159,7 +159,7 @@ fn one_thread_saves_what_all_do() {
     let running = machine.vcpus.begin_save_alone().finish();
     assert_eq!(running.err().unwrap().to_string(), "the vCPUs run");
     machine.pause(LONG).unwrap();
-    assert_same(&save(&machine, machine.vcpus.begin_save().unwrap()), &all);
+    assert_same(&save(&machine, machine.vcpus.begin_save(&|| ()).unwrap()), &all);
 }
 
 /// Or it could not be saved.

@@ -77,7 +77,7 @@ pub fn adopt(
 
     let old = Incoming::new(channel, &**timeline.seams());
     let mut inbox = Inbox { old, fd_store: FdStore::new(), claims: Claims::default() };
-    let Arrived { bytes, fds } = inbox.old.state(ToNew::Rehearsal)?;
+    let Arrived { bytes, fds } = inbox.old.state(ToNew::Rehearsal, || ())?;
     let Saved { mut handover, config: _, machine } = inbox.decode(open(&bytes)?, fds)?;
     if let Err(error) = LogConfig::restore(std::mem::take(&mut handover.log)).start_held() {
         crate::emit(std::io::stderr(), &format!("after an update: {error:#}"));
@@ -91,7 +91,7 @@ pub fn adopt(
     inbox.old.say(&ToOld::Ready)?;
 
     // From here on the guest stands still. Its vCPUs' threads begin before the rest is decoded.
-    let Arrived { bytes, fds } = inbox.old.state(ToNew::State)?;
+    let Arrived { bytes, fds } = inbox.old.state(ToNew::State, || prewarmed.iter().for_each(Prewarmed::awake))?;
     let mut state = open(&bytes)?;
     let vcpus = state.take_vcpus();
     prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus))?;

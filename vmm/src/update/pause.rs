@@ -104,14 +104,15 @@ impl<'a> Paused<'a> {
     /// Pure: the guest and its devices stay as they are.
     pub fn save(self) -> Result<Saved<'a>, UpdateError> {
         let mut writer = StateWriter::new(&build_info::this().build_id);
+        // A new VMM that has not heard it only takes a little longer.
+        let soon = || drop(self.new.soon());
         // In parallel with all the rest.
-        let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save()).transpose();
+        let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save(&soon)).transpose();
         let vcpus = vcpus.map_err(MachineError::from)?;
         self.handover.encode(&mut writer)?;
         if let (Some(StoppedGuest { machine, was_running }), Some(vcpus)) = (&self.guest, vcpus) {
             machine.save(&mut writer, SaveScope::Full(vcpus), *was_running)?;
         }
-        self.new.soon()?;
         self.new.store(writer.finish()?)?;
         self.timeline.pass(Phase::Save)?;
         Ok(Saved { paused: self })

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use theseus_resources::state as envelope;
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
 
@@ -21,10 +22,10 @@ impl Blank {
         Ok(Self(memfd.into()))
     }
 
-    /// With these bytes, that nobody can change any more.
+    /// With this state, that nobody can change any more. What room is left stays: to give it back takes longer than to
+    /// read past it.
     pub fn seal(&self, bytes: &[u8]) -> std::io::Result<()> {
         self.0.write_all_at(bytes, 0)?;
-        rustix::fs::ftruncate(&self.0, bytes.len() as u64)?;
         Ok(rustix::fs::fcntl_add_seals(&self.0, SEALS | SealFlags::SEAL)?)
     }
 }
@@ -42,7 +43,7 @@ pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
     Ok(blank.0.into())
 }
 
-/// The bytes of a sealed memfd. Read rather than mapped: to unmap it would interrupt every CPU that runs a thread of this
+/// The state in a sealed memfd. Read rather than mapped: to unmap it would interrupt every CPU that runs a thread of this
 /// process. Refuses what is not sealed: its bytes could change, or end, under us.
 pub fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
     if !rustix::fs::fcntl_get_seals(fd)?.contains(SEALS) {
@@ -52,6 +53,8 @@ pub fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
     let mut bytes = vec![0; len];
     // Its offset is where its writer has left it.
     File::from(fd.try_clone_to_owned()?).read_exact_at(&mut bytes, 0)?;
+    // One that is shorter than it says is found by who reads it.
+    bytes.truncate(envelope::length(&bytes).unwrap_or(len));
     Ok(bytes)
 }
 
@@ -67,9 +70,12 @@ mod tests {
         let open = rustix::fs::memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         assert!(unseal(open.as_fd()).is_err(), "nobody promises that it stays as it is");
         assert!(unseal(seal("state", &[]).unwrap().as_fd()).unwrap().is_empty());
-        let blank = Blank::new("state", 10_000).unwrap();
-        blank.seal(&[1, 2]).unwrap();
-        assert_eq!(unseal(blank.as_fd()).unwrap(), [1, 2]);
-        assert!(blank.seal(&[3]).is_err(), "once only");
+        let state = theseus_resources::StateWriter::new("id").finish().unwrap();
+        for room in [0, 10_000] {
+            let blank = Blank::new("state", room).unwrap();
+            blank.seal(&state).unwrap();
+            assert_eq!(unseal(blank.as_fd()).unwrap(), state);
+            assert!(blank.seal(&[3]).is_err(), "once only");
+        }
     }
 }

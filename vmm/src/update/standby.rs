@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use theseus_resources::channel::ChannelError;
 use theseus_resources::fd_store::Record;
-use theseus_resources::{FdStore, StateReader, StoredFd};
+use theseus_resources::state as envelope;
+use theseus_resources::{FdStore, StoredFd};
 
 use super::UpdateError;
 use super::rehearsed::Rehearsed;
@@ -89,11 +90,11 @@ impl Standby {
         self.transport.say(&ToNew::Soon).map_err(|error| self.why(error))
     }
 
-    /// Stores the state of the guest that stands still. What cannot be read back is found here, before the guest's DMA
-    /// is touched.
+    /// Stores the state of the guest that stands still. What is not whole is found here, before the guest's DMA is
+    /// touched.
     pub fn store(&self, mut state: Vec<u8>) -> Result<(), UpdateError> {
         self.timeline.seams().state("save", &mut state);
-        StateReader::new(&state)?;
+        envelope::check(&state)?;
         self.blank.seal(&state).map_err(UpdateError::os("cannot keep the state"))
     }
 

@@ -123,7 +123,8 @@ impl<'a> Incoming<'a> {
         Self { channel, spin: Spin::of_threads(1), seams }
     }
 
-    fn hear(&self, wanted: ToNew) -> Result<Vec<OwnedFd>, TransportError> {
+    /// `soon` is called when the old VMM says that it is about to come.
+    fn hear(&self, wanted: ToNew, soon: impl Fn()) -> Result<Vec<OwnedFd>, TransportError> {
         let now = || match talk::receive::<ToNew>(self.channel, Duration::ZERO) {
             Err(ChannelError::Silent(_)) => None,
             heard => Some(heard),
@@ -131,7 +132,10 @@ impl<'a> Incoming<'a> {
         let mut spin = Spin::NOT;
         loop {
             match spin.awake(now).unwrap_or_else(|| talk::receive(self.channel, FOR_EVER)) {
-                Ok((ToNew::Soon, _)) => spin = self.spin,
+                Ok((ToNew::Soon, _)) => {
+                    spin = self.spin;
+                    soon();
+                }
                 Ok((word, fds)) if word == wanted => return Ok(fds),
                 Ok((said, _)) => return Err(TransportError::OldSays { said, wanted }),
                 Err(error) => return Err(TransportError::ToOld(error)),
@@ -139,10 +143,10 @@ impl<'a> Incoming<'a> {
         }
     }
 
-    /// The state that comes with `word`.
-    pub fn state(&self, word: ToNew) -> Result<Arrived, TransportError> {
+    /// The state that comes with `word`. `soon` is called when the old VMM says that it is about to come.
+    pub fn state(&self, word: ToNew, soon: impl Fn()) -> Result<Arrived, TransportError> {
         let is_last = word == ToNew::State;
-        let mut came = self.hear(word)?.into_iter();
+        let mut came = self.hear(word, soon)?.into_iter();
         let state = came.next().ok_or(TransportError::NoState)?;
         let mut bytes = sealed::unseal(state.as_fd()).map_err(TransportError::Unreadable)?;
         if is_last {
@@ -155,7 +159,7 @@ impl<'a> Incoming<'a> {
     pub fn descriptors(&self, mut fds: Vec<OwnedFd>, named: usize) -> Result<Vec<OwnedFd>, TransportError> {
         while fds.len() < named {
             self.say(&ToOld::More)?;
-            let more = self.hear(ToNew::Fds)?;
+            let more = self.hear(ToNew::Fds, || ())?;
             if more.is_empty() {
                 return Err(TransportError::TooFew { came: fds.len(), named });
             }
@@ -203,7 +207,7 @@ mod tests {
             for (word, text, records) in
                 [(ToNew::Rehearsal, &b"rehearsal"[..], all), (ToNew::State, b"state", Vec::new())]
             {
-                let Arrived { bytes, fds } = incoming.state(word).unwrap();
+                let Arrived { bytes, fds } = incoming.state(word, || ()).unwrap();
                 assert_eq!(bytes, text);
                 let more = if records.is_empty() { 3 } else { new.missing(&records) };
                 let fds = incoming.descriptors(fds, more).unwrap();
@@ -235,15 +239,18 @@ mod tests {
         let seams = untouched();
         let new = Incoming::new(&channel, &*seams);
         old.say(&ToNew::State).unwrap();
-        assert!(matches!(new.state(ToNew::State), Err(TransportError::NoState)));
+        assert!(matches!(new.state(ToNew::State, || ()), Err(TransportError::NoState)));
         old.send_state(&ToNew::State, file().as_fd(), Vec::new()).unwrap();
-        assert!(matches!(new.state(ToNew::State), Err(TransportError::Unreadable(_))), "nobody promises that it stays");
+        assert!(
+            matches!(new.state(ToNew::State, || ()), Err(TransportError::Unreadable(_))),
+            "nobody promises that it stays"
+        );
         old.say(&ToNew::State).unwrap();
-        let error = new.state(ToNew::Rehearsal).err().unwrap().to_string();
+        let error = new.state(ToNew::Rehearsal, || ()).err().unwrap().to_string();
         assert_eq!(error, "the old VMM says State instead of Rehearsal");
         old.say(&ToNew::Fds).unwrap();
         assert!(matches!(new.descriptors(Vec::new(), 2), Err(TransportError::TooFew { came: 0, named: 2 })));
         drop(old);
-        assert!(matches!(new.state(ToNew::State), Err(TransportError::ToOld(ChannelError::Gone))));
+        assert!(matches!(new.state(ToNew::State, || ()), Err(TransportError::ToOld(ChannelError::Gone))));
     }
 }

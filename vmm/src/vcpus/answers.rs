@@ -8,6 +8,8 @@ use super::saved::{EncodedVcpu, SavedVcpu};
 use crate::spin::Spin;
 
 pub(super) enum Command {
+    /// The next one is about to come.
+    Awake,
     RestoreEarly(EncodedVcpu),
     RestoreLate,
     Run,
@@ -55,11 +57,23 @@ impl Answers {
     }
 
     /// The states that `all` vCPUs have saved when they were asked for the `turn`th time, in order of their index.
-    pub fn saved(&self, turn: u64, all: usize, within: Duration) -> Result<Vec<SavedVcpu>, VcpuError> {
+    /// `soon` is called when no more than one is missing.
+    pub fn saved(
+        &self,
+        turn: u64,
+        all: usize,
+        within: Duration,
+        soon: impl FnOnce(),
+    ) -> Result<Vec<SavedVcpu>, VcpuError> {
         let deadline = Instant::now() + within;
         let (mut states, mut failed) = (Vec::with_capacity(all), None);
-        let mut answers = 0;
+        let (mut answers, mut soon) = (0, Some(soon));
         while answers < all {
+            if answers + 1 >= all
+                && let Some(soon) = soon.take()
+            {
+                soon();
+            }
             match self.spin.receive_until(&self.events, deadline) {
                 Ok(Event::Saved(of, index, saved)) if of == turn => {
                     answers += 1;
@@ -100,13 +114,13 @@ mod tests {
         let say = |event| sender.send(event).unwrap();
         let saved = |turn, index| Event::Saved(turn, index, Err(VcpuError::Panicked { index, panic: String::new() }));
         say(saved(1, 0));
-        let silent = answers.saved(1, 2, SOON);
+        let silent = answers.saved(1, 2, SOON, || ());
         assert!(matches!(silent, Err(VcpuError::Silent { missing: 1, all: 2, .. })));
         // The second one answers when nobody listens any more; then both stop and save anew.
         [saved(1, 1), Event::Paused, Event::Paused].into_iter().for_each(say);
         assert_eq!(answers.paused(2, Instant::now() + SOON), Ok(()));
         [saved(1, 1), saved(2, 7), saved(2, 8)].into_iter().for_each(say);
-        assert!(matches!(answers.saved(2, 2, SOON), Err(VcpuError::Panicked { index: 8, .. })));
+        assert!(matches!(answers.saved(2, 2, SOON, || ()), Err(VcpuError::Panicked { index: 8, .. })));
         say(Event::Paused);
         assert_eq!(answers.paused(3, Instant::now() + SOON), Err(2));
     }
@@ -115,6 +129,6 @@ mod tests {
     fn the_last_word_of_a_thread_is_the_reason() {
         let (sender, answers) = answers();
         sender.send(Event::Ready(Err(VcpuError::Panicked { index: 3, panic: "panic: x".into() }))).unwrap();
-        assert_eq!(answers.saved(1, 2, SOON).err().unwrap().to_string(), "vCPU 3: panic: x");
+        assert_eq!(answers.saved(1, 2, SOON, || ()).err().unwrap().to_string(), "vCPU 3: panic: x");
     }
 }

@@ -34,7 +34,7 @@ use theseus_resources::threads::{self, Role, ThreadError};
 
 use crate::boot::{BootError, Entry};
 use crate::seams::Seams;
-use crate::spin::Spin;
+use crate::spin::{Commander, Spin};
 use answers::{Answers, Command};
 use checks::Checks;
 use placement::{PinError, Placement};
@@ -111,6 +111,7 @@ struct Handle {
     pauses: Arc<AtomicU32>,
     exit_flag: ExitFlag,
     commands: Sender<Command>,
+    commander: Commander,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -129,6 +130,7 @@ impl Handle {
     }
 
     fn send(&self, command: Command) -> Result<(), VcpuError> {
+        self.commander.is_here();
         self.commands.send(command).map_err(|_| VcpuError::Gone)
     }
 }
@@ -156,12 +158,13 @@ pub struct Starting {
     waiting: Vec<Newcomer>,
     checks: Arc<Checks>,
     answers: Answers,
+    commander: Commander,
 }
 
 impl Starting {
     /// All vCPUs come into being, in parallel, and are stopped.
     pub fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
-        let Self { waiting, checks, answers } = self;
+        let Self { waiting, checks, answers, commander } = self;
         for newcomer in &waiting {
             // One that has ended already has said why.
             let _ = newcomer.vm.send(vm.clone());
@@ -170,8 +173,17 @@ impl Starting {
         for Newcomer { vm: _, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok(Introduction { tid, processor, exit_flag, shape, tsc_khz }) = introduced.recv() {
-                let thread = Some(thread);
-                vcpus.handles.push(Handle { tid, processor, shape, tsc_khz, pauses, exit_flag, commands, thread });
+                vcpus.handles.push(Handle {
+                    tid,
+                    processor,
+                    shape,
+                    tsc_khz,
+                    pauses,
+                    exit_flag,
+                    commands,
+                    commander: commander.clone(),
+                    thread: Some(thread),
+                });
             } else {
                 drop(commands);
                 let _ = thread.join();
@@ -199,7 +211,13 @@ impl Vcpus {
         let (event_sender, events) = channel();
         let checks = Arc::new(Checks::new(starts.len()));
         let spin = Spin::of_threads(starts.len());
-        let mut starting = Starting { waiting: Vec::new(), checks: checks.clone(), answers: Answers { events, spin } };
+        let commander = Commander::default();
+        let mut starting = Starting {
+            waiting: Vec::new(),
+            checks: checks.clone(),
+            answers: Answers { events, spin },
+            commander: commander.clone(),
+        };
         for (index, start) in (0u32..).zip(starts) {
             let pauses = Arc::new(AtomicU32::new(0));
             let (commands, receiver) = channel();
@@ -213,6 +231,7 @@ impl Vcpus {
                 commands: receiver,
                 events: event_sender.clone(),
                 spin,
+                commander: commander.clone(),
             };
             let life = move || body.guarded(|body| body.main(start, &given, &introduce));
             let thread = threads::spawn(Role::Vcpu(index), life)?;
@@ -242,12 +261,17 @@ impl Vcpus {
         self.handles.iter().try_for_each(|_| self.ready())
     }
 
-    /// The second half of a restore, once the VM's clock is set.
+    /// Begins the second half of a restore, in parallel, once the VM's clock is set. Then [`Vcpus::all_ready`].
     pub fn restore_late(&self) -> Result<(), VcpuError> {
-        for handle in &self.handles {
-            handle.send(Command::RestoreLate)?;
+        self.handles.iter().try_for_each(|handle| handle.send(Command::RestoreLate))
+    }
+
+    /// [`Vcpus::restore_early`] is about to come. Nothing where there is no CPU for each to wait on ([`Spin`]).
+    pub fn awake(&self) {
+        if self.answers.spin.is_spinning() {
+            // One that has ended is found by what follows.
+            self.handles.iter().for_each(|handle| drop(handle.send(Command::Awake)));
         }
-        self.all_ready()
     }
 
     /// Tells the guest of a page that it has lost, and does not need just now.
@@ -289,20 +313,21 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Has all (paused) vCPUs save their states, in parallel with each other and with the caller.
-    pub fn begin_save(&self) -> Result<Saving<'_>, VcpuError> {
+    /// Has all (paused) vCPUs save their states, in parallel with each other and with the caller. `soon` is called when
+    /// no more than one is missing.
+    pub fn begin_save<'a>(&'a self, soon: &'a dyn Fn()) -> Result<Saving<'a>, VcpuError> {
         let turn = self.saves.get() + 1;
         self.saves.set(turn);
         for handle in &self.handles {
             handle.send(Command::Save(turn))?;
         }
-        Ok(Saving { vcpus: self, turn: Some(turn) })
+        Ok(Saving { vcpus: self, how: How::ByThreads { turn, soon } })
     }
 
     /// The same, but the caller's thread will do it alone, in [`Saving::finish`].
     #[cfg_attr(not(test), expect(dead_code, reason = "for the rescue after a crash: docs/architecture.md"))]
     pub fn begin_save_alone(&self) -> Saving<'_> {
-        Saving { vcpus: self, turn: None }
+        Saving { vcpus: self, how: How::Alone }
     }
 
     /// Saves the states of all vCPUs by this thread alone: theirs wait for a command, or are dead, with their vCPU in
@@ -366,16 +391,24 @@ impl Vcpus {
 /// States that are being saved.
 pub struct Saving<'a> {
     vcpus: &'a Vcpus,
-    /// None: not by their threads.
-    turn: Option<u64>,
+    how: How<'a>,
+}
+
+enum How<'a> {
+    ByThreads {
+        turn: u64,
+        soon: &'a dyn Fn(),
+    },
+    /// By whoever calls [`Saving::finish`].
+    Alone,
 }
 
 impl Saving<'_> {
     /// In order of their index.
     pub fn finish(self) -> Result<Vec<SavedVcpu>, VcpuError> {
-        match self.turn {
-            Some(turn) => self.vcpus.answers.saved(turn, self.vcpus.handles.len(), ANSWER),
-            None => self.vcpus.save_alone(),
+        match self.how {
+            How::ByThreads { turn, soon } => self.vcpus.answers.saved(turn, self.vcpus.handles.len(), ANSWER, soon),
+            How::Alone => self.vcpus.save_alone(),
         }
     }
 }

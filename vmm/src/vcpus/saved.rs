@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use theseus_devices::migratable::handles_name;
-use theseus_hypervisor::{VcpuHandles, VcpuState};
+use theseus_hypervisor::{Vcpu, VcpuHandles, VcpuState};
 use theseus_resources::state::{Encoded, StateError};
 
 use super::VcpuError;
@@ -70,4 +70,11 @@ impl From<PlacementHandles> for Placement {
         let PlacementHandles { affinity, policy, priority, nice, cgroup } = handles;
         Self { affinity, policy, priority, nice, cgroup }
     }
+}
+
+/// Does what a save and a restore will do in the pause of an update, for the first time in this process: the code and
+/// the heap that it needs are there then.
+pub fn warm(vcpu: &Vcpu) {
+    let warm = |(state, handles): &(Box<_>, _)| EncodedVcpu::new(vcpu.index(), state, handles)?.decode(vcpu.index());
+    std::hint::black_box(vcpu.fresh().map(warm));
 }

@@ -14,11 +14,12 @@ use super::answers::{Command, Event};
 use super::checks::Checks;
 use super::owed::Owed;
 use super::processor::Processor;
+use super::saved;
 use super::{Introduction, Shared, Start, VcpuError, placement};
 use crate::boot;
 use crate::memory_errors;
 use crate::panics::panic_text;
-use crate::spin::Spin;
+use crate::spin::{Commander, Spin};
 
 pub(super) struct Body {
     pub index: u32,
@@ -28,6 +29,7 @@ pub(super) struct Body {
     pub commands: Receiver<Command>,
     pub events: Sender<Event>,
     pub spin: Spin,
+    pub commander: Commander,
 }
 
 impl Body {
@@ -62,10 +64,12 @@ impl Body {
         let mut restored = None;
         // Whether the next command is about to come. Not so after a save: its CPU is wanted for the new VMM.
         let mut is_expected = false;
-        while let Ok(command) = if is_expected { self.spin.receive(&self.commands) } else { self.commands.recv() } {
+        let expect = || self.spin.receive(&self.commands, &self.commander);
+        while let Ok(command) = if is_expected { expect() } else { self.commands.recv() } {
             is_expected = !matches!(command, Command::Save(_) | Command::Run);
             let processor = &mut *processor.lock();
             match command {
+                Command::Awake => {}
                 Command::RestoreEarly(encoded) => {
                     self.shared.seams.restores_vcpu();
                     let result = encoded.decode(self.index).and_then(|(mut state, handles)| {
@@ -157,7 +161,10 @@ impl Body {
     fn create(&self, start: Start, vm: &ReadyVm) -> Result<Vcpu, VcpuError> {
         let mut vcpu = Vcpu::new(vm, self.index).map_err(|source| self.error(source))?;
         match start {
-            Start::Prewarm(shape, _) => vcpu.prewarm(&shape).map_err(|source| self.error(source))?,
+            Start::Prewarm(shape, _) => {
+                vcpu.prewarm(&shape).map_err(|source| self.error(source))?;
+                saved::warm(&vcpu);
+            }
             Start::Boot { mut cpuid, msrs, entry, host_cpus } => {
                 if let Some(cpus) = host_cpus {
                     placement::pin(&cpus).map_err(|source| VcpuError::Pin { index: self.index, source })?;
@@ -171,7 +178,7 @@ impl Body {
                         .map_err(|source| VcpuError::Boot { index: self.index, source })?;
                     vcpu.set_registers(&regs, &sregs).map_err(|source| self.error(source))?;
                 }
-                vcpu.keep_to_offers().map_err(|source| self.error(source))?;
+                vcpu.keep_to_offers(true).map_err(|source| self.error(source))?;
                 vcpu.set_msrs(&msrs).map_err(|source| self.error(source))?;
                 vcpu.discover_msrs(&self.shared.hypervisor).map_err(|source| self.error(source))?;
             }
