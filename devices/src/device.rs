@@ -73,8 +73,9 @@ pub trait Device: Any + Send + Sync {
     /// Why `operation` cannot be now, each with its remedy. Empty if it can.
     fn blockers(&self, operation: Operation) -> Vec<String>;
 
-    /// Pure: may be called while the guest runs, and any number of times. What it locks it locks by [`theseus_resources::survivor::look`] or
-    /// [`crate::turn::Turn::look`], and it does not log: a survivor calls it too.
+    /// Pure: may be called while the guest runs, and any number of times. What it locks it locks by
+    /// [`theseus_resources::survivor::look`] or [`crate::turn::Turn::look`], and it does not log: a survivor calls it
+    /// too.
     fn save(&self, name: &str) -> Result<SavedDevice, MigrateError>;
 
     /// Says what the guest cannot find by itself, in the scope `\_SB_` of the DSDT.

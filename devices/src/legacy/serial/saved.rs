@@ -1,5 +1,5 @@
-//! The serial port from one image to the next. Its state: registers, the FIFO, output that has not gone out. Its handles:
-//! the console. Input that has not reached the FIFO is in the kernel, behind the stored fds.
+//! The serial port from one image to the next. Its state: registers, the FIFO, output that has not gone out. Its
+//! handles: the console. Input that has not reached the FIFO is in the kernel, behind the stored fds.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
