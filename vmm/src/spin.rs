@@ -31,6 +31,9 @@ impl Spin {
 
     /// For a command, which `commander` gives.
     pub fn receive<T>(self, from: &Receiver<T>, commander: &Commander) -> Result<T, RecvError> {
+        if !self.is_spinning() {
+            return from.recv();
+        }
         let mut stays = false;
         let look = || {
             let found = message(from);
@@ -64,8 +67,8 @@ impl Spin {
 }
 
 /// Where the thread is that commands others. Who stays awake on its CPU until the next command would only begin with it
-/// once the commander waits itself: the scheduler does not part two threads that both run all the time, and what is to be
-/// done at the same time is done one after the other.
+/// once the commander waits itself: the scheduler does not part two threads that both run all the time, and what is to
+/// be done at the same time is done one after the other.
 #[derive(Clone, Default)]
 pub struct Commander(Arc<AtomicUsize>);
 
@@ -88,8 +91,8 @@ impl Commander {
 }
 
 /// Moves the calling thread to another CPU, where it may be on another. Returns which. Its affinity is then what it was
-/// (but for an operator's change within these microseconds): for a thread that may be on all CPUs of its cpuset not a list
-/// of these, or it would not be let on those that the cpuset gets later (task_struct.user_cpus_ptr).
+/// (but for an operator's change within these microseconds): for a thread that may be on all CPUs of its cpuset not a
+/// list of these, or it would not be let on those that the cpuset gets later (task_struct.user_cpus_ptr).
 fn leave(cpu: usize) -> Option<usize> {
     let allowed = rustix::thread::sched_getaffinity(None).ok()?;
     let mut others = allowed;
