@@ -3,8 +3,8 @@
 //! An access may take long: a reset of the function keeps its vCPU in pwrite for 100 ms (pcie_flr), one that does not
 //! come back for a minute (pci_dev_wait), and a guest can ask for another the moment it is over. So the VMM itself (a
 //! save, say) comes before all vCPUs that wait, and a vCPU that waits with a write gives up when it is wanted
-//! elsewhere: the write is then owed, see [`crate::bus::BusDevice::write`]. Between a pause that is asked for and a guest
-//! that stands there is at most the access that was under way.
+//! elsewhere: the write is then owed, see [`crate::bus::BusDevice::write`]. Between a pause that is asked for and a
+//! guest that stands there is at most the access that was under way.
 
 use std::ops::{Deref, DerefMut};
 use std::thread::Thread;

@@ -20,8 +20,8 @@ pub const FORMAT: u32 = 1;
 const HEADER: usize = 24;
 
 /// A kind of section: the version that this build writes, and those that it reads. A build one step back or on has the
-/// version before or the one after; what a state loses on that way has a default (`#[serde(default)]`) or is made up for
-/// by who gets the version that was found.
+/// version before or the one after; what a state loses on that way has a default (`#[serde(default)]`) or is made up
+/// for by who gets the version that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Format {
     pub kind: &'static str,

@@ -1,5 +1,5 @@
-//! A program of its own, as it forks: the child has all descriptors of the process for a while, and a socket that another
-//! test has closed would still be open in it.
+//! A program of its own, as it forks: the child has all descriptors of the process for a while, and a socket that
+//! another test has closed would still be open in it.
 
 use std::os::unix::net::UnixStream;
 

@@ -1,5 +1,6 @@
-//! What no update can do without while the guest stands still: KVM gives the state of each vCPU, and takes it in another
-//! VM. Measured right beside the pauses, which can so be compared between machines, and hours, of different speed.
+//! What no update can do without while the guest stands still: KVM gives the state of each vCPU, and takes it in
+//! another VM. Measured right beside the pauses, which can so be compared between machines, and hours, of different
+//! speed.
 
 use std::thread;
 use std::time::Instant;

@@ -1,5 +1,5 @@
-//! What a boot or an update can count on: free memory of the host, and what the cgroups (v2) of this process leave it of
-//! memory and threads.
+//! What a boot or an update can count on: free memory of the host, and what the cgroups (v2) of this process leave it
+//! of memory and threads.
 
 use std::fs;
 use std::io;

@@ -1,5 +1,5 @@
-//! Words over a channel, between a keeper and its VMMs or two VMMs of an update. In JSON: both sides may be of different
-//! builds.
+//! Words over a channel, between a keeper and its VMMs or two VMMs of an update. In JSON: both sides may be of
+//! different builds.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;

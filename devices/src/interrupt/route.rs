@@ -150,8 +150,22 @@ impl Drop for Route {
     }
 }
 
+/// Which of them have an event that waits.
+pub(super) fn pending(routes: &[(u16, &Route)]) -> Vec<u16> {
+    // See `Route::is_pending`.
+    let detached: Vec<_> = routes.iter().filter(|(_, route)| !route.is_attached()).collect();
+    let mut fds: Vec<_> =
+        detached.iter().map(|(_, route)| PollFd::from_borrowed_fd(route.eventfd.as_fd(), PollFlags::IN)).collect();
+    let is_known = rustix::event::poll(&mut fds, Some(&NOW)).is_ok();
+    let waits = |route: &Route, fd: &PollFd<'_>| {
+        if is_known { fd.revents().contains(PollFlags::IN) } else { route.is_pending() }
+    };
+    detached.iter().zip(&fds).filter(|((_, route), fd)| waits(route, fd)).map(|((n, _), _)| *n).collect()
+}
+
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
 pub(super) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1))
+    matches!(rustix::event::poll(&mut fds, Some(&NOW)), Ok(1))
 }

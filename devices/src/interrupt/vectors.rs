@@ -10,7 +10,7 @@ use theseus_resources::fd_store::{Claims, FdStoreError};
 use theseus_resources::{FdKind, FdStore, StoredFd};
 
 use super::controller::{InterruptController, InterruptError, MsiMessage};
-use super::route::Route;
+use super::route::{self, Route};
 use super::saved::RouteHandles;
 use crate::rate_limited_log::RateLimitedLog;
 
@@ -179,9 +179,10 @@ impl Vectors {
         self.dirty = false;
     }
 
-    /// Those with an event that waits.
+    /// Those with an event that waits. One call for all: it is made in the pause of an update.
     pub fn pending(&self) -> Vec<u16> {
-        (0..).zip(&self.vectors).filter(|(_, vector)| vector.route.is_pending()).map(|(n, _)| n).collect()
+        let routes: Vec<_> = (0..).zip(self.vectors.iter().map(|vector| &vector.route)).collect();
+        route::pending(&routes)
     }
 
     pub fn save(&self) -> Vec<RouteHandles> {

@@ -1,5 +1,5 @@
-//! Whether a function answers at its BARs: COMMAND (PCI Local Bus 3.0, 6.2.2), its power state (PCI Power Management 1.2,
-//! 5.4.1) and the host bridge's windows together.
+//! Whether a function answers at its BARs: COMMAND (PCI Local Bus 3.0, 6.2.2), its power state (PCI Power Management
+//! 1.2, 5.4.1) and the host bridge's windows together.
 
 use super::bar::BarRegister;
 use super::placement::Decoded;

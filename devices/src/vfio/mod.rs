@@ -13,8 +13,9 @@
 //! | [`sysfs`] | what this host says of a device |
 //! | [`saved`] | all of it in the saved state |
 //!
-//! The fds are the device: a group can be opened only once, so they go over to the new VMM in the FdStore, and it builds
-//! its objects around them without asking the kernel for anything. Hence dropping any of these objects only closes fds.
+//! The fds are the device: a group can be opened only once, so they go over to the new VMM in the FdStore, and it
+//! builds its objects around them without asking the kernel for anything. Hence dropping any of these objects only
+//! closes fds.
 //!
 //! Written on raw ioctls: the objects of the `vfio-ioctls` crate cannot be built again from fds, and detach when
 //! dropped.

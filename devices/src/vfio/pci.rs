@@ -8,8 +8,8 @@
 //!
 //! The device must have MSI-X: INTx and MSI are not supported yet, and hidden.
 //!
-//! In an update the device is in use when its object is built again: [`Migratable::restore`] makes no request to VFIO but
-//! mmap, and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
+//! In an update the device is in use when its object is built again: [`Migratable::restore`] makes no request to VFIO
+//! but mmap, and dropping the object makes none at all. What ends a device for good is [`VfioPci::release`].
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Arrays of KVM's structures in a saved state: one run of bytes, as the kernel's ABI has them, which no kernel changes.
-//! Element by element they are most of what it takes to decode a vCPU, which is a part of an update's pause.
+//! Arrays of KVM's structures in a saved state: one run of bytes, as the kernel's ABI has them, which no kernel
+//! changes. Element by element they are most of what it takes to decode a vCPU, which is a part of an update's pause.
 
 use serde::de::Error;
 use serde::{Deserializer, Serializer};

@@ -96,8 +96,8 @@ pub fn taken_back(vm: &mut Vm) -> Result<Report> {
     Ok(report)
 }
 
-/// An update that its cgroup has no memory, or no threads, for is refused. If memory runs out all the same, the kernel's OOM killer
-/// takes the new VMM, and not the old one, though that has all of guest RAM mapped.
+/// An update that its cgroup has no memory, or no threads, for is refused. If memory runs out all the same, the
+/// kernel's OOM killer takes the new VMM, and not the old one, though that has all of guest RAM mapped.
 pub fn out_of_memory() -> Result<()> {
     // Before the VM, so that it is empty when it is removed.
     let cgroup = SmallMemory::new()?;

@@ -41,8 +41,9 @@ pub use regs::{boot_msrs, boot_regs};
 /// APIC ids above 254 need x2APIC entries in the MADT, and the processor names in the DSDT have two digits.
 pub const MAX_VCPUS: u32 = theseus_api::types::MAX_VCPUS;
 const _: () = assert!(MAX_VCPUS <= 100);
-/// What a guest is given at its boot, beside what its configuration says: addresses, ports, tables. It is saved with the
-/// guest. A build that changes any of it counts on, and a build that meets a number it does not know refuses the guest.
+/// What a guest is given at its boot, beside what its configuration says: addresses, ports, tables. It is saved with
+/// the guest. A build that changes any of it counts on, and a build that meets a number it does not know refuses the
+/// guest.
 pub const MACHINE_VERSION: u32 = 1;
 /// Below this the kernel's early page tables and the decompressor have no room.
 pub const MIN_RAM: u64 = 32 << 20;

@@ -7,8 +7,8 @@ use theseus_resources::threads::{FATAL, set_of};
 use crate::signals::{is_ignored, read_all};
 
 /// Handed on to the VMM, unless they were ignored when the keeper was started. Never those that stop a process, which
-/// are for the keeper alone as for any parent: a shell sees it stop, and the guest goes on. ABRT is the only one that is
-/// fatal and blocked, here and nowhere else: abort(3) unblocks it, and from anybody else it is meant for the guest.
+/// are for the keeper alone as for any parent: a shell sees it stop, and the guest goes on. ABRT is the only one that
+/// is fatal and blocked, here and nowhere else: abort(3) unblocks it, and from anybody else it is meant for the guest.
 const FORWARDED: [libc::c_int; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGABRT, libc::SIGUSR1, libc::SIGUSR2];
 

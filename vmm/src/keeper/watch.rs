@@ -2,7 +2,8 @@
 //! to be gone then, and its devices to be free.
 //!
 //! PR_SET_PDEATHSIG with SIGCONT: it reaches a process that is stopped too, and as all threads have it blocked nothing
-//! happens to anybody else. It is of one thread, and does not fire at the keeper's exec (kernel/exit.c, forget_original_parent).
+//! happens to anybody else. It is of one thread, and does not fire at the keeper's exec (kernel/exit.c,
+//! forget_original_parent).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

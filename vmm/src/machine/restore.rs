@@ -104,8 +104,8 @@ impl Prewarmed {
         Ok(self.vcpus.restore_early(vcpus)?)
     }
 
-    /// From the rest of the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock MSRs, all LAPICs
-    /// and then the IRQ chip before routes, routes before irqfds.
+    /// From the rest of the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock
+    /// MSRs, all LAPICs and then the IRQ chip before routes, routes before irqfds.
     pub fn restore(
         self,
         state: MachineState,

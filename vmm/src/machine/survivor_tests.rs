@@ -28,7 +28,8 @@ use crate::vcpus::{Saving, install_kick_handler, saved};
 const VCPUS: u32 = 2;
 const LONG: Duration = Duration::from_secs(600);
 
-/// In long mode: mov edx, 0x3ff; mov al, 0x5a; out dx, al (the scratch register of the serial port); cli; 1: hlt; jmp 1b
+/// In long mode: mov edx, 0x3ff; mov al, 0x5a; out dx, al (the scratch register of the serial port); cli; 1: hlt; jmp
+/// 1b
 const HALTS: [u8; 12] = [0xBA, 0xFF, 0x03, 0x00, 0x00, 0xB0, 0x5A, 0xEE, 0xFA, 0xF4, 0xEB, 0xFD];
 
 /// mov edx, 0x3ff; 1: out dx, al; jmp 1b

@@ -43,8 +43,8 @@ pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
     Ok(blank.0.into())
 }
 
-/// The state in a sealed memfd. Read rather than mapped: to unmap it would interrupt every CPU that runs a thread of this
-/// process. Refuses what is not sealed: its bytes could change, or end, under us.
+/// The state in a sealed memfd. Read rather than mapped: to unmap it would interrupt every CPU that runs a thread of
+/// this process. Refuses what is not sealed: its bytes could change, or end, under us.
 pub fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
     if !rustix::fs::fcntl_get_seals(fd)?.contains(SEALS) {
         return Err(std::io::Error::other("its memfd is not sealed"));

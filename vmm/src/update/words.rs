@@ -10,8 +10,8 @@
 //!       <--Committed--                        or Failed, at any time before
 //! ```
 //!
-//! What does not fit into one message is asked for: descriptors under way count, for each user, against RLIMIT_NOFILE (net/core/scm.c,
-//! too_many_unix_fds).
+//! What does not fit into one message is asked for: descriptors under way count, for each user, against RLIMIT_NOFILE
+//! (net/core/scm.c, too_many_unix_fds).
 
 use serde::{Deserialize, Serialize};
 

@@ -1,5 +1,5 @@
-//! What a vCPU's thread works on. It has it locked whenever it does something: another thread may save it while it waits
-//! for a command, or is dead.
+//! What a vCPU's thread works on. It has it locked whenever it does something: another thread may save it while it
+//! waits for a command, or is dead.
 
 use theseus_hypervisor::vcpu::reasons;
 use theseus_hypervisor::{ReadyVm, Vcpu};

@@ -41,8 +41,8 @@ impl Drop for Invalidated {
 /// after a failure.
 ///
 /// # Safety
-/// `ram` must be mapped from the same memory as in the image that mapped it first, at the same guest addresses, and what
-/// `bar_vaddr` finds from the same device fds.
+/// `ram` must be mapped from the same memory as in the image that mapped it first, at the same guest addresses, and
+/// what `bar_vaddr` finds from the same device fds.
 pub unsafe fn remap_all(
     domains: &[Arc<dyn DmaDomain>],
     ram: &[RamBlock],
