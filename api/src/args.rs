@@ -13,7 +13,8 @@ pub use options::byte_size;
 use options::{Options, path};
 
 use crate::types::{
-    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, MemoryConfig, SOCKET_PATH_MAX, SerialConfig, SerialMode,
+    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, LandlockConfig, MemoryConfig, SOCKET_PATH_MAX, SerialConfig,
+    SerialMode,
 };
 
 /// What is wrong with an option string.
@@ -144,6 +145,19 @@ pub fn device(s: &str) -> Result<DeviceConfig> {
     })
 }
 
+/// `path=PATH,access=r|w|rw`
+pub fn landlock_rule(s: &str) -> Result<LandlockConfig> {
+    let mut options = Options::parse(s, "landlock_rules", &["path", "access"])?;
+    let (Some(of), Some(access)) = (options.take("path"), options.take("access")) else {
+        return err(format!("{s:?} lacks a part: give path=PATH,access=r, or w, or rw"));
+    };
+    let rule = LandlockConfig { path: path("path", of)?, access: access.to_owned() };
+    match rule.accesses() {
+        Some(_) => Ok(rule),
+        None => err(format!("access is {access:?}: give r, w or rw")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,6 +195,8 @@ mod tests {
         assert_eq!(api_socket("/run/t"), Ok(ApiSocket::Path("/run/t".into())));
         assert_eq!(api_socket("path=/run/t"), Ok(ApiSocket::Path("/run/t".into())));
         assert_eq!(api_socket("fd=7"), Ok(ApiSocket::Fd(7)));
+        let rule = landlock_rule("path=/a=b,access=rw").unwrap();
+        assert_eq!((rule.path.to_str(), rule.accesses()), (Some("/a=b"), Some((true, true))));
     }
 
     #[test]
@@ -208,6 +224,8 @@ mod tests {
             (text(device("id=a")), "path is missing"),
             (text(device("path=")), "path is empty"),
             (text(device("path=/x,iommu=on")), "iommu is not supported by this build: leave it out"),
+            (text(landlock_rule("path=/a")), "access=r, or w, or rw"),
+            (text(landlock_rule("path=/a,access=x")), "access is \"x\": give r, w or rw"),
             (text(api_socket("")), "path is empty"),
             (text(api_socket("fd=1")), "above 2"),
             (text(socket(&format!("/{}", "x".repeat(107)))), "has 108 bytes, and that of a unix socket at most 107"),

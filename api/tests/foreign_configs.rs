@@ -158,7 +158,6 @@ fn what_says_something_is_refused_by_name() {
         ("/platform/num_pci_segments", json!(2), "platform"),
         ("/platform/tdx", json!(true), "platform"),
         ("/platform/iommufd", json!(true), "platform"),
-        ("/landlock_enable", json!(true), "landlock_enable"),
         ("/tpm", json!({"socket": "/s"}), "tpm"),
     ];
     for (at, value, key) in table {

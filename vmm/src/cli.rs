@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use theseus_api::access::{ApiListen, api_listen};
 use theseus_api::args::{self, ApiSocket, ForeignOptions};
-use theseus_api::types::{CpusConfig, DeviceConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig};
+use theseus_api::types::{
+    CpusConfig, DeviceConfig, LandlockConfig, MemoryConfig, PayloadConfig, SerialConfig, SerialMode, VmConfig,
+};
+
+use crate::sandbox::{Confinement, LandlockError, Place, Use, landlock};
 
 /// A VMM that can be replaced under its running guest.
 #[derive(Parser, Debug)]
@@ -55,6 +59,12 @@ pub struct Cli {
     /// There are no seccomp filters yet: whatever is given changes nothing.
     #[arg(long, value_enum, value_name = "true|false|log")]
     pub seccomp: Option<Seccomp>,
+    /// Opens nothing but what the other options name and every VMM needs, in this image and all later ones (Landlock).
+    #[arg(long, num_args = 0..=1, default_value_t, default_missing_value = "true", value_name = "true|false")]
+    pub landlock: bool,
+    /// path=PATH,access=r|w|rw: what else may be opened; several at once or one after the other.
+    #[arg(long, requires = "landlock", num_args = 1.., value_parser = args::landlock_rule)]
+    pub landlock_rules: Vec<LandlockConfig>,
     #[command(flatten)]
     pub foreign: ForeignOptions,
     /// More log: -v info, -vv debug, -vvv trace.
@@ -108,7 +118,45 @@ impl Cli {
             },
             serial: self.serial.clone().unwrap_or_default(),
             devices: self.device.clone(),
+            landlock_enable: self.landlock,
+            landlock_rules: Some(self.landlock_rules.clone()).filter(|rules| !rules.is_empty()),
         })
+    }
+
+    /// Confines this process as its options ask, before it has a second thread or process. Returns what the log has to
+    /// say of it, too.
+    pub fn confine(&self) -> Result<(Confinement, Vec<String>), LandlockError> {
+        let notes = if self.landlock { landlock::restrict(&self.places(), &self.landlock_rules)? } else { Vec::new() };
+        Ok((Confinement { landlock: self.landlock.then(|| self.landlock_rules.clone()) }, notes))
+    }
+
+    /// What it will open in its life, as far as the options say.
+    fn places(&self) -> Vec<Place> {
+        let serial = self.serial.clone().unwrap_or_default();
+        let path_of = |socket: &ApiSocket| match socket {
+            ApiSocket::Path(path) => Some(path.clone()),
+            ApiSocket::Fd(_) => None,
+        };
+        let api = self.api_socket.as_ref().and_then(|listen| path_of(&listen.socket));
+        let terminals = match serial.mode {
+            SerialMode::Tty => landlock::terminals().collect(),
+            SerialMode::Pty => vec!["/dev/ptmx".into(), "/dev/pts".into()],
+            _ => Vec::new(),
+        };
+        let named = [
+            ("--api-socket", api, Use::Serves),
+            ("--event-monitor", self.event_monitor.as_ref().and_then(path_of), Use::Streams),
+            ("--initramfs", self.initramfs.clone(), Use::Reads),
+            ("--kernel", self.kernel.clone(), Use::Reads),
+            ("--log-file", self.log_file.clone(), Use::Appends),
+            ("--pid-file", self.pid_file.clone(), Use::Replaces),
+            ("--serial", serial.file, Use::Appends),
+            ("--serial", serial.socket, Use::Serves),
+            ("--update-dir", self.update_dir.clone(), Use::Runs),
+        ];
+        let place = |(option, path, will)| Some(Place { option, path: path?, will });
+        let terminals = terminals.into_iter().map(|path| ("--serial", Some(path), Use::Drives));
+        named.into_iter().chain(terminals).filter_map(place).collect()
     }
 }
 
@@ -151,13 +199,27 @@ mod tests {
     }
 
     #[test]
+    fn every_path_of_the_command_line_is_a_place() {
+        let words = "theseus --landlock --api-socket /a --kernel /b --initramfs /c --serial file=/d --log-file /e
+            --event-monitor path=/f --pid-file /g --update-dir /h --landlock-rules path=/i,access=r path=/j,access=rw";
+        let cli = parse(words).unwrap();
+        let mut places: Vec<_> = cli.places().into_iter().map(|place| place.path).collect();
+        places.sort();
+        assert_eq!(places, ["/a", "/b", "/c", "/d", "/e", "/f", "/g", "/h"].map(PathBuf::from));
+        let config = cli.vm_config().unwrap();
+        assert!(config.landlock_enable && config.landlock_rules.as_ref().unwrap().len() == 2);
+        assert_eq!(parse("theseus --kernel /b --serial pty").unwrap().places()[2].path, PathBuf::from("/dev/pts"));
+        assert!(!parse("theseus --landlock false").unwrap().landlock);
+        assert!(parse("theseus --landlock-rules path=/i,access=r").unwrap_err().contains("--landlock"));
+    }
+
+    #[test]
     fn what_is_not_there_is_refused_by_name() {
         for (words, expected) in [
             ("--disk path=/x", "'--disk <disk>...': not supported by this build: pass a storage controller through"),
             ("--net tap=t0", "pass a NIC"),
             ("--firmware /f", "give a kernel"),
             ("--vsock cid=3,socket=/s", "not supported by this build"),
-            ("--landlock", "not supported by this build"),
         ] {
             let error = parse(&format!("theseus --kernel /k {words}")).unwrap_err();
             assert!(error.contains(expected), "{words}: {error}");

@@ -16,6 +16,7 @@ mod main_thread;
 mod memory_errors;
 mod notify;
 mod panics;
+mod sandbox;
 mod seams;
 mod signals;
 mod spin;
@@ -57,6 +58,7 @@ use logging::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
 use panics::panic_text;
+use sandbox::Confinement;
 use seams::Seams;
 use signals::Signals;
 use supervisor::Supervisor;
@@ -161,12 +163,14 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     }
     #[cfg(feature = "test-hooks")]
     cli.fault.iter().for_each(|fault| test_hooks::set_fault(fault));
+    let (confinement, notes) = cli.confine()?;
     // From here on in the VMM.
     let keeper = keeper::start().context("the VMM's process cannot be started: raise pids.max or RLIMIT_NPROC")?;
     LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
     cli.warnings().iter().for_each(|warning| log::warn!("{warning}"));
+    notes.iter().for_each(|note| log::warn!("{note}"));
     signals::warn_of_limits();
-    run(keeper, IfNone::Fail, |parts| boot(parts, cli))
+    run(keeper, IfNone::Fail, |parts| boot(parts, cli, confinement))
 }
 
 /// Starts the other threads, with what `prepare` boots or takes over, and then serves them. Returns the exit code.
@@ -248,6 +252,7 @@ impl Parts {
             server,
             peers: Peers::default(),
             supervisor,
+            confinement: Confinement::default(),
             events,
             vm: Vm::None,
             booting: None,
@@ -261,7 +266,7 @@ impl Parts {
     }
 }
 
-fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
+fn boot(parts: Parts, cli: &Cli, confinement: Confinement) -> anyhow::Result<Control> {
     let fd_store = FdStore::new();
     let hypervisor = Arc::new(Hypervisor::open(&fd_store)?);
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
@@ -283,6 +288,7 @@ fn boot(parts: Parts, cli: &Cli) -> anyhow::Result<Control> {
     let events = EventStream::open(cli.event_monitor.as_ref(), &host.fd_store)?;
     let peers = cli.api_socket.as_ref().map(|listen| listen.peers(&cli.api_uid)).unwrap_or_default();
     let mut control = parts.control(host, server, supervisor, events);
+    control.confinement = confinement;
     control.peers = peers;
     control.events.emit(VmmEvent::Starting {});
     if let Some(config) = config {
@@ -327,7 +333,7 @@ fn start_api(peers: Peers, listener: UnixListener, kept: Vec<KeptConnection>, qu
 fn take_over(parts: Parts, channel: &Channel, timeline: &Timeline, started: u64) -> anyhow::Result<Control> {
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
     let adopted = update::adopt::adopt(channel, timeline, requests, started).map_err(anyhow::Error::msg)?;
-    let Adopted { host, machine, config, was_shut_down, api, peers, supervisor, events } = adopted;
+    let Adopted { host, machine, config, was_shut_down, api, peers, supervisor, confinement, events } = adopted;
     // The guest runs: an API that cannot be served is no reason to lose it.
     let server = api.and_then(|api| {
         start_api(peers.clone(), api.listener, api.connections, &parts.queue)
@@ -336,6 +342,7 @@ fn take_over(parts: Parts, channel: &Channel, timeline: &Timeline, started: u64)
     });
     let mut control = parts.control(host, server, supervisor, events);
     control.peers = peers;
+    control.confinement = confinement;
     control.vm = match (machine, config) {
         (Some(mut machine), Some(config)) => {
             machine.populate();

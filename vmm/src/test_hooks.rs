@@ -10,6 +10,7 @@
 //! | `skip-state-check` | state that KVM would not take is saved all the same |
 //! | `counting-device` | a guest that boots has a device that counts (devices/src/counting.rs) |
 //! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
+//! | `probe` | questions that the target answers, asked for its verdict, in the file `probed` (test_hooks/probe.rs) |
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
@@ -32,6 +33,7 @@ use crate::seams::{Injected, Seams};
 use dma::DmaFaults;
 
 mod dma;
+mod probe;
 
 const VARIABLE: &str = "THESEUS_TEST_HOOKS";
 const FAULT: &str = "THESEUS_FAULT";
@@ -48,6 +50,11 @@ impl Seams for Hooks {
     fn state(&self, moment: &str, bytes: &mut Vec<u8>) {
         if fault_number(moment, "truncated").is_some() {
             bytes.truncate(bytes.len() / 2);
+        }
+        if moment == "check-update"
+            && let Some(questions) = path("probe")
+        {
+            probe::answer(&questions);
         }
         if moment == "check-update" && path("state-version").is_some() {
             // Behind the eight bytes of the magic number.

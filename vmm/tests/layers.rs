@@ -50,6 +50,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
         "vmm",
         &[
             "elf",
+            "sandbox",
             "seams",
             "test_hooks",
             "panics",

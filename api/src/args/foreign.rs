@@ -34,8 +34,6 @@ const OPTIONS: &[(&str, &str, Form)] = &[
     ("host-data", "host_data", One),
     ("igvm", "igvm", One),
     ("ivshmem", "ivshmem", One),
-    ("landlock", "landlock_enable", Flag),
-    ("landlock-rules", "landlock_rules", List),
     ("memory-zone", "zones", List),
     ("net", "net", List),
     ("no-shutdown", "no_shutdown", Flag),
@@ -150,7 +148,6 @@ mod tests {
             ("--balloon size=1G", "less memory"),
             ("--tpm socket=/s", "leave it out"),
             ("--watchdog", "watch the guest from outside"),
-            ("--landlock", "from outside"),
             ("--platform num_pci_segments=1,", "comma with nothing"),
         ];
         for (words, expected) in table {

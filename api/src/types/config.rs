@@ -33,6 +33,13 @@ pub struct VmConfig {
     pub serial: SerialConfig,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceConfig>,
+    /// Whether the VMM has to be confined by Landlock, which it is only where it was started so (`--landlock`). In the
+    /// answer of vm.info: whether it is.
+    #[serde(default)]
+    pub landlock_enable: bool,
+    /// What the VMM has to be let do. It is where it was started with rules that say as much (`--landlock-rules`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub landlock_rules: Option<Vec<LandlockConfig>>,
 }
 
 impl VmConfig {
@@ -171,6 +178,27 @@ pub struct DeviceConfig {
     /// Name of the VFIO container; default: the shared one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<String>,
+}
+
+/// What a VMM that is confined by Landlock may do with a file, or with a folder and all that is below it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct LandlockConfig {
+    pub path: PathBuf,
+    /// `r`: read and execute, `w`: write, create and remove, `rw`: both.
+    pub access: String,
+}
+
+impl LandlockConfig {
+    /// (reads, writes); none where `access` has another shape.
+    pub fn accesses(&self) -> Option<(bool, bool)> {
+        match self.access.as_str() {
+            "r" => Some((true, false)),
+            "w" => Some((false, true)),
+            "rw" | "wr" => Some((true, true)),
+            _ => None,
+        }
+    }
 }
 
 /// Bytes of `BB:DD.F`.

@@ -14,7 +14,6 @@ const FLAT: &str = "leave it out: the host's memory policy of the VMM (numactl) 
 const NOBODY: &str = "leave it out";
 const SEGMENTS: &str = "leave it out: a guest has one PCI segment, 0";
 const KERNEL: &str = "give a kernel (payload.kernel): a bzImage, or an ELF with a PVH note";
-const CONFINE: &str = "confine the VMM from outside, as by its systemd unit";
 pub(crate) const SAVED: &str = "the guest lives as long as the host does: vm.update replaces the VMM under it";
 pub(crate) const VSOCK: &str = "use the serial port or a passed-through NIC between host and guest";
 const SMBIOS: &str = "leave it out: a guest has no SMBIOS tables";
@@ -42,8 +41,6 @@ const INSTEAD: &[(&str, &str)] = &[
     ("iommufd", "leave it out: devices are passed through by VFIO type1"),
     ("ivshmem", NOBODY),
     ("kvm_hyperv", "leave it out: a guest is shown KVM, not Hyper-V"),
-    ("landlock_enable", CONFINE),
-    ("landlock_rules", CONFINE),
     ("max_phys_bits", "leave it out: a guest has as many as KVM can map"),
     ("mergeable", "leave it out: guest memory is shared, which KSM does not merge"),
     ("nested", "leave it out: nested virtualisation is hidden from guests"),

@@ -12,8 +12,8 @@ mod update;
 mod validate;
 
 pub use config::{
-    CpuAffinity, CpusConfig, DEFAULT_CONTAINER, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, MemoryConfig,
-    PayloadConfig, SerialConfig, SerialMode, VmConfig,
+    CpuAffinity, CpusConfig, DEFAULT_CONTAINER, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, LandlockConfig,
+    MemoryConfig, PayloadConfig, SerialConfig, SerialMode, VmConfig,
 };
 pub use event::{Event, EventLine, Threads, Timestamp, UpdateEvent, VmEvent, VmmEvent};
 pub(crate) use json::from_body;

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use super::config::{
-    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, MemoryConfig, PayloadConfig, SerialConfig,
-    SerialMode, VmConfig,
+    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, LandlockConfig, MemoryConfig, PayloadConfig,
+    SerialConfig, SerialMode, VmConfig,
 };
 
 /// Bytes.
@@ -23,7 +23,7 @@ impl VmConfig {
     /// # Errors
     /// One sentence for every problem, each naming its key and the remedy.
     pub fn validate(&self) -> Result<(), Vec<String>> {
-        let Self { cpus, memory, payload, serial, devices } = self;
+        let Self { cpus, memory, payload, serial, devices, landlock_enable, landlock_rules } = self;
         let mut problems = Vec::new();
 
         if !(1..=MAX_VCPUS).contains(&cpus.boot_vcpus) {
@@ -39,6 +39,11 @@ impl VmConfig {
         check_payload(payload, &mut problems);
         check_serial(serial, &mut problems);
         check_devices(devices, &mut problems);
+        let rules = landlock_rules.as_deref().unwrap_or_default();
+        if !landlock_enable && !rules.is_empty() {
+            problems.push("landlock_rules are set without landlock_enable: set both".into());
+        }
+        check_landlock(rules, &mut problems);
 
         if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
@@ -131,6 +136,15 @@ fn check_devices(devices: &[DeviceConfig], problems: &mut Vec<String>) {
         }
         if let Some(name) = container {
             check_name(&format!("devices[{i}].container"), name, problems);
+        }
+    }
+}
+
+fn check_landlock(rules: &[LandlockConfig], problems: &mut Vec<String>) {
+    for (i, rule) in rules.iter().enumerate() {
+        check_path(&format!("landlock_rules[{i}].path"), &rule.path, problems);
+        if rule.accesses().is_none() {
+            problems.push(format!("landlock_rules[{i}].access is {:?}: give r, w or rw", rule.access));
         }
     }
 }

@@ -5,6 +5,7 @@ pub mod boot;
 pub mod booting;
 pub mod bounds;
 pub mod cell;
+mod confined;
 mod connections;
 mod deaths;
 mod failures;
@@ -96,6 +97,7 @@ const CASES: &[Case] = &[
     plain("update_plain", update::plain),
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
+    plain("confined_by_landlock", confined::by_landlock),
     plain("keeper_signals", keeper::signals),
     plain("keeper_settings", keeper::settings),
     plain("fatal_signals_unblocked", keeper::fatal_signals),

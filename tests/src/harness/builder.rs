@@ -233,6 +233,7 @@ impl Builder {
             user: self.user,
             terminal: None,
             limit: None,
+            confined: false,
         };
         let mut vm = Vm::spawn(&self.binary, &args, &setting)?;
         vm.cpus = self.cpus;

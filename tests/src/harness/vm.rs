@@ -54,6 +54,8 @@ pub struct Setting<'a> {
     pub terminal: Option<&'a File>,
     /// A limit, and its soft value.
     pub limit: Option<(libc::__rlimit_resource_t, u64)>,
+    /// By Landlock, but for its switches.
+    pub confined: bool,
 }
 
 impl Default for Setting<'_> {
@@ -68,6 +70,7 @@ impl Default for Setting<'_> {
             user: None,
             terminal: None,
             limit: None,
+            confined: false,
         }
     }
 }
@@ -126,6 +129,10 @@ impl Vm {
         command.arg("--pid-file").arg(dir.join("pid")).arg("--event-monitor").arg(dir.join("events"));
         if setting.serial {
             command.arg("--serial").arg(format!("socket={}", dir.join("serial").display()));
+        }
+        if setting.confined {
+            let rule = format!("path={},access=rw", dir.join("hooks").display());
+            command.args(["--landlock", "--landlock-rules", &rule]);
         }
         if setting.hooks {
             command.env(hooks::ENV, dir.join("hooks"));

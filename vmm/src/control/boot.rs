@@ -151,22 +151,23 @@ impl Control {
             (Wish::CommandLine, Ok(())) => self.keeper.notify(crate::notify::READY),
             (Wish::Reset { .. }, Ok(())) => {}
             (Wish::CommandLine, Err(error)) => {
-                let reason = ApiError::chain(500, &error).to_string();
+                let reason = self.explained(ApiError::chain(500, &error)).to_string();
                 let what = format!("the guest cannot be booted: {reason}");
                 self.events.emit(VmEvent::Failed { reason });
                 self.end(crate::EXIT_FAILURE, None);
                 crate::emit(std::io::stderr(), &what);
             }
             (Wish::Reset { .. }, Err(error)) => {
+                let error = self.explained(ApiError::chain(500, &error));
                 let reason = format!("it has reset itself, and cannot be booted again: {error}");
                 log::error!("{reason}");
                 self.guest_failed(&reason);
             }
             (Wish::Boot(reply) | Wish::Reboot(reply), Ok(())) => reply.send(Ok(Body::Empty)),
-            (Wish::Boot(reply), Err(error)) => reply.send(Err(ApiError::chain(500, &error))),
+            (Wish::Boot(reply), Err(error)) => reply.send(Err(self.explained(ApiError::chain(500, &error)))),
             (Wish::Reboot(reply), Err(error)) => {
                 self.events.emit(VmEvent::Shutdown {});
-                reply.send(Err(ApiError::chain(500, &error)));
+                reply.send(Err(self.explained(ApiError::chain(500, &error))));
             }
         }
     }

@@ -23,6 +23,7 @@ use crate::events::EventStream;
 use crate::keeper::Keeper;
 use crate::machine::{Host, Machine};
 use crate::main_thread::MainThread;
+use crate::sandbox::Confinement;
 use crate::signals::Signals;
 use crate::supervisor::Supervisor;
 pub use boot::{Booting, UnderWay, Wish};
@@ -44,6 +45,7 @@ pub struct Control {
     /// Whom it lets in.
     pub peers: Peers,
     pub supervisor: Supervisor,
+    pub confinement: Confinement,
     pub events: EventStream,
     pub vm: Vm,
     /// The boot that is under way.

@@ -90,11 +90,21 @@ impl Control {
     }
 
     fn create(&mut self, config: VmConfig) -> Reply {
+        let refusals = self.confinement.refusals(&config);
+        if !refusals.is_empty() {
+            return Err(ApiError::bad_request("the VM is refused").because(refusals));
+        }
         let PayloadConfig { kernel, initramfs, cmdline: _ } = &config.payload;
         let looked = kernel.iter().chain(initramfs).try_for_each(|path| boot::look_at(path));
-        looked.map_err(|error| ApiError::chain(400, &error))?;
+        looked.map_err(|error| self.explained(ApiError::chain(400, &error)))?;
         self.vm = Vm::Created(config);
         Ok(Body::Empty)
+    }
+
+    /// An error with what Landlock may have to do with it.
+    pub(super) fn explained(&self, error: ApiError) -> ApiError {
+        let remedy = self.confinement.remedy(&error.to_string());
+        error.because(remedy)
     }
 
     fn on_machine(&mut self, act: impl FnOnce(&mut Machine) -> Result<(), MachineError>) -> Reply {
@@ -131,6 +141,7 @@ impl Control {
         };
         let machine = self.vm.machine();
         let mut shown = config.clone().settled();
+        shown.landlock_enable = self.confinement.landlock.is_some();
         if shown.serial.mode == SerialMode::Pty {
             shown.serial.file = machine.and_then(Machine::pty);
         }

@@ -114,6 +114,7 @@ impl Control {
             keeper: &self.keeper,
             main: &self.main,
             supervisor: &self.supervisor,
+            confinement: &self.confinement,
             events: &self.events,
             server: self.server.as_ref(),
             peers: &self.peers,
@@ -131,7 +132,9 @@ impl Control {
         let told = serde_json::to_value(&report);
         self.events.emit(UpdateEvent::from(report.clone()));
         let answer: Reply = match outcome {
-            UpdateOutcome::Refused => Err(ApiError::conflict("the update is refused").because(report.reasons)),
+            UpdateOutcome::Refused => {
+                Err(self.explained(ApiError::conflict("the update is refused").because(report.reasons)))
+            }
             _ => told.map(Body::Json).map_err(|error| ApiError::internal(error.to_string())),
         };
         reply.send(answer);

@@ -52,7 +52,7 @@ pub struct PassthroughSpec {
 impl MachineSpec {
     /// Of a valid configuration ([`VmConfig::validate`]) that is settled.
     pub fn of(config: &VmConfig) -> Result<Self, MachineError> {
-        let VmConfig { cpus, memory, payload, serial, devices } = config;
+        let VmConfig { cpus, memory, payload, serial, devices, landlock_enable: _, landlock_rules: _ } = config;
         let CpusConfig { boot_vcpus, max_vcpus: _, affinity } = cpus;
         let PayloadConfig { kernel, initramfs, cmdline } = payload;
         let kernel = kernel.clone().ok_or_else(|| MachineError::Config("no kernel: give payload.kernel".into()))?;

@@ -25,6 +25,7 @@ use crate::events::EventStream;
 use crate::logging::LogConfig;
 use crate::machine::restore::Prewarmed;
 use crate::machine::{Host, Machine};
+use crate::sandbox::Confinement;
 use crate::supervisor::Supervisor;
 use crate::timeline::{Phase, Timeline};
 
@@ -37,6 +38,7 @@ pub struct Adopted {
     pub api: Option<AdoptedApi>,
     pub peers: Peers,
     pub supervisor: Supervisor,
+    pub confinement: Confinement,
     pub events: EventStream,
 }
 
@@ -128,9 +130,9 @@ pub fn adopt(
     events.emit(UpdateEvent::from(report.clone()));
     let api = api.map(|api| api.open(&report)).transpose();
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
-    let Handover { was_shut_down, peers, .. } = handover;
-    let peers = Peers::restore(peers);
-    Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, events })
+    let Handover { was_shut_down, peers, confinement, .. } = handover;
+    let (peers, confinement) = (Peers::restore(peers), Confinement::restore(confinement));
+    Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, confinement, events })
 }
 
 fn open(bytes: &[u8]) -> Result<Opened<'_>, UpdateError> {

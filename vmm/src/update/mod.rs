@@ -40,6 +40,7 @@ use crate::keeper::{self, Keeper};
 use crate::machine::{Host, Machine};
 use crate::main_thread::MainThread;
 use crate::panics::panic_text;
+use crate::sandbox::Confinement;
 use crate::supervisor::Supervisor;
 use crate::timeline::{Phase, Timeline};
 pub use error::{Undone, UpdateError};
@@ -57,6 +58,7 @@ pub struct UpdateContext<'a> {
     pub keeper: &'a Arc<Keeper>,
     pub main: &'a MainThread,
     pub supervisor: &'a Supervisor,
+    pub confinement: &'a Confinement,
     pub events: &'a EventStream,
     pub server: Option<&'a Server>,
     pub peers: &'a theseus_api::access::Peers,

@@ -14,6 +14,7 @@ use crate::build_info;
 use crate::logging::{LogConfig, LogHandles};
 use crate::machine::MachineError;
 use crate::machine::state::{self, MachineState};
+use crate::sandbox::ConfinementHandles;
 use crate::supervisor::SupervisorHandles;
 use crate::vcpus::saved::EncodedVcpu;
 
@@ -30,6 +31,8 @@ pub struct Handover {
     pub target: Option<PathBuf>,
     #[serde(default)]
     pub supervisor: SupervisorHandles,
+    #[serde(default)]
+    pub confinement: ConfinementHandles,
     #[serde(default)]
     pub events: Option<Slot>,
     /// How this process logs: parsing the command line again would cost a part of the pause.
@@ -112,6 +115,7 @@ impl Handover {
             from: BuildHandles { version: version.clone(), build_id: build_id.clone() },
             target,
             supervisor: subject.supervisor.save(),
+            confinement: subject.confinement.save(),
             events: subject.events.slot(),
             log: LogConfig::in_use().save(),
             kvm: subject.host.hypervisor.kept().slot(),

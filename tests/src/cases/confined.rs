@@ -1,0 +1,167 @@
+//! An exploit's view of what confines a VMM: itself, or a child of its main thread, tries what it must not be able to
+//! do (`vmm/src/test_hooks/probe.rs`), over updates and roll backs.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::{
+    cases::{MANY, note},
+    harness::{
+        hooks::Switch,
+        lab,
+        report::Report,
+        vm::{Setting, Vm},
+    },
+    native::guest,
+};
+
+/// Folders of a VMM that is confined, and what is outside of them.
+struct Places {
+    root: PathBuf,
+}
+
+impl Places {
+    fn new() -> Result<Self> {
+        let root = std::env::temp_dir().join(format!("confined-{}", std::process::id()));
+        for folder in ["guest", "builds", "log", "outside"] {
+            fs::create_dir_all(root.join(folder))?;
+        }
+        guest::write(&root.join("guest/kernel"), 128 << 20)?;
+        fs::copy(root.join("guest/kernel"), root.join("outside/kernel"))?;
+        for build in ["theseus-a", "theseus-b"] {
+            fs::copy(lab::bin(build)?, root.join("builds").join(build))?;
+            fs::copy(lab::bin(build)?, root.join("outside").join(build))?;
+        }
+        Ok(Self { root })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.root);
+    }
+}
+
+/// What the build in the file `target` answers, asked for its verdict, to questions of `probe`.
+fn probed(vm: &Vm, target: &Path, questions: &[String]) -> Result<Vec<String>> {
+    let asked = Switch::with(&vm.dir, "probe", &questions.join("\n"))?;
+    let body = json!({ "binary": target, "dry_run": true, "allow_downgrade": true }).to_string();
+    let answer = vm.api.put("vm.update", &body)?;
+    ensure!(answer.ok(), "{answer:?}");
+    drop(asked);
+    let told = vm.dir.join("hooks/probed");
+    let text = fs::read_to_string(&told).context("no answers: is this a build with test hooks?")?;
+    fs::remove_file(told)?;
+    let answers = text.lines().zip(questions).map(|(line, question)| line.replacen(&format!("{question}: "), "", 1));
+    Ok(answers.collect())
+}
+
+fn rolled_back(vm: &Vm, fault: &str, binary: &Path) -> Result<()> {
+    let fault = Switch::with(&vm.dir, "fault", fault)?;
+    let answer = vm.ask_update(binary)?;
+    drop(fault);
+    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+    ensure!(report.outcome == "rolled_back" && report.pid == vm.pid(), "{report:?}");
+    Ok(())
+}
+
+/// A VMM with `--landlock` opens nothing outside of its rules, from its start on and in every later image; and all that
+/// it has to open it can: builds, kernels, its log. There is one layer, however many images there were.
+pub fn by_landlock() -> Result<()> {
+    let places = Places::new()?;
+    let [kernel, log] = ["guest/kernel", "log/log"].map(|name| places.text(name));
+    let options = ["--kernel", &kernel, "--memory", "size=128M", "--log-file", &log, "--update-dir"];
+    let args: Vec<_> = options.into_iter().map(str::to_owned).chain([places.text("builds")]).collect();
+    let setting = Setting { confined: true, ..Setting::default() };
+    let mut vm = Vm::spawn("theseus-a", &args, &setting)?.booted()?;
+    ensure!(vm.info()?["config"]["landlock_enable"] == true, "{}", vm.info()?);
+
+    let outside = ["outside/kernel", "outside"].map(|name| places.text(name));
+    let denied = ["/", "/etc/passwd", "/dev", "/usr/bin", &outside[0], &outside[1]].map(|path| format!("read {path}"));
+    let denied = denied
+        .into_iter()
+        .chain(["/etc/passwd", &outside[0], "/proc/sys/kernel/core_pattern"].map(|path| format!("write {path}")));
+    let allowed = [format!("read {kernel}"), format!("write {log}"), "read /proc/self/status".into()];
+    let questions: Vec<_> = ["layers".into()].into_iter().chain(denied).chain(allowed.clone()).collect();
+    let check = |vm: &Vm, when: &str| -> Result<()> {
+        for (question, answer) in questions.iter().zip(probed(vm, &places.path("builds/theseus-a"), &questions)?) {
+            let wanted = match question.as_str() {
+                "layers" => "1",
+                _ if allowed.contains(question) => "ok",
+                _ => "13",
+            };
+            ensure!(answer == wanted, "{when}: {question}: {answer}, not {wanted}");
+        }
+        Ok(())
+    };
+    check(&vm, "at the start")?;
+    for update in 1..=MANY / 2 {
+        for build in ["builds/theseus-b", "builds/theseus-a"] {
+            vm.update_to(&places.path(build))?;
+        }
+        if update % 5 == 0 {
+            check(&vm, &format!("after {update} updates there and back"))?;
+        }
+    }
+    // A log that was rotated is made anew by the next image.
+    fs::rename(&log, places.path("log/log.1"))?;
+    vm.update_to(&places.path("builds/theseus-b"))?;
+    vm.note_update();
+    ensure!(Path::new(&log).exists(), "no new log");
+    // The way back is to a file that has no name any more.
+    fs::remove_file(places.path("builds/theseus-b"))?;
+    for fault in ["prewarm:error", "remap:kill", "claim:abort"] {
+        rolled_back(&vm, fault, &places.path("builds/theseus-a"))?;
+    }
+    check(&vm, "after roll backs")?;
+    vm.update_to(&places.path("builds/theseus-a"))?;
+    vm.note_update();
+
+    let answer = vm.ask_update(&places.path("outside/theseus-b"))?;
+    ensure!(answer.status == 409 && answer.causes()?.join(" ").contains("--landlock-rules"), "{answer:?}");
+    // Its kernel may be another file by the next boot.
+    let new = places.path("guest/new");
+    fs::copy(&kernel, &new)?;
+    fs::rename(&new, &kernel)?;
+    vm.api.order("vm.reboot")?;
+    vm.api.order("vm.delete")?;
+    let config = |kernel: &str| json!({ "memory": { "size": 128u64 << 20 }, "payload": { "kernel": kernel } });
+    let answer = vm.api.put("vm.create", &config(&outside[0]).to_string())?;
+    ensure!(answer.ok(), "{answer:?}");
+    let answer = vm.api.put("vm.boot", "")?;
+    let causes = answer.causes()?.join(" ");
+    let said = causes.contains("Permission denied") && causes.contains("--landlock-rules");
+    ensure!(answer.status == 500 && said, "{answer:?}");
+    vm.api.order("vm.delete")?;
+    let mut asks = config(&kernel);
+    asks["landlock_enable"] = json!(true);
+    asks["landlock_rules"] = json!([{ "path": outside[1], "access": "r" }]);
+    let answer = vm.api.put("vm.create", &asks.to_string())?;
+    ensure!(answer.status == 400 && answer.causes()?.join(" ").contains(&outside[1]), "{answer:?}");
+    asks["landlock_rules"] = json!(null);
+    let answer = vm.api.put("vm.create", &asks.to_string())?;
+    ensure!(answer.ok(), "{answer:?}");
+    vm.api.order("vm.boot")?;
+    vm.update_to(&lab::bin("theseus-b")?).err().context("a build outside of --update-dir")?;
+    check(&vm, "at last")?;
+    note(format_args!("{} images, one layer", MANY + 6));
+
+    let vm = Vm::api_only()?;
+    asks["landlock_enable"] = json!(true);
+    let answer = vm.api.put("vm.create", &asks.to_string())?;
+    ensure!(answer.status == 400 && answer.causes()?.join(" ").contains("start it with --landlock"), "{answer:?}");
+    Ok(())
+}
