@@ -10,6 +10,7 @@ use theseus_api::types::{
 };
 
 use crate::sandbox::{Confinement, LandlockError, Place, Use, landlock};
+use crate::update;
 
 /// A VMM that can be replaced under its running guest.
 #[derive(Parser, Debug)]
@@ -50,9 +51,16 @@ pub struct Cli {
     /// Where the PID is written, and written again should an update that failed have changed it.
     #[arg(long)]
     pub pid_file: Option<PathBuf>,
-    /// The only folder (with those below it) that a build to update to may be in.
+    /// The only folder (with those below it) that a build to update to may be in; default: where this program is.
     #[arg(long)]
     pub update_dir: Option<PathBuf>,
+    /// A public key of minisign: a build to update to must be signed by it (BINARY.minisig). Given several times, by any
+    /// of them.
+    #[arg(long, value_name = "FILE")]
+    pub update_key: Vec<PathBuf>,
+    /// An older build may be updated to in spite of --update-key, where the request says allow_downgrade.
+    #[arg(long, requires = "update_key")]
+    pub allow_downgrade: bool,
     /// What a guest's reset is: the guest is booted again in this process, or the process ends with exit code 3.
     #[arg(long, value_enum, default_value_t)]
     pub on_reset: OnReset,
@@ -126,8 +134,16 @@ impl Cli {
     /// Confines this process as its options ask, before it has a second thread or process. Returns what the log has to
     /// say of it, too.
     pub fn confine(&self) -> Result<(Confinement, Vec<String>), LandlockError> {
-        let notes = if self.landlock { landlock::restrict(&self.places(), &self.landlock_rules)? } else { Vec::new() };
+        let places = || self.places().into_iter().chain(self.default_folder()).collect::<Vec<_>>();
+        let notes = if self.landlock { landlock::restrict(&places(), &self.landlock_rules)? } else { Vec::new() };
         Ok((Confinement { landlock: self.landlock.then(|| self.landlock_rules.clone()) }, notes))
+    }
+
+    /// Where builds to update to are where no option says so (`Supervisor::fence`); not, if that is everywhere.
+    fn default_folder(&self) -> Option<Place> {
+        let name = update::target::started_from().filter(|_| self.update_dir.is_none())?;
+        let folder = name.parent().filter(|folder| folder.parent().is_some())?;
+        Some(Place { option: "--update-dir", path: folder.into(), will: Use::Runs })
     }
 
     /// What it will open in its life, as far as the options say.
@@ -211,6 +227,13 @@ mod tests {
         assert_eq!(parse("theseus --kernel /b --serial pty").unwrap().places()[2].path, PathBuf::from("/dev/pts"));
         assert!(!parse("theseus --landlock false").unwrap().landlock);
         assert!(parse("theseus --landlock-rules path=/i,access=r").unwrap_err().contains("--landlock"));
+    }
+
+    #[test]
+    fn going_back_in_spite_of_keys_takes_a_key() {
+        let both = parse("theseus --update-key /a --update-key /b --allow-downgrade").unwrap();
+        assert!(both.allow_downgrade && both.update_key.len() == 2);
+        assert!(parse("theseus --allow-downgrade").unwrap_err().contains("--update-key"));
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod panics;
 mod sandbox;
 mod seams;
 mod signals;
+mod small_file;
 mod spin;
 mod supervisor;
 mod talk;
@@ -26,6 +27,7 @@ mod talk;
 mod test_hooks;
 mod timeline;
 mod update;
+mod update_key;
 mod vcpus;
 
 use std::io::Write;
@@ -64,6 +66,7 @@ use signals::Signals;
 use supervisor::Supervisor;
 use timeline::Timeline;
 use update::adopt::Adopted;
+use update_key::UpdateKey;
 
 /// The API or a signal asked the VMM to end.
 pub const EXIT_OK: i32 = 0;
@@ -163,6 +166,8 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     }
     #[cfg(feature = "test-hooks")]
     cli.fault.iter().for_each(|fault| test_hooks::set_fault(fault));
+    // Whoever is confined need not be let at them.
+    let keys = cli.update_key.iter().map(|path| UpdateKey::read(path)).collect::<Result<Vec<_>, _>>()?;
     let (confinement, notes) = cli.confine()?;
     // From here on in the VMM.
     let keeper = keeper::start().context("the VMM's process cannot be started: raise pids.max or RLIMIT_NPROC")?;
@@ -170,7 +175,7 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     cli.warnings().iter().for_each(|warning| log::warn!("{warning}"));
     notes.iter().for_each(|note| log::warn!("{note}"));
     signals::warn_of_limits();
-    run(keeper, IfNone::Fail, |parts| boot(parts, cli, confinement))
+    run(keeper, IfNone::Fail, |parts| boot(parts, cli, confinement, keys))
 }
 
 /// Starts the other threads, with what `prepare` boots or takes over, and then serves them. Returns the exit code.
@@ -266,7 +271,7 @@ impl Parts {
     }
 }
 
-fn boot(parts: Parts, cli: &Cli, confinement: Confinement) -> anyhow::Result<Control> {
+fn boot(parts: Parts, cli: &Cli, confinement: Confinement, keys: Vec<UpdateKey>) -> anyhow::Result<Control> {
     let fd_store = FdStore::new();
     let hypervisor = Arc::new(Hypervisor::open(&fd_store)?);
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());
@@ -283,7 +288,10 @@ fn boot(parts: Parts, cli: &Cli, confinement: Confinement) -> anyhow::Result<Con
     let server = cli.api_socket.as_ref().map(|listen| serve_api(listen, &cli.api_uid, &parts.queue)).transpose()?;
     let ends_on_reset = cli.on_reset == OnReset::Exit;
     let mut supervisor = Supervisor::new(cli.pid_file.clone(), cli.update_dir.clone(), ends_on_reset);
-    supervisor.is_started_from(update::target::started_from());
+    supervisor.believes(keys, cli.allow_downgrade);
+    let name = update::target::started_from();
+    supervisor.begins_as(update::target::default_path(name.as_deref()).context("/proc/self/exe")?);
+    supervisor.is_started_from(name);
     supervisor.write_pid_file()?;
     let events = EventStream::open(cli.event_monitor.as_ref(), &host.fd_store)?;
     let peers = cli.api_socket.as_ref().map(|listen| listen.peers(&cli.api_uid)).unwrap_or_default();

@@ -11,6 +11,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use crate::notify;
+use crate::update_key::UpdateKey;
 
 /// What the command line says of it; goes over with every update.
 #[derive(Clone, Debug, Default)]
@@ -20,6 +21,12 @@ pub struct Supervisor {
     /// A guest's reset ends the process, instead of the guest being booted again.
     ends_on_reset: bool,
     started_from: Option<PathBuf>,
+    /// The name by which the first VMM of this guest was started.
+    began_as: Option<PathBuf>,
+    /// Who must have signed a build to update to; nobody if there are none.
+    update_keys: Vec<UpdateKey>,
+    /// An older build may be updated to in spite of keys.
+    allows_downgrade: bool,
 }
 
 /// [`Supervisor`] in the saved state.
@@ -30,22 +37,58 @@ pub struct SupervisorHandles {
     update_dir: Option<PathBuf>,
     ends_on_reset: bool,
     started_from: Option<PathBuf>,
+    began_as: Option<PathBuf>,
+    update_keys: Vec<UpdateKey>,
+    allows_downgrade: bool,
+}
+
+/// Where a build to update to has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fence<'a> {
+    pub folder: &'a Path,
+    /// It was chosen (`--update-dir`), and is not what it is by default.
+    pub is_chosen: bool,
 }
 
 impl Supervisor {
     pub fn save(&self) -> SupervisorHandles {
-        let Self { pid_file, update_dir, ends_on_reset, started_from } = self.clone();
-        SupervisorHandles { pid_file, update_dir, ends_on_reset, started_from }
+        let Self { pid_file, update_dir, ends_on_reset, started_from, began_as, update_keys, allows_downgrade } =
+            self.clone();
+        SupervisorHandles { pid_file, update_dir, ends_on_reset, started_from, began_as, update_keys, allows_downgrade }
     }
 
     pub fn restore(handles: SupervisorHandles) -> Self {
-        let SupervisorHandles { pid_file, update_dir, ends_on_reset, started_from } = handles;
-        Self { pid_file, update_dir, ends_on_reset, started_from }
+        let SupervisorHandles {
+            pid_file,
+            update_dir,
+            ends_on_reset,
+            started_from,
+            began_as,
+            update_keys,
+            allows_downgrade,
+        } = handles;
+        Self { pid_file, update_dir, ends_on_reset, started_from, began_as, update_keys, allows_downgrade }
     }
 
-    /// `update_dir`: where builds to update to must be; anywhere if there is none.
+    /// `update_dir`: where builds to update to must be; see [`Supervisor::fence`] for what it is by default.
     pub fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>, ends_on_reset: bool) -> Self {
-        Self { pid_file, update_dir, ends_on_reset, started_from: None }
+        Self { pid_file, update_dir, ends_on_reset, ..Self::default() }
+    }
+
+    /// `keys`: who must have signed a build to update to. Without any that is asked of none, and `allows_downgrade`
+    /// means nothing.
+    pub fn believes(&mut self, keys: Vec<UpdateKey>, allows_downgrade: bool) {
+        self.update_keys = keys;
+        self.allows_downgrade = allows_downgrade;
+    }
+
+    pub fn update_keys(&self) -> &[UpdateKey] {
+        &self.update_keys
+    }
+
+    /// Whether an update may lead to an older build, if its request says so.
+    pub fn allows_downgrade(&self) -> bool {
+        self.update_keys.is_empty() || self.allows_downgrade
     }
 
     pub fn ends_on_reset(&self) -> bool {
@@ -61,8 +104,22 @@ impl Supervisor {
         self.started_from.as_deref()
     }
 
-    pub fn update_dir(&self) -> Option<&Path> {
-        self.update_dir.as_deref()
+    /// The first VMM of this guest was started by this name.
+    pub fn begins_as(&mut self, name: PathBuf) {
+        self.began_as = Some(name);
+    }
+
+    /// Where the build called `name` has to be. By default, in the folder of the name that the first VMM was started
+    /// by. That name itself may lead anywhere, as a symbolic link that package upgrades move does: it is the choice of
+    /// who has started the VMM, and of no client of the API. None: anywhere.
+    pub fn fence(&self, name: &Path) -> Option<Fence<'_>> {
+        match (&self.update_dir, &self.began_as) {
+            (Some(folder), _) => Some(Fence { folder, is_chosen: true }),
+            (None, Some(began_as)) if began_as != name => {
+                began_as.parent().map(|folder| Fence { folder, is_chosen: false })
+            }
+            (None, _) => None,
+        }
     }
 
     /// Replaces the file as a whole: nobody reads half a number.
@@ -99,7 +156,46 @@ fn replace(new: &Path, path: &Path, text: &str) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+
+    #[test]
+    fn builds_are_beside_the_first_one_but_for_its_own_name() {
+        let mut supervisor = Supervisor::new(None, None, false);
+        assert_eq!(supervisor.fence(Path::new("/home/x")), None, "started by a build that knew of no such folder");
+        supervisor.begins_as("/usr/bin/theseus".into());
+        let fence = Some(Fence { folder: Path::new("/usr/bin"), is_chosen: false });
+        // The name of an update is no exception, nor is its folder the next one's fence.
+        supervisor.is_started_from(Some("/usr/bin/new/theseus".into()));
+        let next = Supervisor::restore(supervisor.save());
+        for name in ["/usr/bin/theseus.new", "/usr/bin/new/theseus", "/home/x", "/usr/bin/new/../theseus"] {
+            assert_eq!(next.fence(Path::new(name)), fence, "{name}");
+        }
+        assert_eq!(next.fence(Path::new("/usr/bin/theseus")), None);
+        let chosen = Supervisor { update_dir: Some("/opt".into()), ..supervisor };
+        let fence = Some(Fence { folder: Path::new("/opt"), is_chosen: true });
+        assert_eq!(chosen.fence(Path::new("/usr/bin/theseus")), fence);
+    }
+
+    #[test]
+    fn what_is_believed_goes_over() {
+        let mut supervisor = Supervisor::default();
+        assert!(supervisor.allows_downgrade() && supervisor.update_keys().is_empty());
+        let key = UpdateKey::try_from(crate::update_key::EXAMPLE.to_owned()).unwrap();
+        supervisor.believes(vec![key.clone()], false);
+        assert!(!supervisor.allows_downgrade());
+        let bytes = rmp_serde::to_vec_named(&supervisor.save()).unwrap();
+        let next = Supervisor::restore(rmp_serde::from_slice(&bytes).unwrap());
+        assert_eq!(next.update_keys(), [key]);
+        assert!(!next.allows_downgrade());
+        supervisor.believes(next.update_keys, true);
+        assert!(Supervisor::restore(supervisor.save()).allows_downgrade());
+        // A key that is none is an error, not a VMM that believes everybody.
+        let wrong = BTreeMap::from([("update_keys", ["RWQ"])]);
+        let read = rmp_serde::from_slice::<SupervisorHandles>(&rmp_serde::to_vec_named(&wrong).unwrap());
+        assert!(read.unwrap_err().to_string().contains("not a public key"));
+    }
 
     #[test]
     fn the_pid_file_is_replaced() {

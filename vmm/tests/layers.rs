@@ -51,6 +51,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
         &[
             "elf",
             "sandbox",
+            "small_file",
             "seams",
             "test_hooks",
             "panics",
@@ -69,6 +70,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
             "keeper",
             "ending",
             "events",
+            "update_key",
             "supervisor",
             "main_thread",
             "machine",

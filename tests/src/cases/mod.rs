@@ -22,6 +22,7 @@ mod probes;
 mod resources;
 pub mod rollback;
 mod serial;
+mod signed;
 mod target;
 mod time;
 mod traffic;
@@ -115,6 +116,7 @@ const CASES: &[Case] = &[
     plain("ch_remote", operator::ch_remote),
     plain("target_rewritten", target::rewritten),
     plain("target_of_the_own_name", target::own_name),
+    plain("target_signed", signed::builds),
     plain("meets_another_update", meetings::two_updates_at_once),
     plain("meets_boot", meetings::guest_boots),
     plain("meets_other_requests", meetings::other_requests),

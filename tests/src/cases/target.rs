@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -112,10 +112,12 @@ pub fn of_others() -> Result<()> {
 
 /// The VMM was started by a symbolic link, which every package upgrade moves to another folder, while the folder before
 /// is removed. An update without a file's name is to what the link leads to now: after an update, and after one that
-/// was undone, too.
+/// was undone, too. Any other file has to be beside the link.
 pub fn own_name() -> Result<()> {
     let dir = std::env::temp_dir().join(format!("releases-{}", std::process::id()));
-    let link = dir.join("theseus");
+    let folder = dir.join("bin");
+    fs::create_dir_all(&folder)?;
+    let link = folder.join("theseus");
     let release = |number: u32, build: &str| -> Result<()> {
         let folder = dir.join(number.to_string());
         fs::create_dir_all(&folder)?;
@@ -129,9 +131,9 @@ pub fn own_name() -> Result<()> {
     };
     release(1, "theseus-a")?;
     let vm = Vm::api_only_from(&link)?;
-    let update = |wanted: &str| -> Result<()> {
+    let update = |body: Value, wanted: &str| -> Result<()> {
         let before = vm.ping()?;
-        let answer = vm.api.put("vm.update", "{}")?;
+        let answer = vm.api.put("vm.update", &body.to_string())?;
         ensure!(answer.status == 200, "{answer:?}");
         let report: Report = answer.json()?;
         ensure!(report.outcome == wanted, "{report:?}");
@@ -139,13 +141,28 @@ pub fn own_name() -> Result<()> {
         vm.settled_facts()?;
         Ok(())
     };
+    let elsewhere = copy("theseus-b", &dir.join("theseus-b"), 0)?;
+    let leads_out = folder.join("out");
+    symlink(&elsewhere, &leads_out)?;
+    let refused = || -> Result<()> {
+        for target in [&elsewhere, &leads_out] {
+            let told = End::Refused.reasons(&vm.ask_update(target)?)?;
+            ensure!(told.contains("/bin, where this VMM was started from: copy it there"), "{told}");
+        }
+        Ok(())
+    };
+    refused()?;
     release(2, "theseus-b")?;
-    update("updated")?;
+    update(json!({}), "updated")?;
+    refused()?;
     release(3, "theseus-a")?;
     let fault = Switch::with(&vm.dir, "fault", "commit:error")?;
-    update("rolled_back")?;
+    update(json!({}), "rolled_back")?;
     drop(fault);
-    update("updated")?;
+    update(json!({}), "updated")?;
+    update(json!({ "binary": copy("theseus-b", &folder.join("beside"), 0)? }), "updated")?;
+    refused()?;
+    update(json!({ "binary": link }), "updated")?;
     fs::remove_dir_all(&dir)?;
     Ok(())
 }

@@ -234,6 +234,7 @@ impl Builder {
             terminal: None,
             limit: None,
             confined: false,
+            anywhere: true,
         };
         let mut vm = Vm::spawn(&self.binary, &args, &setting)?;
         vm.cpus = self.cpus;

@@ -56,6 +56,8 @@ pub struct Setting<'a> {
     pub limit: Option<(libc::__rlimit_resource_t, u64)>,
     /// By Landlock, but for its switches.
     pub confined: bool,
+    /// Builds to update to may be anywhere, unless it is confined or the arguments say otherwise.
+    pub anywhere: bool,
 }
 
 impl Default for Setting<'_> {
@@ -71,6 +73,7 @@ impl Default for Setting<'_> {
             terminal: None,
             limit: None,
             confined: false,
+            anywhere: true,
         }
     }
 }
@@ -87,9 +90,10 @@ impl Vm {
         Self::spawn("theseus-a", &[], &Setting::default())
     }
 
-    /// The same of the file at `path`.
+    /// The same of the file at `path`. Builds to update to are where they have to be by default.
     pub fn api_only_from(path: &Path) -> Result<Self> {
-        Self::spawn(&path.display().to_string(), &[], &Setting::default())
+        let setting = Setting { anywhere: false, ..Setting::default() };
+        Self::spawn(&path.display().to_string(), &[], &setting)
     }
 
     /// The VMM with these arguments beside those that every VMM gets: there is no agent to talk to.
@@ -127,6 +131,9 @@ impl Vm {
         let mut command = Command::new(lab::bin(binary)?);
         command.arg("--api-socket").arg(&api.path).args(args);
         command.arg("--pid-file").arg(dir.join("pid")).arg("--event-monitor").arg(dir.join("events"));
+        if setting.anywhere && !setting.confined && !args.iter().any(|arg| arg == "--update-dir") {
+            command.args(["--update-dir", "/"]);
+        }
         if setting.serial {
             command.arg("--serial").arg(format!("socket={}", dir.join("serial").display()));
         }

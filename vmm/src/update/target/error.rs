@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::guard::Unguarded;
 use super::handshake::DryRunError;
+use super::signature::Unsigned;
 use crate::elf::ElfError;
 
 /// In the words that a caller reads.
@@ -23,7 +24,12 @@ pub enum Reason {
     NotAFile,
     #[error("is at {}, not below {} (--update-dir)", real.display(), folder.display())]
     Elsewhere { real: PathBuf, folder: PathBuf },
-    #[error("--update-dir {}: {source}", folder.display())]
+    #[error(
+        "is at {}, not below {}, where this VMM was started from: copy it there, or start the VMM with --update-dir",
+        real.display(), folder.display()
+    )]
+    NotBeside { real: PathBuf, folder: PathBuf },
+    #[error("may only be below {} (--update-dir, or where the VMM was started from): {source}", folder.display())]
     NoFolder { folder: PathBuf, source: io::Error },
     #[error(transparent)]
     Unguarded(#[from] Unguarded),
@@ -39,12 +45,22 @@ pub enum Reason {
     Sum { found: String, wanted: String },
     #[error("cannot be read: {0}")]
     NotRead(io::Error),
-    #[error("version {to} is older than the running {from}: say allow_downgrade")]
-    Older { to: String, from: String },
-    #[error("says that its version is '{to}', which is none ({source}): say allow_downgrade")]
-    NoVersion { to: String, source: semver::Error },
+    #[error(transparent)]
+    Unsigned(#[from] Unsigned),
+    #[error("version {to} is older than the running {from}: {remedy}")]
+    Older { to: String, from: String, remedy: &'static str },
+    #[error("says that its version is '{to}', which is none ({source}): {remedy}")]
+    NoVersion { to: String, source: semver::Error, remedy: &'static str },
     #[error("dry run: {0}")]
     DryRun(#[from] DryRunError),
     #[error(transparent)]
     Os(#[from] io::Error),
+}
+
+/// What an older build takes, where the VMM allows one at all, and where not.
+pub fn back(allowed: bool) -> &'static str {
+    match allowed {
+        true => "say allow_downgrade",
+        false => "as it was started with --update-key, this VMM goes back only with --allow-downgrade as well",
+    }
 }

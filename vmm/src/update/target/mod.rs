@@ -4,11 +4,11 @@ mod error;
 mod guard;
 mod handshake;
 mod named;
+mod signature;
 
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use semver::Version;
@@ -16,12 +16,12 @@ use sha2::{Digest, Sha256};
 use theseus_api::types::{BuildInfo, UpdateRequest};
 
 use crate::build_info::elf;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Fence, Supervisor};
 
 pub use error::{Reason, Unfit};
 use guard::Facts;
 pub use handshake::{Rehearsal, answer, ask};
-pub use named::started_from;
+pub use named::{default_path, started_from};
 
 pub struct Target {
     pub path: PathBuf,
@@ -33,12 +33,12 @@ pub struct Target {
 }
 
 impl Target {
-    /// Opens and checks the file; on failure all the reasons that could be found. `supervisor`: what is run where the
-    /// request names no file, and the only folder that it may be in.
+    /// Opens and checks the file, without running any of it; on failure all the reasons that could be found.
+    /// `supervisor`: what is run where the request names no file, where a file may be, and who must have signed it.
     pub fn open(request: &UpdateRequest, running: &BuildInfo, supervisor: &Supervisor) -> Result<Self, Vec<Unfit>> {
         let path = match &request.binary {
             Some(path) => path.clone(),
-            None => named::default_path(supervisor.started_from())
+            None => default_path(supervisor.started_from())
                 .map_err(|error| vec![Unfit { path: named::EXE.into(), reason: error.into() }])?,
         };
         Self::check(&path, request, running, supervisor)
@@ -61,8 +61,8 @@ impl Target {
             return Err(vec![Reason::NotAFile]);
         }
         let mut reasons = Vec::new();
-        if let Some(allowed) = supervisor.update_dir() {
-            reasons.extend(is_below(&file, allowed).err());
+        if let Some(fence) = supervisor.fence(path) {
+            reasons.extend(is_within(&file, fence).err());
         }
         // Before it is read.
         let facts = Facts::of(&file).map_err(|error| vec![error.into()])?;
@@ -92,6 +92,11 @@ impl Target {
                 Err(error) => reasons.push(Reason::NotRead(error)),
             }
         }
+        let keys = supervisor.update_keys();
+        if !keys.is_empty() {
+            let version = build.as_ref().ok().map(|build| build.version.as_str());
+            reasons.extend(signature::check(&file, keys, version).err().map(Reason::from));
+        }
         let build = match build {
             Ok(build) => build,
             Err(reason) => {
@@ -99,12 +104,13 @@ impl Target {
                 return Err(reasons);
             }
         };
-        if !request.allow_downgrade {
+        let may = supervisor.allows_downgrade();
+        if !(request.allow_downgrade && may) {
             let (to, from) = (build.version.clone(), running.version.clone());
             match older(&to, &from) {
                 Ok(false) => {}
-                Ok(true) => reasons.push(Reason::Older { to, from }),
-                Err(source) => reasons.push(Reason::NoVersion { to, source }),
+                Ok(true) => reasons.push(Reason::Older { to, from, remedy: error::back(may) }),
+                Err(source) => reasons.push(Reason::NoVersion { to, source, remedy: error::back(may) }),
             }
         }
         if reasons.is_empty() { Ok(Self { path: path.into(), file, build, leased }) } else { Err(reasons) }
@@ -123,25 +129,37 @@ fn by_fd(file: &File) -> PathBuf {
 }
 
 /// Where the open file really is, whatever links led to it.
-fn is_below(file: &File, folder: &Path) -> Result<(), Reason> {
-    let no_folder = |source| Reason::NoFolder { folder: folder.into(), source };
-    let folder = folder.canonicalize().map_err(no_folder)?;
+fn is_within(file: &File, fence: Fence<'_>) -> Result<(), Reason> {
+    let Fence { folder: named, is_chosen } = fence;
+    let folder = named.canonicalize().map_err(|source| Reason::NoFolder { folder: named.into(), source })?;
     let real = std::fs::read_link(by_fd(file))?;
-    if real.starts_with(&folder) { Ok(()) } else { Err(Reason::Elsewhere { real, folder }) }
+    match (real.starts_with(&folder), is_chosen) {
+        (true, _) => Ok(()),
+        (false, true) => Err(Reason::Elsewhere { real, folder }),
+        (false, false) => Err(Reason::NotBeside { real, folder }),
+    }
+}
+
+/// From its first byte to its last.
+fn read_all(file: &File, mut each: impl FnMut(&[u8])) -> std::io::Result<()> {
+    let (mut buffer, mut at) = (vec![0; 1 << 20], 0);
+    loop {
+        match file.read_at(&mut buffer, at) {
+            Ok(0) => return Ok(()),
+            Ok(count) => {
+                each(&buffer[..count]);
+                at += count as u64;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn sha256(file: &File) -> std::io::Result<String> {
-    let mut file = file.try_clone()?;
-    std::io::Seek::rewind(&mut file)?;
     let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let count = file.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
-        }
-        hash.update(&buffer[..count]);
-    }
+    read_all(file, |bytes| hash.update(bytes))?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Whether version `a` is older than `b`; what follows a plus sign does not count.
@@ -157,6 +175,7 @@ pub fn describe(path: &Path, build: &BuildInfo) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::update_key::UpdateKey;
     use std::io::Write;
 
     fn open(path: &Path, sha256: Option<&str>) -> Result<Target, Vec<String>> {
@@ -174,8 +193,22 @@ mod tests {
         std::fs::write(&bad, "").unwrap();
         let link = inside.path().join("link");
         std::os::unix::fs::symlink(&bad, &link).unwrap();
-        is_below(&File::open(&good).unwrap(), inside.path()).unwrap();
-        assert!(is_below(&File::open(&link).unwrap(), inside.path()).unwrap_err().to_string().contains("--update-dir"));
+        let told = |path: &Path, folder: &Path, is_chosen| {
+            is_within(&File::open(path).unwrap(), Fence { folder, is_chosen }).map_err(|reason| reason.to_string())
+        };
+        for is_chosen in [true, false] {
+            told(&good, inside.path(), is_chosen).unwrap();
+            let error = told(&link, inside.path(), is_chosen).unwrap_err();
+            assert!(error.contains("--update-dir") && error.contains(bad.to_str().unwrap()), "{error}");
+            assert_eq!(error.contains("copy it there"), !is_chosen, "{error}");
+        }
+        // It is looked up anew, links and all.
+        let folder = outside.path().join("current");
+        std::os::unix::fs::symlink(inside.path(), &folder).unwrap();
+        told(&good, &folder, false).unwrap();
+        std::fs::remove_file(&folder).unwrap();
+        let error = told(&good, &folder, false).unwrap_err();
+        assert!(error.contains("/current ") && error.contains("No such file"), "{error}");
     }
 
     #[test]
@@ -196,6 +229,41 @@ mod tests {
         std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
         let sum = sha256(&File::open(&copy).unwrap()).unwrap();
         open(&copy, Some(&sum.to_uppercase())).unwrap().unchanged().unwrap();
+    }
+
+    /// Whoever has stolen a build that was signed once, and may ask for updates, does not get it run.
+    #[test]
+    fn a_signed_build_that_is_older_takes_who_has_started_the_vmm() {
+        let (mine, dir) = (std::env::current_exe().unwrap(), tempfile::tempdir().unwrap());
+        let copy = dir.path().join("theseus");
+        std::fs::copy(&mine, &copy).unwrap();
+        std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let pair = minisign::KeyPair::generate_unencrypted_keypair().unwrap();
+        let comment = format!("theseus version={}", crate::build_info::this().version);
+        let signed = minisign::sign(None, &pair.sk, File::open(&copy).unwrap(), Some(&comment), None).unwrap();
+        let signature = dir.path().join("theseus.minisig");
+        let key = || UpdateKey::try_from(pair.pk.to_base64()).unwrap();
+        let told = |version: &str, keys: Vec<UpdateKey>, (asked, allowed)| {
+            let request = UpdateRequest { binary: Some(copy.clone()), allow_downgrade: asked, ..Default::default() };
+            let mut supervisor = Supervisor::default();
+            supervisor.believes(keys, allowed);
+            let running = BuildInfo { version: version.into(), build_id: String::new() };
+            let told = |reasons: Vec<Unfit>| reasons.iter().map(|reason| format!("{reason}; ")).collect::<String>();
+            Target::open(&request, &running, &supervisor).map(drop).map_err(told)
+        };
+        let unsigned = told("0.0.1", vec![key()], (true, true)).unwrap_err();
+        assert!(unsigned.contains("/theseus.minisig: cannot be opened"), "{unsigned}");
+        std::fs::write(&signature, signed.to_string()).unwrap();
+        told("0.0.1", vec![key()], (false, false)).unwrap();
+        told("99.0.0", vec![key()], (true, true)).unwrap();
+        let refused = told("99.0.0", vec![key()], (true, false)).unwrap_err();
+        assert!(refused.contains("is older than the running 99.0.0: ") && refused.contains("--allow-downgrade"));
+        let unasked = told("99.0.0", vec![key()], (false, true)).unwrap_err();
+        assert!(unasked.contains("say allow_downgrade"), "{unasked}");
+        // Without a key it is as it was, and nobody looks for a signature.
+        std::fs::write(&signature, "nothing").unwrap();
+        told("99.0.0", vec![], (true, false)).unwrap();
+        assert!(told("99.0.0", vec![], (false, false)).unwrap_err().contains("say allow_downgrade"));
     }
 
     #[test]
