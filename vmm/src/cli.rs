@@ -9,7 +9,7 @@ use theseus_api::types::{
     CpusConfig, DeviceConfig, LandlockConfig, MemoryConfig, PayloadConfig, SerialConfig, SerialMode, VmConfig,
 };
 
-use crate::sandbox::{Confinement, LandlockError, Place, Use, landlock};
+use crate::sandbox::{Confinement, LandlockError, Place, Use, landlock, seccomp};
 use crate::update;
 
 /// A VMM that can be replaced under its running guest.
@@ -64,9 +64,10 @@ pub struct Cli {
     /// What a guest's reset is: the guest is booted again in this process, or the process ends with exit code 3.
     #[arg(long, value_enum, default_value_t)]
     pub on_reset: OnReset,
-    /// There are no seccomp filters yet: whatever is given changes nothing.
-    #[arg(long, value_enum, value_name = "true|false|log")]
-    pub seccomp: Option<Seccomp>,
+    /// What becomes of a thread that makes a system call which its role does not need: the VMM dies by SIGSYS, there are
+    /// no filters, or the kernel logs the call.
+    #[arg(long, value_enum, value_name = "true|false|log", default_value_t)]
+    pub seccomp: seccomp::Mode,
     /// Opens nothing but what the other options name and every VMM needs, in this image and all later ones (Landlock).
     #[arg(long, num_args = 0..=1, default_value_t, default_missing_value = "true", value_name = "true|false")]
     pub landlock: bool,
@@ -97,22 +98,7 @@ pub enum OnReset {
     Exit,
 }
 
-/// What Cloud Hypervisor takes for `--seccomp`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Seccomp {
-    True,
-    False,
-    Log,
-}
-
 impl Cli {
-    /// What is accepted and does not do what its user may think.
-    pub fn warnings(&self) -> Vec<&'static str> {
-        let no_filters =
-            "--seccomp: this build has no seccomp filters yet: confine the VMM from outside, as by its systemd unit";
-        self.seccomp.filter(|seccomp| *seccomp != Seccomp::False).map(|_| no_filters).into_iter().collect()
-    }
-
     /// The VM that the command line describes, if it names a kernel.
     pub fn vm_config(&self) -> Option<VmConfig> {
         let kernel = self.kernel.clone()?;
@@ -203,14 +189,13 @@ mod tests {
         let sysfs = |bdf: &str| format!("/sys/bus/pci/devices/{bdf}");
         assert_eq!(paths, [sysfs("0000:01:00.0"), sysfs("0000:02:00.0"), sysfs("0000:03:00.0")]);
         assert_eq!((config.cpus.max_vcpus, config.memory.size), (Some(2), 1 << 30));
-        assert!(cli.warnings().is_empty());
+        assert_eq!(cli.seccomp, seccomp::Mode::False);
     }
 
     #[test]
-    fn no_filters_are_not_passed_off_as_some() {
-        for word in ["true", "log"] {
-            assert!(parse(&format!("theseus --seccomp {word}")).unwrap().warnings()[0].contains("no seccomp filters"));
-        }
+    fn there_are_filters_unless_somebody_wants_none() {
+        assert_eq!(parse("theseus").unwrap().seccomp, seccomp::Mode::True);
+        assert_eq!(parse("theseus --seccomp log").unwrap().seccomp, seccomp::Mode::Log);
         assert!(parse("theseus --seccomp maybe").unwrap_err().contains("maybe"));
     }
 

@@ -60,7 +60,7 @@ use logging::LogConfig;
 use machine::Host;
 use main_thread::MainThread;
 use panics::panic_text;
-use sandbox::Confinement;
+use sandbox::{Confinement, seccomp};
 use seams::Seams;
 use signals::Signals;
 use supervisor::Supervisor;
@@ -138,8 +138,15 @@ fn in_update(newcomer: Newcomer, started: u64) -> i32 {
         Err(_) => return EXIT_FAILED,
     };
     drop(page);
+    let witness = seccomp::trap::Witness::new(&timeline);
     let prepare = |parts| take_over(parts, &channel, &timeline, started);
-    let cause = match catch_unwind(AssertUnwindSafe(|| run(keeper, IfNone::TryAgain, prepare))) {
+    let life = || {
+        seccomp::begin()?;
+        run(keeper, IfNone::TryAgain, prepare)
+    };
+    let ended = catch_unwind(AssertUnwindSafe(life));
+    drop(witness);
+    let cause = match ended {
         Ok(Ok(code)) => return code,
         Ok(Err(error)) => text(&error),
         Err(panic) => panic_text(&*panic),
@@ -169,10 +176,11 @@ fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     // Whoever is confined need not be let at them.
     let keys = cli.update_key.iter().map(|path| UpdateKey::read(path)).collect::<Result<Vec<_>, _>>()?;
     let (confinement, notes) = cli.confine()?;
+    cli.seccomp.put_in_force();
     // From here on in the VMM.
     let keeper = keeper::start().context("the VMM's process cannot be started: raise pids.max or RLIMIT_NPROC")?;
+    seccomp::begin()?;
     LogConfig { file: cli.log_file.clone(), verbose: cli.verbose }.start()?;
-    cli.warnings().iter().for_each(|warning| log::warn!("{warning}"));
     notes.iter().for_each(|note| log::warn!("{note}"));
     signals::warn_of_limits();
     run(keeper, IfNone::Fail, |parts| boot(parts, cli, confinement, keys))

@@ -10,6 +10,7 @@
 //! | `skip-state-check` | state that KVM would not take is saved all the same |
 //! | `counting-device` | a guest that boots has a device that counts (devices/src/counting.rs) |
 //! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
+//! | `vcpu-calls` | there it makes the system call of that number; the file is gone then |
 //! | `probe` | questions that the target answers, asked for its verdict, in the file `probed` (test_hooks/probe.rs) |
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
@@ -25,6 +26,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use theseus_devices::vfio::DmaDomain;
 use theseus_resources::state::FORMAT;
@@ -43,6 +45,7 @@ pub struct Hooks;
 
 impl Seams for Hooks {
     fn at(&self, moment: &str) -> Result<(), Injected> {
+        look_for_vcpus(moment);
         hold(moment)?;
         strike(moment)
     }
@@ -63,13 +66,17 @@ impl Seams for Hooks {
     }
 
     fn restores_vcpu(&self) {
-        if path("vcpu-panic").is_some_and(|file| std::fs::remove_file(file).is_ok()) {
+        if VCPU_PANICS.swap(false, Ordering::SeqCst) {
             panic!("panic of a thread (test)");
+        }
+        if let call @ 0.. = VCPU_CALLS.swap(-1, Ordering::SeqCst) {
+            // SAFETY: whatever it is, this thread's filter is there to stop it; null pointers.
+            unsafe { libc::syscall(call, 0, 0, 0, 0, 0, 0) };
         }
     }
 
     fn saved_vcpu(&self, refused: &mut Vec<String>) {
-        if path("skip-state-check").is_some() {
+        if SKIPS_STATE_CHECK.load(Ordering::SeqCst) {
             refused.clear();
         }
     }
@@ -94,6 +101,29 @@ impl Seams for Hooks {
 
     fn features(&self) -> Vec<String> {
         vec!["test-hooks".into()]
+    }
+}
+
+static VCPU_PANICS: AtomicBool = AtomicBool::new(false);
+/// -1: none.
+static VCPU_CALLS: AtomicI64 = AtomicI64::new(-1);
+static SKIPS_STATE_CHECK: AtomicBool = AtomicBool::new(false);
+
+/// The switches of vCPU threads, which may not look at files: by the thread that commands them, before it does.
+fn look_for_vcpus(moment: &str) {
+    let take = |name| {
+        let file = path(name)?;
+        let text = std::fs::read_to_string(&file).ok()?;
+        std::fs::remove_file(file).ok().map(|()| text)
+    };
+    match moment {
+        "prewarm" => {
+            VCPU_PANICS.store(take("vcpu-panic").is_some(), Ordering::SeqCst);
+            let call = take("vcpu-calls").and_then(|text| text.trim().parse().ok());
+            VCPU_CALLS.store(call.unwrap_or(-1), Ordering::SeqCst);
+        }
+        "freeze" => SKIPS_STATE_CHECK.store(path("skip-state-check").is_some(), Ordering::SeqCst),
+        _ => {}
     }
 }
 

@@ -63,6 +63,7 @@ const LAYERS: [(&str, &[&str]); 6] = [
             "signals",
             "talk",
             "timeline",
+            "sandbox",
             "boot",
             "build_info",
             "memory_errors",

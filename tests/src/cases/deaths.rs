@@ -11,6 +11,7 @@ use crate::{
         note,
     },
     harness::{
+        fences,
         hooks::Switch,
         lab::Nic,
         proc,
@@ -27,6 +28,17 @@ pub fn vcpu_panic() -> Result<()> {
     rig::shared(|rig| {
         unharmed(rig, End::RolledBack, &["panic of a thread (test)"], |rig| {
             let _hook = Switch::on(&rig.vm.dir, "vcpu-panic")?;
+            rig.vm.ask_update(&rig.vm.other_build()?)
+        })
+    })
+}
+
+/// A vCPU's thread of the new VMM calls what its filter does not allow.
+pub fn vcpu_filter() -> Result<()> {
+    fences::are_met();
+    rig::shared(|rig| {
+        unharmed(rig, End::RolledBack, &["the thread 'vcpu0' has called system call"], |rig| {
+            let _hook = Switch::with(&rig.vm.dir, "vcpu-calls", &libc::SYS_openat.to_string())?;
             rig.vm.ask_update(&rig.vm.other_build()?)
         })
     })

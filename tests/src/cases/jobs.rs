@@ -96,7 +96,7 @@ impl Job {
         for (name, path) in options {
             command.arg(name).arg(path);
         }
-        command.args(["--memory", "size=128M", "--serial", "tty"]);
+        command.args(["--memory", "size=128M", "--serial", "tty"]).args(lab::seccomp());
         let log = logs::create("theseus")?;
         let log = || File::options().append(true).open(&log);
         command.stdin(Stdio::from(pty.slave.try_clone()?)).stdout(log()?).stderr(log()?);

@@ -9,6 +9,7 @@ mod confined;
 mod connections;
 mod deaths;
 mod failures;
+mod fences;
 pub mod frozen;
 mod held;
 mod hostile;
@@ -40,6 +41,7 @@ use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::harness::{
+    fences::Watch,
     lab::{self, Nic},
     logs, rig,
 };
@@ -99,6 +101,8 @@ const CASES: &[Case] = &[
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
     plain("confined_by_landlock", confined::by_landlock),
+    plain("calls_that_are_stopped", fences::calls_that_are_stopped),
+    plain("filters_in_force", fences::filters_in_force),
     plain("keeper_signals", keeper::signals),
     plain("keeper_settings", keeper::settings),
     plain("fatal_signals_unblocked", keeper::fatal_signals),
@@ -144,6 +148,7 @@ const CASES: &[Case] = &[
     shared("fails_exec", failures::exec_fails),
     shared("target_of_others", target::of_others),
     shared("fails_vcpu_thread", deaths::vcpu_panic),
+    shared("fails_vcpu_filter", deaths::vcpu_filter),
     shared("fails_old_binary_deleted", failures::old_binary_deleted),
     shared("meets_its_deadline", meetings::deadline_race),
     shared("meets_stopped_at_the_word", meetings::stopped_at_the_word),
@@ -199,10 +204,14 @@ impl Case {
             rig::drop_shared();
         }
         let started = Instant::now();
+        let fences = Watch::begin();
         let outcome = std::panic::catch_unwind(self.body).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             Err(anyhow::anyhow!("panicked: {}", text.unwrap_or("?")))
         });
+        let met = fences.met();
+        let outcome =
+            outcome.and_then(|()| check(met.is_empty(), || format!("stopped at a fence: {}", met.join("\n"))));
         match outcome {
             Ok(()) => {
                 println!("     {}: {:.1} s", self.name, started.elapsed().as_secs_f64());

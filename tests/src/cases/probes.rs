@@ -9,13 +9,13 @@ use crate::{
 };
 
 /// A guest of `code`, and its two counts.
-struct Probe {
-    vm: Vm,
+pub struct Probe {
+    pub vm: Vm,
     counter: Counter,
 }
 
 impl Probe {
-    fn new(code: &[u8], device: Option<Nic>) -> Result<Self> {
+    pub fn new(code: &[u8], device: Option<Nic>) -> Result<Self> {
         let kernel = std::env::temp_dir().join(format!("probe-{}", std::process::id()));
         guest::write_image(&kernel, code)?;
         let mut args = vec!["--kernel".into(), kernel.display().to_string(), "--memory".into(), "size=128M".into()];
@@ -37,7 +37,7 @@ impl Probe {
         self.counter.get()
     }
 
-    fn goes_on(&mut self, when: &str) -> Result<()> {
+    pub fn goes_on(&mut self, when: &str) -> Result<()> {
         self.goes_on_from(self.counter.second(), when)
     }
 
@@ -50,7 +50,7 @@ impl Probe {
     }
 
     /// An update that must be undone, with `word` among the reasons.
-    fn refused(&mut self, word: &str) -> Result<()> {
+    pub fn refused(&mut self, word: &str) -> Result<()> {
         let pid = self.vm.pid();
         let answer = self.vm.ask_update(&self.vm.other_build()?)?;
         let reasons = End::RolledBack.reasons(&answer)?;

@@ -102,6 +102,12 @@ pub fn kernel_version() -> String {
     env::var("LAB_KERNEL_VERSION").unwrap_or_else(|_| "?".into())
 }
 
+/// What every VMM of the tests gets for `--seccomp`, if not the default.
+pub fn seccomp() -> Vec<String> {
+    let mode = env::var("LAB_SECCOMP").ok().filter(|mode| !mode.is_empty());
+    mode.map_or_else(Vec::new, |mode| vec!["--seccomp".into(), mode])
+}
+
 /// Makes `bdf` the device of [`Nic::IgbA`] and the only one there is (`--hardware`). `peer`: the interface wired to it.
 pub fn use_hardware(bdf: &str, peer: Option<&str>) -> Result<()> {
     let full = if bdf.matches(':').count() == 1 { format!("0000:{bdf}") } else { bdf.to_string() };

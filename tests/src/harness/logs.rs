@@ -42,6 +42,10 @@ pub fn add(path: &Path) {
     LOGS.lock().push(path.to_path_buf());
 }
 
+pub fn of_test() -> Vec<PathBuf> {
+    LOGS.lock().clone()
+}
+
 /// The ends of all logs of the test.
 pub fn tails() -> String {
     let mut text = String::new();

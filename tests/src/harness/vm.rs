@@ -129,7 +129,7 @@ impl Vm {
         let log = logs::create("theseus")?;
         let api = Api { path: dir.join("api") };
         let mut command = Command::new(lab::bin(binary)?);
-        command.arg("--api-socket").arg(&api.path).args(args);
+        command.arg("--api-socket").arg(&api.path).args(lab::seccomp()).args(args);
         command.arg("--pid-file").arg(dir.join("pid")).arg("--event-monitor").arg(dir.join("events"));
         if setting.anywhere && !setting.confined && !args.iter().any(|arg| arg == "--update-dir") {
             command.args(["--update-dir", "/"]);

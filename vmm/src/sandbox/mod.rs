@@ -3,6 +3,7 @@
 //! the kernel add up, and 16 of Landlock are the most that it allows.
 
 pub mod landlock;
+pub mod seccomp;
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{LandlockConfig, VmConfig};

@@ -146,6 +146,10 @@ struct Introduction {
 
 /// A thread that waits for the VM in which to create its vCPU.
 struct Newcomer {
+    /// Where its thread was.
+    placement: Option<Placement>,
+    /// Its thread's, once that is there.
+    tid: Receiver<libc::pid_t>,
     vm: Sender<ReadyVm>,
     pauses: Arc<AtomicU32>,
     commands: Sender<Command>,
@@ -165,12 +169,17 @@ impl Starting {
     /// All vCPUs come into being, in parallel, and are stopped.
     pub fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
         let Self { waiting, checks, answers, commander } = self;
-        for newcomer in &waiting {
+        for (index, newcomer) in (0u32..).zip(&waiting) {
+            if let Some(placement) = newcomer.placement.as_ref().filter(|placement| placement.cgroup.is_some())
+                && let Ok(tid) = newcomer.tid.recv()
+            {
+                placement.join_cgroup(tid, index);
+            }
             // One that has ended already has said why.
             let _ = newcomer.vm.send(vm.clone());
         }
         let mut vcpus = Vcpus { handles: Vec::new(), checks, answers, running: false, late: 0, saves: Cell::new(0) };
-        for Newcomer { vm: _, pauses, commands, thread, introduced } in waiting {
+        for Newcomer { placement: _, tid: _, vm: _, pauses, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok(Introduction { tid, processor, exit_flag, shape, tsc_khz }) = introduced.recv() {
                 vcpus.handles.push(Handle {
@@ -223,6 +232,11 @@ impl Vcpus {
             let (commands, receiver) = channel();
             let (introduce, introduced) = channel();
             let (vm, given) = channel();
+            let (begun, tid) = channel();
+            let placement = match &start {
+                Start::Prewarm(_, placement) => Some(placement.clone()),
+                Start::Boot { .. } => None,
+            };
             let body = thread::Body {
                 index,
                 shared: shared.clone(),
@@ -233,9 +247,9 @@ impl Vcpus {
                 spin,
                 commander: commander.clone(),
             };
-            let life = move || body.guarded(|body| body.main(start, &given, &introduce));
+            let life = move || body.guarded(|body| body.main(start, &begun, &given, &introduce));
             let thread = threads::spawn(Role::Vcpu(index), life)?;
-            starting.waiting.push(Newcomer { vm, pauses, commands, thread, introduced });
+            starting.waiting.push(Newcomer { placement, tid, vm, pauses, commands, thread, introduced });
         }
         Ok(starting)
     }

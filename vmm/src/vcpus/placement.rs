@@ -55,15 +55,19 @@ impl Placement {
         Self { affinity, policy, priority: param.sched_priority, nice, cgroup: own_cgroup(tid) }
     }
 
-    /// Puts the calling thread there, if it is known. What cannot be done is logged: a guest that runs on other CPUs is
-    /// better than none.
-    pub fn apply(&self, index: u32) {
-        if let Some(cgroup) = &self.cgroup {
-            let file = PathBuf::from("/sys/fs/cgroup").join(cgroup.trim_start_matches('/')).join("cgroup.threads");
-            if let Err(error) = std::fs::write(&file, "0") {
-                log::warn!("vCPU {index}: cannot go back to its cgroup: {}: {error}", file.display());
-            }
+    /// Puts a thread of this process into its cgroup, if it has one of its own: not the calling one, which may open no
+    /// file. What cannot be done is logged, as by [`Placement::apply`].
+    pub fn join_cgroup(&self, tid: libc::pid_t, index: u32) {
+        let Some(cgroup) = &self.cgroup else { return };
+        let file = PathBuf::from("/sys/fs/cgroup").join(cgroup.trim_start_matches('/')).join("cgroup.threads");
+        if let Err(error) = std::fs::write(&file, tid.to_string()) {
+            log::warn!("vCPU {index}: cannot go back to its cgroup: {}: {error}", file.display());
         }
+    }
+
+    /// Schedules the calling thread so, if it is known how. What cannot be done is logged: a guest that runs on other
+    /// CPUs is better than none.
+    pub fn apply(&self, index: u32) {
         // The defaults too: main, of which this thread has inherited, may have been given something else.
         if let Err(error) = self.schedule(0) {
             log::warn!("vCPU {index}: cannot be scheduled as it was: {error}");
@@ -77,7 +81,7 @@ impl Placement {
     }
 
     /// Gives affinity, policy, priority and nice value to a thread of this process (0: the calling one), if they are
-    /// known. The error is the last that there was, and names what could not be had.
+    /// known. The error names one thing that could not be had.
     pub fn schedule(&self, tid: libc::pid_t) -> Result<(), ScheduleError> {
         if self.affinity.is_empty() {
             return Ok(());
@@ -88,17 +92,24 @@ impl Placement {
                 done = Err(ScheduleError { what, source: io::Error::last_os_error() });
             }
         };
-        // SAFETY: the kernel reads as many bytes as we say.
-        let affinity =
-            unsafe { libc::syscall(libc::SYS_sched_setaffinity, tid, self.affinity.len(), self.affinity.as_ptr()) };
-        note(affinity >= 0, "CPU affinity");
+        let affinity = set_affinity(tid, &self.affinity);
         let param = libc::sched_param { sched_priority: self.priority };
         // SAFETY: the kernel reads one sched_param.
         note(unsafe { libc::sched_setscheduler(tid, self.policy, &param) } >= 0, "scheduling policy");
         // SAFETY: a plain call (PRIO_PROCESS is the thread on Linux).
         note(unsafe { libc::setpriority(libc::PRIO_PROCESS, tid as libc::id_t, self.nice) } >= 0, "nice value");
-        done
+        affinity.and(done)
     }
+}
+
+/// `mask`: the kernel's, in bytes.
+fn set_affinity(tid: libc::pid_t, mask: &[u8]) -> Result<(), ScheduleError> {
+    // SAFETY: the kernel reads as many bytes as we say.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setaffinity, tid, mask.len(), mask.as_ptr()) };
+    if result < 0 {
+        return Err(ScheduleError { what: "CPU affinity", source: io::Error::last_os_error() });
+    }
+    Ok(())
 }
 
 /// The calling thread runs on these CPUs of the host from now on.
@@ -109,8 +120,7 @@ pub fn pin(cpus: &[u32]) -> Result<(), PinError> {
             *byte |= 1 << (cpu % 8);
         }
     }
-    let placement = Placement { affinity: mask, ..Placement::of(0) };
-    placement.schedule(0).map_err(|source| PinError { cpus: cpus.into(), source })
+    set_affinity(0, &mask).map_err(|source| PinError { cpus: cpus.into(), source })
 }
 
 /// What a process may do with the scheduling of its own threads (sched(7), setpriority(2)).

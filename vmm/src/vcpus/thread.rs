@@ -43,17 +43,25 @@ impl Body {
         }
     }
 
-    pub(super) fn main(&self, start: Start, vm: &Receiver<ReadyVm>, introduce: &Sender<Introduction>) {
-        if let Start::Prewarm(_, placement) = &start {
-            placement.apply(self.index);
-        }
+    pub(super) fn main(
+        &self,
+        start: Start,
+        begun: &Sender<libc::pid_t>,
+        vm: &Receiver<ReadyVm>,
+        introduce: &Sender<Introduction>,
+    ) {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let _ = begun.send(tid);
         // None if the machine has come to nothing meanwhile.
         let Ok(vm) = vm.recv() else { return };
+        if let Start::Prewarm(_, placement) = &start {
+            // In its cgroup by now, where other CPUs may be its own.
+            placement.apply(self.index);
+        }
         let vcpu = match self.create(start, &vm) {
             Ok(vcpu) => vcpu,
             Err(error) => return self.tell(Event::Ready(Err(error))),
         };
-        let tid = rustix::thread::gettid().as_raw_nonzero().get();
         self.checks.introduce(self.index, tid, vcpu.exit_flag());
         let (exit_flag, shape, tsc_khz) = (vcpu.exit_flag(), vcpu.shape(), vcpu.tsc_khz());
         let processor = Processor { index: self.index, vcpu, vm, owed: Owed::default() };

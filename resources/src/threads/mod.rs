@@ -1,5 +1,5 @@
-//! The threads of a VMM, all started from here: what each is for gives it its name, which /proc and debuggers show, and
-//! its signal mask. Its seccomp filter will come from here too, by role, once the mask is set.
+//! The threads of a VMM, all started from here: what each is for gives it its name, which /proc and debuggers show, its
+//! signal mask, and its fence ([`begin`]).
 //!
 //! | role | takes, beside what is fatal ([`FATAL`]) |
 //! |---|---|
@@ -13,7 +13,10 @@ use std::ffi::c_int;
 use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
-use std::thread::{Builder, JoinHandle};
+
+mod spawner;
+
+pub use spawner::{Fence, begin, spawn};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -29,10 +32,14 @@ pub enum Role {
     Log,
     /// Fills page tables.
     Populate,
+    /// Starts the other threads.
+    Spawner,
     /// An update before its pause.
     Update,
     /// The vCPU of this index.
     Vcpu(u32),
+    /// Starts those of vCPUs.
+    VcpuSpawner,
 }
 
 impl Role {
@@ -40,9 +47,15 @@ impl Role {
     fn takes(self) -> &'static [c_int] {
         match self {
             Self::Vcpu(_) => &[KICK],
-            Self::Api | Self::Boot | Self::Control | Self::KeeperWatch | Self::Log | Self::Populate | Self::Update => {
-                &[]
-            }
+            Self::Api
+            | Self::Boot
+            | Self::Control
+            | Self::KeeperWatch
+            | Self::Log
+            | Self::Populate
+            | Self::Spawner
+            | Self::Update
+            | Self::VcpuSpawner => &[],
         }
     }
 
@@ -61,23 +74,32 @@ impl fmt::Display for Role {
             Self::KeeperWatch => f.write_str("keeper-watch"),
             Self::Log => f.write_str("log"),
             Self::Populate => f.write_str("populate"),
+            Self::Spawner => f.write_str("spawner"),
             Self::Update => f.write_str("update"),
             Self::Vcpu(index) => write!(f, "vcpu{index}"),
+            Self::VcpuSpawner => f.write_str("vcpu-spawner"),
         }
     }
 }
 
-/// Its `source` is EAGAIN where a limit is reached (clone(2)).
 #[derive(Debug, thiserror::Error)]
-#[error("cannot start the thread '{role}': {source}: raise RLIMIT_NPROC or pids.max")]
-pub struct ThreadError {
-    role: Role,
-    source: io::Error,
+pub enum ThreadError {
+    /// EAGAIN where a limit is reached (clone(2)).
+    #[error("cannot start the thread '{role}': {source}: raise RLIMIT_NPROC or pids.max")]
+    Limit { role: Role, source: io::Error },
+    #[error("the thread '{role}' cannot be fenced in: {source}")]
+    Fence { role: Role, source: io::Error },
+    #[error("the thread '{0}' cannot be started: the one that would do it has ended")]
+    NoSpawner(Role),
 }
 
 impl From<ThreadError> for io::Error {
     fn from(error: ThreadError) -> Self {
-        Self::new(error.source.kind(), error.to_string())
+        let kind = match &error {
+            ThreadError::Limit { source, .. } | ThreadError::Fence { source, .. } => source.kind(),
+            ThreadError::NoSpawner(_) => io::ErrorKind::Other,
+        };
+        Self::new(kind, error.to_string())
     }
 }
 
@@ -135,17 +157,6 @@ pub fn begin_main(elsewhere: &[c_int]) {
     set_mask(&set_of(elsewhere.iter().filter(|signal| !FATAL.contains(signal))));
 }
 
-pub fn spawn<T: Send + 'static>(
-    role: Role,
-    body: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>, ThreadError> {
-    let life = move || {
-        set_mask(&role.mask());
-        body()
-    };
-    Builder::new().name(role.to_string()).spawn(life).map_err(|source| ThreadError { role, source })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,7 +195,7 @@ mod tests {
     #[test]
     fn a_thread_takes_what_its_role_says_whoever_starts_it() {
         use Role::*;
-        let roles = [Api, Boot, Control, KeeperWatch, Log, Populate, Update, Vcpu(0)];
+        let roles = [Api, Boot, Control, KeeperWatch, Log, Populate, Spawner, Update, Vcpu(0), VcpuSpawner];
         for blocks in [true, false] {
             let masks = move || roles.map(|role| (role, spawn(role, blocked).unwrap().join().unwrap()));
             let (all, masks) = on_a_thread(blocks, masks);

@@ -1,0 +1,85 @@
+//! What a thread may not do that has got into wrong hands.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    cases::{MANY, failures::End, note, probes::Probe},
+    harness::{fences, hooks::Switch, lab, proc},
+    native::probes,
+};
+
+/// What somebody would like to call who has got a vCPU's thread.
+const CALLS: [(&str, i64); 7] = [
+    ("open a file", libc::SYS_openat),
+    ("make a socket", libc::SYS_socket),
+    ("run a program", libc::SYS_execve),
+    ("trace a process", libc::SYS_ptrace),
+    ("mount", libc::SYS_mount),
+    ("signal a process", libc::SYS_kill),
+    ("write to a process", libc::SYS_process_vm_writev),
+];
+
+/// Each ends the new VMM before it has the guest, which goes on in the old one.
+pub fn calls_that_are_stopped() -> Result<()> {
+    if !lab::seccomp().is_empty() {
+        note(format_args!("there are no filters that stop anything, with {:?}", lab::seccomp()));
+        return Ok(());
+    }
+    fences::are_met();
+    let mut probe = Probe::new(&probes::clock(), None)?;
+    for (wish, call) in CALLS {
+        let hook = Switch::with(&probe.vm.dir, "vcpu-calls", &call.to_string())?;
+        probe.refused(&format!("the thread 'vcpu0' has called system call {call} ")).context(wish)?;
+        drop(hook);
+    }
+    probe.vm.update()?;
+    probe.goes_on("after an update that went well")
+}
+
+/// How many filters hold each thread of a process, by its name.
+fn filters(pid: u32) -> Result<BTreeMap<String, u32>> {
+    let mut filters = BTreeMap::new();
+    // But the kernel's own, which it makes of the thread that first needs them (virt/kvm/kvm_main.c, vhost_task_create).
+    for (tid, name) in proc::threads(pid)?.into_iter().filter(|(_, name)| !name.starts_with("kvm-")) {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
+        let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
+        filters.insert(name, count.context("no Seccomp_filters in its status")?.trim().parse()?);
+    }
+    Ok(filters)
+}
+
+/// All threads have their filters, and no more of them after many updates and ways back. Who runs programs, or becomes
+/// one, has none.
+pub fn filters_in_force() -> Result<()> {
+    let mut probe = Probe::new(&probes::clock(), None)?;
+    let own = std::fs::read_to_string("/proc/self/status")?;
+    let inherited = own.lines().find_map(|line| line.strip_prefix("Seccomp_filters:")).context("no filters here")?;
+    let inherited: u32 = inherited.trim().parse()?;
+    let of_vcpu = inherited + if lab::seccomp().contains(&"false".to_owned()) { 0 } else { 2 };
+    for round in 0..=MANY {
+        let found = filters(probe.vm.vmm()?)?;
+        for (thread, count) in &found {
+            let expected = match thread.as_str() {
+                "vcpu0" | "vcpu-spawner" => of_vcpu,
+                "theseus-vmm" | "spawner" => inherited,
+                _ => of_vcpu.min(inherited + 1),
+            };
+            ensure!(*count == expected, "round {round}: {thread} has {count} filters, not {expected}: {found:?}");
+        }
+        ensure!(["vcpu0", "control", "api", "keeper-watch"].iter().all(|name| found.contains_key(*name)), "{found:?}");
+        let keeper = filters(probe.vm.pid())?;
+        ensure!(keeper.values().all(|count| *count == inherited), "round {round}: the keeper: {keeper:?}");
+        if round % 4 == 3 {
+            let fault = Switch::with(&probe.vm.dir, "fault", "devices:error")?;
+            let answer = probe.vm.ask_update(&probe.vm.other_build()?)?;
+            End::RolledBack.reasons(&answer)?;
+            drop(fault);
+        } else {
+            probe.vm.update()?;
+        }
+        probe.goes_on("after an update or a way back")?;
+    }
+    Ok(())
+}
