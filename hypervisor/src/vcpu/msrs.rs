@@ -17,11 +17,15 @@ const CHUNK: usize = 200;
 const WALL_CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
 const IA32_DEBUGCTL: u32 = 0x1d9;
 
-/// What KVM_GET_MSR_INDEX_LIST leaves out: MTRRs and machine check banks (kernel-facts.md), and DEBUGCTL.
+/// AMD's VM_CR, OSVW_ID_LENGTH, OSVW_STATUS and DE_CFG, where a guest finds what it has written (svm_set_msr,
+/// kvm_set_msr_common).
+const AMD: [u32; 4] = [0xc001_0114, 0xc001_0140, 0xc001_0141, 0xc001_1029];
+
+/// What KVM_GET_MSR_INDEX_LIST leaves out: MTRRs and machine check banks (kernel-facts.md), DEBUGCTL, and AMD's.
 fn unlisted() -> impl Iterator<Item = u32> {
     let mtrrs = [0x250, 0x258, 0x259, 0x2ff].into_iter().chain(0x200..0x210).chain(0x268..0x270);
     let mce = [0x179, 0x17a, 0x17b].into_iter().chain(0x400..0x480);
-    mtrrs.chain(mce).chain([IA32_DEBUGCTL])
+    mtrrs.chain(mce).chain([IA32_DEBUGCTL]).chain(AMD)
 }
 
 /// Whether `values`, in ascending order of their index, have it with the same value.

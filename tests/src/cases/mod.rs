@@ -21,6 +21,7 @@ mod operator;
 mod poison;
 mod probes;
 mod resources;
+mod rogue;
 pub mod rollback;
 mod serial;
 mod signed;
@@ -93,6 +94,14 @@ const CASES: &[Case] = &[
     plain("deadline_in_doubt", probes::deadline_in_doubt),
     plain("device_that_counts", probes::device_that_counts),
     plain("code_segment_that_kvm_refuses", probes::code_segment_that_kvm_refuses),
+    plain("rogue_ports", rogue::ports),
+    plain("rogue_memory", rogue::memory_and_pci),
+    plain("rogue_registers", rogue::registers),
+    plain("rogue_interrupts", rogue::interrupts),
+    plain("rogue_serial", rogue::serial),
+    plain("rogue_ends", rogue::ends),
+    plain("rogue_resets", rogue::resets),
+    plain("rogue_power_off", rogue::power_off),
     plain("api_bad_input", api::bad_input),
     plain("api_bad_input_without_guest", api::bad_input_without_guest),
     plain("files_that_are_none", booting::files_that_are_none),
@@ -181,6 +190,7 @@ const CASES: &[Case] = &[
 const LONG: &[Case] = &[
     plain("boot_16cpu", boot::sixteen_cpus),
     shared("traffic_without_update", traffic::without_update),
+    unwired(&[Nic::IgbA], "rogue_device", rogue::device),
     with(&[Nic::IgbA], "one_packet_red_without_irqfds", held::red_without_irqfds),
     with(&[Nic::IgbA, Nic::E1000e], "rollback_red_without_irqfds", rollback::red_without_irqfds),
     with(&[Nic::E1000e], "disk_and_nic_of_one_group", traffic::disk_and_nic),

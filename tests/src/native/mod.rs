@@ -5,6 +5,8 @@
 
 pub mod guest;
 pub mod probes;
+pub mod rogues;
+pub mod steps;
 mod vcpus;
 
 use std::{
