@@ -13,8 +13,8 @@ pub use options::byte_size;
 use options::{Options, path};
 
 use crate::types::{
-    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, LandlockConfig, MemoryConfig, SOCKET_PATH_MAX, SerialConfig,
-    SerialMode,
+    CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, LandlockConfig, MAX_VCPUS, MemoryConfig, SOCKET_PATH_MAX,
+    SerialConfig, SerialMode,
 };
 
 /// What is wrong with an option string.
@@ -91,11 +91,21 @@ fn affinity(s: &str) -> Result<Vec<CpuAffinity>> {
         for range in inside(cpus)?.split(',') {
             let (first, last) = range.split_once('-').unwrap_or((range, range));
             let number = |word: &str| word.parse::<u32>().ok().filter(|cpu| *cpu < HOST_CPUS_MAX);
-            host_cpus.extend(number(first)?..=number(last)?);
+            let range = number(first)?..=number(last)?;
+            let is_forward = !range.is_empty();
+            host_cpus.extend(range);
+            // A few letters name thousands.
+            if !is_forward || host_cpus.len() > HOST_CPUS_MAX as usize {
+                return None;
+            }
         }
         Some(CpuAffinity { vcpu: vcpu.parse().ok()?, host_cpus })
     };
-    options::split(&list)?.into_iter().map(|part| one(part).ok_or_else(wrong)).collect()
+    let parts = options::split(&list)?;
+    if parts.len() > MAX_VCPUS as usize {
+        return err(format!("affinity names {} vCPUs: a guest has {MAX_VCPUS} at most, name each once", parts.len()));
+    }
+    parts.into_iter().map(|part| one(part).ok_or_else(wrong)).collect()
 }
 
 /// `size=SIZE[,shared=on][,hugepages=on][,hugepage_size=SIZE][,thp=on][,prefault=on]`
@@ -211,6 +221,9 @@ mod tests {
             (text(cpus("boot=1,colour=red")), "\"colour\" is not a key here: the keys are boot, max, affinity"),
             (text(cpus("boot=1,topology=2:1:1:1")), "topology is not supported by this build: leave it out"),
             (text(cpus("boot=1,affinity=[0@1,2]")), "give affinity=[VCPU@[CPU,CPU-CPU,...],...]"),
+            (text(cpus("boot=1,affinity=[0@[5-3]]")), "give affinity=[VCPU@[CPU,CPU-CPU,...],...]"),
+            (text(cpus(&format!("boot=1,affinity=[0@[{}]]", ["0-8191"; 2].join(",")))), "give affinity="),
+            (text(cpus(&format!("boot=1,affinity=[{}]", ["0@[0-8191]"; 65].join(",")))), "names 65 vCPUs"),
             (text(cpus("boot=1,nested=on")), "nested is not supported"),
             (text(memory("size=1G,hotplug_size=1G")), "hotplug_size is not supported"),
             (text(memory("512M")), "not key=value"),

@@ -65,9 +65,14 @@ impl ApiError {
         Self::new(500, cause)
     }
 
-    /// Appends causes that lie deeper.
+    /// Appends causes that lie deeper. Of many only the first: what is wrong with a body can take more than the body.
     pub fn because(mut self, causes: impl IntoIterator<Item = String>) -> Self {
-        self.causes.extend(causes);
+        let mut causes = causes.into_iter();
+        self.causes.extend(causes.by_ref().take(CAUSES_MAX));
+        let left = causes.count();
+        if left > 0 {
+            self.causes.push(format!("and {left} more"));
+        }
         self
     }
 
@@ -92,6 +97,9 @@ impl ApiError {
     }
 }
 
+/// What one call to [`ApiError::because`] appends at most.
+const CAUSES_MAX: usize = 100;
+
 /// EMFILE
 const NO_FILES: &str =
     "this process has as many files open as it may: raise RLIMIT_NOFILE (ulimit -n; LimitNOFILE= of a systemd unit)";
@@ -109,6 +117,13 @@ mod tests {
         struct Outer(#[source] std::num::ParseIntError);
         let error = ApiError::chain(500, &Outer("x".parse::<u8>().unwrap_err()));
         assert_eq!(error.causes, ["outer", "invalid digit found in string"]);
+    }
+
+    #[test]
+    fn of_many_causes_the_first_are_said_and_how_many_there_are() {
+        let error = ApiError::bad_request("body").because((0..CAUSES_MAX + 7).map(|n| format!("{n} is wrong")));
+        assert_eq!(error.causes.len(), CAUSES_MAX + 2);
+        assert_eq!(error.causes[CAUSES_MAX..], ["99 is wrong", "and 7 more"]);
     }
 
     #[test]

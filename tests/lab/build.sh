@@ -31,7 +31,7 @@ build_all() {
     # would compile most of them again. The tag is seen by the crate theseus-vmm alone.
     for tag in b a; do
         note "compiling all binaries with build tag $tag of b, a (the second time only what the tag is in)"
-        THESEUS_BUILD_TAG=$tag cargo_build --release --workspace --bins --features theseus-vmm/test-hooks || return
+        THESEUS_BUILD_TAG=$tag cargo_build --release --workspace --exclude theseus-fuzz --bins --features theseus-vmm/test-hooks || return
         place "$BIN/release/theseus" "$OUT/theseus-$tag" || return
         version=$("$OUT/theseus-$tag" -V) || return
         versions+=("$version")

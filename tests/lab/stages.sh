@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# stages.sh test|lint|unit|build|bench|demo|soak [ARGS]: what './dev' runs. Every failure is counted and ends in a non-zero exit.
+# stages.sh test|lint|unit|build|bench|demo|fuzz|soak [ARGS]: what './dev' runs. Every failure is counted and ends in a non-zero exit.
 source "$(dirname "$0")/common.sh"
 source "$LAB/build.sh"
+source "$LAB/fuzz.sh"
 [[ ! -d ${HOME:-/root}/.cargo/bin ]] || PATH=$PATH:${HOME:-/root}/.cargo/bin
 cd "$ROOT"
 export CARGO_TARGET_DIR=$TARGET CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
@@ -51,7 +52,7 @@ verdict() {
 
 lint() {
     check fmt cargo fmt --all --check || true
-    check clippy cargo clippy --workspace --all-targets -- -D warnings || true
+    check clippy cargo clippy --workspace --all-targets --features theseus-fuzz/targets -- -D warnings || true
 }
 unit() { count 'unit tests' cargo test --workspace --no-fail-fast || true; }
 
@@ -127,7 +128,7 @@ while [[ $# -gt 0 ]]; do
 done
 
 case $command in
-lint | unit | build) "$LAB/setup.sh" rust ;;
+lint | unit | build | fuzz) "$LAB/setup.sh" rust ;;
 soak) "$LAB/setup.sh" "${one_kernel:-all}" ;;
 *)
     # What runs on this machine itself needs a guest kernel, but no lab.
@@ -179,6 +180,17 @@ demo)
     build_all || die "the build failed"
     note "demo, step 3 of 3: the lab"
     one_lab --alone --timeout 7200 -- l1-tests demo ${args[@]+"${args[@]}"}
+    ;;
+fuzz)
+    prepare_fuzz
+    seconds=60
+    targets=()
+    for arg in ${args[@]+"${args[@]}"}; do
+        if [[ $arg =~ ^[0-9]+$ ]]; then seconds=$arg; else targets+=("$arg"); fi
+    done
+    [[ ${#targets[@]} -gt 0 ]] || targets=("${FUZZ_TARGETS[@]}")
+    for target in "${targets[@]}"; do check "fuzz $target, $seconds s" fuzz_one "$target" "$seconds" || true; done
+    verdict
     ;;
 soak)
     check build build_all || verdict

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// (crate, its modules), each from the lowest to the highest.
-const LAYERS: [(&str, &[&str]); 6] = [
+const LAYERS: [(&str, &[&str]); 7] = [
     (
         "resources",
         &[
@@ -100,6 +100,10 @@ const LAYERS: [(&str, &[&str]); 6] = [
             "soak",
         ],
     ),
+    (
+        "fuzz",
+        &["input", "devices", "registers", "requests", "http", "arguments", "saved_state", "mutate", "passthrough"],
+    ),
 ];
 
 fn root() -> PathBuf {
@@ -191,7 +195,7 @@ fn dependencies_are_used() {
         let folder = root().join(krate);
         let manifest = fs::read_to_string(folder.join("Cargo.toml")).unwrap();
         let mut files = Vec::new();
-        for part in ["src", "tests"].map(|part| folder.join(part)).iter().filter(|part| part.exists()) {
+        for part in ["src", "tests", "targets"].map(|part| folder.join(part)).iter().filter(|part| part.exists()) {
             sources(part, &mut files);
         }
         let text: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();

@@ -115,12 +115,12 @@ pub(crate) fn says_nothing(path: &str, value: &Value, notes: &mut Vec<String>) -
 
 fn is_default(path: &str, value: &Value, notes: &mut Vec<String>) -> bool {
     let ends_with = |key: &str| path.strip_suffix(key).is_some_and(|before| before.is_empty() || before.ends_with('.'));
-    let text = value.to_string();
-    let is = |default: &Option<&str>| default.is_none_or(|default| default.eq_ignore_ascii_case(&text));
+    // Only of what may be a default: it is asked at every depth of what may be large.
+    let is = |default: &Option<&str>| default.is_none_or(|default| default.eq_ignore_ascii_case(&value.to_string()));
     let Some((_, _, note)) = DEFAULTS.iter().find(|(key, default, _)| ends_with(key) && is(default)) else {
         return false;
     };
-    notes.extend(note.map(|note| format!("{path} is {text} and changes nothing: {note}")));
+    notes.extend(note.map(|note| format!("{path} is {value} and changes nothing: {note}")));
     true
 }
 

@@ -6,6 +6,9 @@ use serde_json::Value;
 
 use super::{foreign, tree};
 
+/// A client may send as many as a body holds.
+const NOTES_MAX: usize = 16;
+
 /// Parses a whole body. A key that the type does not know is an error here, whatever the type says, unless its value
 /// says nothing.
 ///
@@ -29,7 +32,7 @@ pub(crate) fn from_body<T: DeserializeOwned>(body: &[u8]) -> Result<T, Vec<Strin
     if !refused.is_empty() {
         return Err(refused);
     }
-    notes.iter().for_each(|note| log::warn!("{note}"));
+    notes.iter().take(NOTES_MAX).for_each(|note| log::warn!("{note}"));
     Ok(value)
 }
 

@@ -50,16 +50,15 @@ impl VmConfig {
 }
 
 fn check_affinity(cpus: &CpusConfig, problems: &mut Vec<String>) {
-    let mut seen = Vec::new();
+    let mut seen = HashSet::new();
     for CpuAffinity { vcpu, host_cpus } in cpus.affinity.iter().flatten() {
-        if *vcpu >= cpus.boot_vcpus || seen.contains(vcpu) {
+        if *vcpu >= cpus.boot_vcpus || !seen.insert(*vcpu) {
             let last = cpus.boot_vcpus.saturating_sub(1);
             problems.push(format!("cpus.affinity names vCPU {vcpu}: give each of 0 to {last} once at most"));
         }
         if host_cpus.is_empty() || host_cpus.iter().any(|cpu| *cpu >= HOST_CPUS_MAX) {
             problems.push(format!("cpus.affinity of vCPU {vcpu}: give host_cpus, each below {HOST_CPUS_MAX}"));
         }
-        seen.push(*vcpu);
     }
 }
 

@@ -125,7 +125,8 @@ impl InterruptController for FakeController {
 
     fn adopt(&self, gsis: &[u32]) -> Result<(), InterruptError> {
         let mut inner = self.lock();
-        if gsis.iter().any(|gsi| inner.taken.contains(gsi)) {
+        let twice = (1..gsis.len()).any(|n| gsis[..n].contains(&gsis[n]));
+        if twice || gsis.iter().any(|gsi| inner.taken.contains(gsi)) {
             return Err(error("adopt", libc::EEXIST));
         }
         inner.taken.extend(gsis);

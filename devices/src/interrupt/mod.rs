@@ -20,7 +20,7 @@
 //! | [`saved`] | all of these in the saved state |
 
 pub mod controller;
-#[cfg(test)]
+#[cfg(any(test, feature = "fakes"))]
 pub mod fake;
 pub mod ioevent;
 pub mod level;

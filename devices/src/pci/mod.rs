@@ -5,6 +5,8 @@ pub mod bar;
 pub mod bus;
 pub mod config;
 pub mod decoding;
+#[cfg(any(test, feature = "fakes"))]
+pub mod fake;
 pub mod msix;
 pub mod msix_capability;
 pub mod placed_bar;

@@ -182,4 +182,4 @@ impl<M: BarMemory> Drop for PlacedBar<M> {
 
 #[cfg(test)]
 #[path = "placed_bar_tests.rs"]
-pub mod tests;
+mod tests;

@@ -212,7 +212,7 @@ impl VfioDevice {
         self.write(&self.config, at, &[high[0] | DISABLE_INTX]);
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fakes"))]
     pub(super) fn with(
         bdf: &str,
         fd: StoredFd,

@@ -119,7 +119,7 @@ impl Group {
         ioctl::device_fd(self.fd.as_fd(), &name).map_err(os)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fakes"))]
     pub(super) fn with(number: u32, fd: StoredFd, domain: Arc<dyn DmaDomain>) -> Self {
         Self { number, fd, domain }
     }

@@ -24,6 +24,8 @@ pub mod bars;
 pub mod config;
 pub mod device;
 pub mod dma;
+#[cfg(any(test, feature = "fakes"))]
+pub mod fake;
 pub mod group;
 mod ioctl;
 pub mod pci;

@@ -145,7 +145,7 @@ impl Passthrough {
     }
 
     /// With group 7 in `domain`, without a kernel.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fakes"))]
     pub(super) fn with(fd_store: &FdStore, domain: Arc<dyn DmaDomain>) -> Self {
         use theseus_resources::FdKind;
         let fd = || rustix::fs::memfd_create("vfio", rustix::fs::MemfdFlags::CLOEXEC).unwrap();

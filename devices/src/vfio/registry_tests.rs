@@ -1,7 +1,7 @@
 //! What is added to the guest's memory, and the domains that are told of it.
 
 use super::super::dma::DmaMap;
-use super::super::dma::tests::{block, container};
+use super::super::dma::fake::{block, container};
 use super::*;
 
 #[test]

@@ -18,6 +18,8 @@ use theseus_resources::memory_listener::MemoryListener;
 
 use super::saved::DomainHandles;
 
+#[cfg(any(test, feature = "fakes"))]
+pub mod fake;
 pub mod invalidate;
 pub mod map;
 pub mod type1;

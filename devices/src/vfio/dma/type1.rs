@@ -132,7 +132,7 @@ impl Container {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fakes"))]
     pub(in crate::vfio) fn with(name: &str, fd: StoredFd, type1: Box<dyn Type1>) -> Self {
         Self { name: name.to_owned(), fd, type1, maps: Mutex::default() }
     }

@@ -1,0 +1,10 @@
+#![no_main]
+
+use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
+use theseus_fuzz::{mutate, saved_state};
+
+fuzz_target!(|data: &[u8]| saved_state::run(data));
+
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    mutate::state(data, size, max_size, seed, fuzzer_mutate)
+});
