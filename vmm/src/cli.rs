@@ -9,7 +9,7 @@ use theseus_api::types::{
     CpusConfig, DeviceConfig, LandlockConfig, MemoryConfig, PayloadConfig, SerialConfig, SerialMode, VmConfig,
 };
 
-use crate::sandbox::{Confinement, LandlockError, Place, Use, landlock, seccomp};
+use crate::sandbox::{Confinement, Place, Use, ceiling, landlock, seccomp};
 use crate::update;
 
 /// A VMM that can be replaced under its running guest.
@@ -68,6 +68,9 @@ pub struct Cli {
     /// no filters, or the kernel logs the call.
     #[arg(long, value_enum, value_name = "true|false|log", default_value_t)]
     pub seccomp: seccomp::Mode,
+    /// Refuses system calls to this image and all later ones that no build makes.
+    #[arg(long)]
+    pub ceiling: bool,
     /// Opens nothing but what the other options name and every VMM needs, in this image and all later ones (Landlock).
     #[arg(long, num_args = 0..=1, default_value_t, default_missing_value = "true", value_name = "true|false")]
     pub landlock: bool,
@@ -119,10 +122,14 @@ impl Cli {
 
     /// Confines this process as its options ask, before it has a second thread or process. Returns what the log has to
     /// say of it, too.
-    pub fn confine(&self) -> Result<(Confinement, Vec<String>), LandlockError> {
+    pub fn confine(&self) -> anyhow::Result<(Confinement, Vec<String>)> {
         let places = || self.places().into_iter().chain(self.default_folder()).collect::<Vec<_>>();
         let notes = if self.landlock { landlock::restrict(&places(), &self.landlock_rules)? } else { Vec::new() };
-        Ok((Confinement { landlock: self.landlock.then(|| self.landlock_rules.clone()) }, notes))
+        if self.ceiling {
+            ceiling::install()?;
+        }
+        let ceiling = self.ceiling;
+        Ok((Confinement { ceiling, landlock: self.landlock.then(|| self.landlock_rules.clone()) }, notes))
     }
 
     /// Where builds to update to are where no option says so (`Supervisor::fence`); not, if that is everywhere.
@@ -201,7 +208,8 @@ mod tests {
 
     #[test]
     fn every_path_of_the_command_line_is_a_place() {
-        let words = "theseus --landlock --api-socket /a --kernel /b --initramfs /c --serial file=/d --log-file /e
+        let words =
+            "theseus --ceiling --landlock --api-socket /a --kernel /b --initramfs /c --serial file=/d --log-file /e
             --event-monitor path=/f --pid-file /g --update-dir /h --landlock-rules path=/i,access=r path=/j,access=rw";
         let cli = parse(words).unwrap();
         let mut places: Vec<_> = cli.places().into_iter().map(|place| place.path).collect();

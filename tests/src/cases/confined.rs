@@ -165,3 +165,43 @@ pub fn by_landlock() -> Result<()> {
     ensure!(answer.status == 400 && answer.causes()?.join(" ").contains("start it with --landlock"), "{answer:?}");
     Ok(())
 }
+
+/// The filters of the main thread of process `pid`.
+fn filters(pid: u32) -> Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let number = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:")).context("no Seccomp_filters")?;
+    Ok(number.trim().parse()?)
+}
+
+/// With `--ceiling` every call of its list is refused to a child of the main thread, in whichever image, and keeper and
+/// main thread have that one filter, however many images there were.
+pub fn by_ceiling() -> Result<()> {
+    let kernel = std::env::temp_dir().join(format!("ceiling-{}", std::process::id()));
+    guest::write(&kernel, 128 << 20)?;
+    let options = ["--kernel", &kernel.display().to_string(), "--memory", "size=128M"].map(str::to_owned);
+    for (ceiling, wanted) in [(true, 1), (false, 0)] {
+        let args: Vec<_> = options.iter().cloned().chain(ceiling.then(|| "--ceiling".into())).collect();
+        // A container may have given one to the harness itself.
+        let wanted = wanted + filters(std::process::id())?;
+        let mut vm = Vm::spawn("theseus-a", &args, &Setting::default())?.booted()?;
+        let check = |vm: &Vm, when: &str| -> Result<()> {
+            vm.settled_facts()?;
+            let passed = probed(vm, &vm.other_build()?, &["ceiling".into()])?.join(" ");
+            ensure!(passed.is_empty() == ceiling, "{when}: not refused: {passed}");
+            for (who, pid) in [("keeper", vm.pid()), ("VMM", vm.vmm()?)] {
+                ensure!(filters(pid)? == wanted, "{when}: the {who} has {} filters, not {wanted}", filters(pid)?);
+            }
+            Ok(())
+        };
+        check(&vm, "at the start")?;
+        for _ in 0..MANY {
+            vm.update()?;
+        }
+        check(&vm, &format!("after {MANY} updates"))?;
+        for fault in ["prewarm:error", "remap:kill"] {
+            rolled_back(&vm, fault, &vm.other_build()?)?;
+        }
+        check(&vm, "after roll backs")?;
+    }
+    Ok(fs::remove_file(kernel)?)
+}

@@ -2,6 +2,7 @@
 //! keeper and VMM are inside, and all that they fork or exec later. No other image puts anything on again: layers of
 //! the kernel add up, and 16 of Landlock are the most that it allows.
 
+pub mod ceiling;
 pub mod landlock;
 pub mod seccomp;
 
@@ -15,6 +16,7 @@ pub use landlock::{LandlockError, Place, Use};
 pub struct Confinement {
     /// The rules of the command line, where Landlock is on.
     pub landlock: Option<Vec<LandlockConfig>>,
+    pub ceiling: bool,
 }
 
 /// [`Confinement`] in the saved state.
@@ -22,17 +24,18 @@ pub struct Confinement {
 #[serde(default)]
 pub struct ConfinementHandles {
     landlock: Option<Vec<LandlockConfig>>,
+    ceiling: bool,
 }
 
 impl Confinement {
     pub fn save(&self) -> ConfinementHandles {
-        let Self { landlock } = self.clone();
-        ConfinementHandles { landlock }
+        let Self { landlock, ceiling } = self.clone();
+        ConfinementHandles { landlock, ceiling }
     }
 
     pub fn restore(handles: ConfinementHandles) -> Self {
-        let ConfinementHandles { landlock } = handles;
-        Self { landlock }
+        let ConfinementHandles { landlock, ceiling } = handles;
+        Self { landlock, ceiling }
     }
 
     /// Why a guest cannot have what its configuration asks of Landlock; every reason.
@@ -97,7 +100,8 @@ mod tests {
         let open = Confinement::default();
         assert!(open.refusals(&VmConfig::default()).is_empty());
         assert!(open.refusals(&asks(&[]))[0].contains("start it with --landlock,"));
-        let closed = Confinement { landlock: Some(vec![rule("/srv", "rw"), rule("/boot", "r")]) };
+        let rules = vec![rule("/srv", "rw"), rule("/boot", "r")];
+        let closed = Confinement { landlock: Some(rules), ceiling: true };
         assert!(closed.refusals(&VmConfig::default()).is_empty());
         assert!(closed.refusals(&asks(&[rule("/srv/a", "w"), rule("/boot", "r"), rule("/srv", "wr")])).is_empty());
         let refused = closed.refusals(&asks(&[rule("/boot/a", "rw"), rule("/srv2", "r")]));
