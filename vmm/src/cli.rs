@@ -71,6 +71,9 @@ pub struct Cli {
     /// Refuses system calls to this image and all later ones that no build makes.
     #[arg(long)]
     pub ceiling: bool,
+    /// Lets the VMM, in this image and all later ones, write a core when it crashes, and be looked into by its user.
+    #[arg(long)]
+    pub core_dumps: bool,
     /// Opens nothing but what the other options name and every VMM needs, in this image and all later ones (Landlock).
     #[arg(long, num_args = 0..=1, default_value_t, default_missing_value = "true", value_name = "true|false")]
     pub landlock: bool,
@@ -128,8 +131,8 @@ impl Cli {
         if self.ceiling {
             ceiling::install()?;
         }
-        let ceiling = self.ceiling;
-        Ok((Confinement { ceiling, landlock: self.landlock.then(|| self.landlock_rules.clone()) }, notes))
+        let &Self { ceiling, core_dumps, .. } = self;
+        Ok((Confinement { ceiling, core_dumps, landlock: self.landlock.then(|| self.landlock_rules.clone()) }, notes))
     }
 
     /// Where builds to update to are where no option says so (`Supervisor::fence`); not, if that is everywhere.

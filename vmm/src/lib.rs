@@ -280,6 +280,7 @@ impl Parts {
 }
 
 fn boot(parts: Parts, cli: &Cli, confinement: Confinement, keys: Vec<UpdateKey>) -> anyhow::Result<Control> {
+    confinement.close();
     let fd_store = FdStore::new();
     let hypervisor = Arc::new(Hypervisor::open(&fd_store)?);
     let requests: Arc<dyn GuestRequests> = Arc::new(parts.queue.clone());

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -12,8 +13,9 @@ use serde_json::json;
 use crate::{
     cases::{MANY, note},
     harness::{
+        capabilities::CAP_DAC_OVERRIDE,
         hooks::Switch,
-        lab,
+        lab, proc,
         report::Report,
         vm::{Setting, Vm},
     },
@@ -204,4 +206,59 @@ pub fn by_ceiling() -> Result<()> {
         check(&vm, "after roll backs")?;
     }
     Ok(fs::remove_file(kernel)?)
+}
+
+const SOMEBODY: u32 = 4711;
+
+/// What only this VMM has of the guest is in no core, nobody of its own user looks into it, and of an update nothing is
+/// left open; or, where it was asked for, that user may.
+pub fn no_dumps() -> Result<()> {
+    let kernel = std::env::temp_dir().join(format!("dumps-{}", std::process::id()));
+    guest::write(&kernel, 128 << 20)?;
+    let options = ["--kernel", &kernel.display().to_string(), "--memory", "size=128M"].map(str::to_owned);
+    for dumps in [false, true] {
+        let args: Vec<_> = options.iter().cloned().chain(dumps.then(|| "--core-dumps".into())).collect();
+        let setting = Setting { user: Some((SOMEBODY, &[CAP_DAC_OVERRIDE])), ..Setting::default() };
+        let mut vm = Vm::spawn("theseus-a", &args, &setting)?.booted()?;
+        let check = |vm: &Vm, when: &str| -> Result<()> {
+            vm.settled_facts()?;
+            let vmm = vm.vmm()?;
+            // Of who may not be dumped they are root's (proc(5)).
+            let owner = |pid: u32| Ok::<_, std::io::Error>(fs::metadata(format!("/proc/{pid}/mem"))?.uid());
+            let wanted = if dumps { SOMEBODY } else { 0 };
+            let found = owner(vmm)?;
+            ensure!(found == wanted, "{when}: the VMM's memory is user {found}'s, not {wanted}'s");
+            ensure!(owner(vm.pid())? == 0, "{when}: the keeper can be looked into");
+            let memfds = proc::fds_to(vmm, "/memfd:")?.len();
+            ensure!(memfds == proc::fds_to(vmm, "/memfd:guest")?.len(), "{when}: {memfds} memfds are open");
+            for flags in guest_mappings(vmm)? {
+                ensure!(flags.split(' ').any(|flag| flag == "dd"), "{when}: a mapping of guest RAM has {flags}");
+            }
+            Ok(())
+        };
+        check(&vm, "at the start")?;
+        for _ in 0..3 {
+            vm.update()?;
+            check(&vm, "after an update")?;
+        }
+        rolled_back(&vm, "remap:kill", &vm.other_build()?)?;
+        check(&vm, "after a roll back")?;
+    }
+    Ok(fs::remove_file(kernel)?)
+}
+
+/// VmFlags of each mapping of guest RAM (proc(5)).
+fn guest_mappings(pid: u32) -> Result<Vec<String>> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut of_guest, mut found) = (false, Vec::new());
+    for line in smaps.lines() {
+        let first = line.split(' ').next().unwrap_or_default();
+        match line.strip_prefix("VmFlags:") {
+            Some(flags) if of_guest => found.push(flags.trim().to_owned()),
+            None if !first.ends_with(':') => of_guest = line.contains("/memfd:guest"),
+            _ => {}
+        }
+    }
+    ensure!(!found.is_empty(), "no mapping of guest RAM");
+    Ok(found)
 }

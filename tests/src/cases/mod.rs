@@ -109,6 +109,7 @@ const CASES: &[Case] = &[
     plain("update_plain", update::plain),
     plain("update_paused", update::paused),
     plain("update_without_guest", update::without_guest),
+    plain("confined_no_dumps", confined::no_dumps),
     plain("confined_by_ceiling", confined::by_ceiling),
     plain("confined_by_landlock", confined::by_landlock),
     plain("calls_that_are_stopped", fences::calls_that_are_stopped),

@@ -78,8 +78,6 @@ pub fn end_as(status: libc::c_int) -> ! {
         let signal = libc::WTERMSIG(status);
         // SAFETY: our own disposition and mask; no thread is left that could mind.
         unsafe {
-            // The VMM's own core is the one to look at. A handler in core_pattern looks at no limit.
-            libc::prctl(libc::PR_SET_DUMPABLE, 0);
             libc::signal(signal, libc::SIG_DFL);
             let mut all = std::mem::MaybeUninit::uninit();
             libc::sigfillset(all.as_mut_ptr());

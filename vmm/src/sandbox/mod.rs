@@ -3,13 +3,14 @@
 //! the kernel add up, and 16 of Landlock are the most that it allows.
 
 pub mod ceiling;
+pub mod dumps;
 pub mod landlock;
 pub mod seccomp;
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{LandlockConfig, VmConfig};
 
-pub use landlock::{LandlockError, Place, Use};
+pub use landlock::{Place, Use};
 
 /// What this VMM was started with; goes over with every update, for nobody could ask the kernel later.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub struct Confinement {
     /// The rules of the command line, where Landlock is on.
     pub landlock: Option<Vec<LandlockConfig>>,
     pub ceiling: bool,
+    /// It may be dumped, for whoever looks for a fault in it.
+    pub core_dumps: bool,
 }
 
 /// [`Confinement`] in the saved state.
@@ -25,17 +28,26 @@ pub struct Confinement {
 pub struct ConfinementHandles {
     landlock: Option<Vec<LandlockConfig>>,
     ceiling: bool,
+    core_dumps: bool,
 }
 
 impl Confinement {
     pub fn save(&self) -> ConfinementHandles {
-        let Self { landlock, ceiling } = self.clone();
-        ConfinementHandles { landlock, ceiling }
+        let Self { landlock, ceiling, core_dumps } = self.clone();
+        ConfinementHandles { landlock, ceiling, core_dumps }
     }
 
     pub fn restore(handles: ConfinementHandles) -> Self {
-        let ConfinementHandles { landlock, ceiling } = handles;
-        Self { landlock, ceiling }
+        let ConfinementHandles { landlock, ceiling, core_dumps } = handles;
+        Self { landlock, ceiling, core_dumps }
+    }
+
+    /// At the start, or once the guest of an update is this VMM's: all that a new VMM has to write in /proc/self is
+    /// written then.
+    pub fn close(&self) {
+        if !self.core_dumps {
+            dumps::forbid();
+        }
     }
 
     /// Why a guest cannot have what its configuration asks of Landlock; every reason.
@@ -101,7 +113,7 @@ mod tests {
         assert!(open.refusals(&VmConfig::default()).is_empty());
         assert!(open.refusals(&asks(&[]))[0].contains("start it with --landlock,"));
         let rules = vec![rule("/srv", "rw"), rule("/boot", "r")];
-        let closed = Confinement { landlock: Some(rules), ceiling: true };
+        let closed = Confinement { landlock: Some(rules), ceiling: true, core_dumps: true };
         assert!(closed.refusals(&VmConfig::default()).is_empty());
         assert!(closed.refusals(&asks(&[rule("/srv/a", "w"), rule("/boot", "r"), rule("/srv", "wr")])).is_empty());
         let refused = closed.refusals(&asks(&[rule("/boot/a", "rw"), rule("/srv2", "r")]));

@@ -120,6 +120,8 @@ pub fn adopt(
 
     // From here on the guest runs, and no error is worth losing it.
     drop(dispensable);
+    let confinement = Confinement::restore(std::mem::take(&mut handover.confinement));
+    confinement.close();
     if let Err(error) = old.say(&ToOld::Committed) {
         log::debug!("{error}");
     }
@@ -130,8 +132,8 @@ pub fn adopt(
     events.emit(UpdateEvent::from(report.clone()));
     let api = api.map(|api| api.open(&report)).transpose();
     let api = api.inspect_err(|error| log::error!("the API is lost: {error}")).unwrap_or_default();
-    let Handover { was_shut_down, peers, confinement, .. } = handover;
-    let (peers, confinement) = (Peers::restore(peers), Confinement::restore(confinement));
+    let Handover { was_shut_down, peers, .. } = handover;
+    let peers = Peers::restore(peers);
     Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, confinement, events })
 }
 
