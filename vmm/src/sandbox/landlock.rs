@@ -50,13 +50,13 @@ pub struct Place {
 #[derive(Debug, thiserror::Error)]
 pub enum LandlockError {
     #[error(
-        "--landlock: this kernel {0}: leave --landlock out, or boot it with landlock in its list lsm= (from 5.13 on, with \
-         CONFIG_SECURITY_LANDLOCK)"
+        "--landlock: this kernel {0}: leave --landlock out, or boot it with landlock in its list lsm= (from 5.13 on, \
+         with CONFIG_SECURITY_LANDLOCK)"
     )]
     Absent(&'static str),
     #[error("--landlock-rules: {}: {reason}: name a file or folder that is there", path.display())]
     Rule { path: PathBuf, reason: String },
-    #[error("{option} {}: Landlock would have to let this VMM write everywhere: put it into a folder of its own", path.display())]
+    #[error("{option} {}: Landlock would let it write everywhere: put it into a folder of its own", path.display())]
     Everywhere { option: &'static str, path: PathBuf },
     #[error("--landlock: {0}")]
     Kernel(#[from] RulesetError),

@@ -54,16 +54,17 @@ impl Confinement {
     pub fn refusals(&self, config: &VmConfig) -> Vec<String> {
         let wanted = config.landlock_rules.as_deref().unwrap_or_default();
         let Some(rules) = &self.landlock else {
-            let reason = "landlock_enable: this VMM was started without --landlock, and its threads and its keeper cannot \
-                          be confined any more: start it with --landlock, and name what guests need by --landlock-rules";
+            let reason = "landlock_enable: this VMM was started without --landlock, and its threads and its keeper \
+                          cannot be confined any more: start it with --landlock, and name what guests need by \
+                          --landlock-rules";
             return config.landlock_enable.then(|| reason.into()).into_iter().collect();
         };
         let missing = wanted.iter().filter(|rule| !landlock::covers(rules, rule));
         let reason = |rule: &LandlockConfig| {
             let (path, access) = (rule.path.display(), &rule.access);
             format!(
-                "landlock_rules: {path} with access {access} is not in the rules that this VMM was started with, and none \
-                 can be added: start it with --landlock-rules path={path},access={access}"
+                "landlock_rules: {path} with access {access} is not in the rules that this VMM was started with, and \
+                 none can be added: start it with --landlock-rules path={path},access={access}"
             )
         };
         missing.map(reason).collect()
