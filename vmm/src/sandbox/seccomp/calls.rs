@@ -99,8 +99,6 @@ fn vcpu() -> Rules {
         libc::SYS_sched_getparam,
         libc::SYS_sched_getscheduler,
     ]);
-    // A console's client, which is connected.
-    rules.when(libc::SYS_sendto, &[(4, Is::Word(0))]);
     // Its own place.
     for call in [libc::SYS_sched_setaffinity, libc::SYS_sched_setscheduler] {
         rules.when(call, &[(0, Is::Int(0))]);
@@ -112,6 +110,20 @@ fn vcpu() -> Rules {
     // Refused by the filter below this one.
     rules.any(&[libc::SYS_clone3]);
     ioctls(&mut rules, &[ioctls::VCPU]);
+    rules.and(&console());
+    rules
+}
+
+/// A guest that reads or writes its serial port takes a client that waits, and reads, writes and watches what is there.
+fn console() -> Rules {
+    let mut rules = Rules::default();
+    rules.any(&[libc::SYS_accept4, libc::SYS_epoll_ctl, libc::SYS_fstat, libc::SYS_getpgrp]);
+    // Of a connection, not to an address.
+    for call in [libc::SYS_sendto, libc::SYS_recvfrom] {
+        rules.when(call, &[(4, Is::Word(0))]);
+    }
+    rules.when(libc::SYS_fcntl, &[(1, Is::Int(libc::F_GETPIPE_SZ))]);
+    ioctls(&mut rules, &[ioctls::LOOKED_AT]);
     rules
 }
 

@@ -80,6 +80,14 @@ pub const MACHINE: &[u32] = &[
     vfio(8),   // VFIO_DEVICE_GET_REGION_INFO
 ];
 
+/// What kind of a file it is, and whose terminal.
+pub const LOOKED_AT: &[u32] = &[
+    0x5401, // TCGETS
+    0x540f, // TIOCGPGRP
+    0x5413, // TIOCGWINSZ
+    0x542a, // TCGETS2
+];
+
 /// Of terminals (include/uapi/asm-generic/ioctls.h). Not TIOCSTI, which types into one.
 pub const TERMINAL: &[u32] = &[
     0x5401, // TCGETS

@@ -132,7 +132,7 @@ fn no_thread_does_what_it_need_not() {
 fn what_every_thread_does_it_may() {
     for role in FILTERED {
         let (status, said) = in_child(role, &SeccompAction::Trap, || {
-            let blocks: Vec<_> = (0..64).map(|order| vec![1u8; 1 << (order % 24)]).collect();
+            let blocks: Vec<_> = (0..64).map(|order| vec![1u8; 1 << (order % 20)]).collect();
             std::thread::yield_now();
             std::thread::sleep(std::time::Duration::from_nanos(1));
             drop(blocks);
