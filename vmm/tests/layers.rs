@@ -50,10 +50,8 @@ const LAYERS: [(&str, &[&str]); 7] = [
         "vmm",
         &[
             "elf",
-            "sandbox",
             "small_file",
             "seams",
-            "test_hooks",
             "panics",
             "heap",
             "spin",
@@ -64,6 +62,7 @@ const LAYERS: [(&str, &[&str]); 7] = [
             "talk",
             "timeline",
             "sandbox",
+            "test_hooks",
             "boot",
             "build_info",
             "memory_errors",
