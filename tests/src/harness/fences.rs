@@ -7,13 +7,22 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use crate::harness::logs;
+use crate::harness::{lab, logs};
 
 static MEANT: AtomicBool = AtomicBool::new(false);
 
 /// The running test has a thread do what it may not.
 pub fn are_met() {
     MEANT.store(true, Ordering::Relaxed);
+}
+
+/// Whether there are filters that stop anything.
+pub fn stop() -> bool {
+    let mode = lab::seccomp();
+    if !mode.is_empty() {
+        println!("     no filter stops anything with {}", mode.join(" "));
+    }
+    mode.is_empty()
 }
 
 /// From the start of a test to its end.

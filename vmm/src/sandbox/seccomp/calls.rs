@@ -222,13 +222,16 @@ fn boot() -> Rules {
         libc::SYS_sched_setaffinity,
         libc::SYS_sched_setscheduler,
         libc::SYS_setpriority,
-        // The socket of a console.
+        // The socket of a console, which may still be somebody's.
         libc::SYS_bind,
+        libc::SYS_chmod,
+        libc::SYS_connect,
         libc::SYS_epoll_create1,
         libc::SYS_epoll_ctl,
         libc::SYS_eventfd2,
         libc::SYS_fchmod,
         libc::SYS_fchmodat,
+        libc::SYS_fchownat,
         libc::SYS_getsockname,
         libc::SYS_getsockopt,
         libc::SYS_listen,
