@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 
 # QEMU itself is built (qemu.sh); its firmware is Debian's.
-PACKAGES=(busybox-static cpio kmod xz-utils zstd iproute2 util-linux gcc libc6-dev binutils seabios qemu-system-data)
+PACKAGES=(busybox-static cpio kmod xz-utils zstd iproute2 util-linux gcc libc6-dev binutils seabios qemu-system-data systemd)
 
 codename() { (. /etc/os-release && printf '%s\n' "${VERSION_CODENAME:-}"); }
 

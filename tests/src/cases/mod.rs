@@ -24,6 +24,7 @@ mod resources;
 mod rogue;
 pub mod rollback;
 mod serial;
+mod service;
 mod signed;
 mod target;
 mod time;
@@ -198,6 +199,7 @@ const LONG: &[Case] = &[
     with(&[Nic::E1000e], "disk_and_nic_of_one_group", traffic::disk_and_nic),
     with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
+    unwired(&[Nic::IgbA], "unit_of_systemd", service::unit_of_systemd),
 ];
 
 impl Case {

@@ -24,6 +24,9 @@ pub struct Report {
     pub from: Build,
     pub to: Build,
     pub pid: u32,
+    /// Of the process that has the guest.
+    #[serde(default)]
+    pub vmm_pid: u32,
     /// 0 where the guest was not stopped.
     #[serde(default)]
     pub pause_us: u64,
