@@ -99,7 +99,7 @@ const NOT_OURS: [libc::c_int; 5] = [libc::SIGKILL, libc::SIGSTOP, 32, 33, 34];
 fn mask(name: &str) -> Option<u64> {
     let takes: &[libc::c_int] = match name {
         "theseus-vmm" => return Some(bits(&ELSEWHERE)),
-        "api" | "boot" | "control" | "log" | "populate" | "update" => &[],
+        "api" | "boot" | "control" | "log" | "populate" | "spawner" | "update" | "vcpu-spawner" => &[],
         // Blocked but for the time of a wait for it (kernel/signal.c, do_sigtimedwait).
         "keeper-watch" => &[libc::SIGCONT],
         vcpu => {

@@ -39,6 +39,7 @@ fn unit() -> Result<String> {
         ("/usr/bin/theseus ", format!("{} ", lab::bin("theseus-a")?.display())),
         ("/usr/bin/ch-remote", lab::bin("ch-remote")?.display().to_string()),
         ("User=theseus-%i", format!("User={USER}\nGroup={USER}\nEnvironment={}={FOLDER}/hooks", hooks::ENV)),
+        ("Type=notify", format!("Type=notify\nStandardError=append:{FOLDER}/log")),
     ] {
         ensure!(unit.contains(from), "the unit has no {from}");
         unit = unit.replace(from, &to);
@@ -98,7 +99,8 @@ pub fn unit_of_systemd() -> Result<()> {
     fs::write(folder.join("one.args"), arguments)?;
     let systemd = Systemd::start(&[("theseus@.service", &unit()?)])?;
     let service = Service { systemd, api: Api { path: Path::new(RUN).join("api.sock") } };
-    service.systemd.control(&["start", NAME])?;
+    let log = || logs::tail(&folder.join("log"));
+    service.systemd.control(&["start", NAME]).with_context(log)?;
     ensure!(service.systemd.property(NAME, "ActiveState")? == "active", "not active");
     let agent = service.agent()?;
     let (pid, first) = (service.main_pid()?, service.ping()?);

@@ -38,7 +38,7 @@ impl Systemd {
         fs::create_dir_all(CGROUP).context(CGROUP)?;
         let log = logs::create("systemd")?;
         let log = || fs::File::options().append(true).open(&log);
-        let inside = "mount --make-rprivate / && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
+        let inside = "mount --make-rprivate / && umount /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
                       exec /lib/systemd/systemd --system --show-status=0";
         let outside = format!(
             "echo $$ >{CGROUP}/cgroup.procs && exec unshare --mount --pid --fork --cgroup --mount-proc --kill-child \
@@ -49,8 +49,12 @@ impl Systemd {
         command.env("container", "lab").env("SYSTEMD_UNIT_PATH", UNITS);
         command.env("SYSTEMD_LOG_TARGET", "console").env("SYSTEMD_LOG_LEVEL", "info");
         command.stdin(Stdio::null()).stdout(log()?).stderr(log()?);
-        let systemd = Self { unshare: command.spawn()? };
-        wait_for("systemd", || Ok(systemd.control(&["is-system-running"]).is_ok().then_some(())))?;
+        let mut systemd = Self { unshare: command.spawn()? };
+        wait_for("systemd", || {
+            let ended = systemd.unshare.try_wait()?;
+            ensure!(ended.is_none(), "it has ended: {ended:?}");
+            Ok(systemd.control(&["is-system-running"]).is_ok().then_some(()))
+        })?;
         Ok(systemd)
     }
 

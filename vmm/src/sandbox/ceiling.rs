@@ -95,9 +95,12 @@ mod tests {
     use super::*;
     use crate::sandbox::in_child;
 
+    /// All bits: of 32 alone some calls would make an address, or a length of 4 GiB (init_module).
+    const NONE: libc::c_long = -1;
+
     fn call(number: libc::c_long) -> Option<i32> {
         // SAFETY: no address or descriptor is valid that is given: nothing of this process is touched.
-        let done = unsafe { libc::syscall(number, -1, -1, -1, -1, -1, -1) };
+        let done = unsafe { libc::syscall(number, NONE, NONE, NONE, NONE, NONE, NONE) };
         (done < 0).then(|| std::io::Error::last_os_error().raw_os_error()).flatten()
     }
 

@@ -30,10 +30,13 @@ fn told(done: std::io::Result<()>) -> String {
     done.err().map_or_else(|| "ok".into(), |error| error.raw_os_error().unwrap_or(-1).to_string())
 }
 
+/// All bits: of 32 alone some calls would make an address, or a length of 4 GiB, and be long about it (init_module).
+const NONE: libc::c_long = -1;
+
 /// With arguments that none of them takes.
 fn call(number: libc::c_long) -> std::io::Result<()> {
     // SAFETY: no address is valid that is given, and no descriptor, so nothing of this process is touched.
-    let done = unsafe { libc::syscall(number, -1, -1, -1, -1, -1, -1) };
+    let done = unsafe { libc::syscall(number, NONE, NONE, NONE, NONE, NONE, NONE) };
     if done < 0 { Err(Error::last_os_error()) } else { Ok(()) }
 }
 
