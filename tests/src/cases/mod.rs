@@ -95,7 +95,6 @@ const CASES: &[Case] = &[
     plain("deadline_in_doubt", probes::deadline_in_doubt),
     plain("device_that_counts", probes::device_that_counts),
     plain("code_segment_that_kvm_refuses", probes::code_segment_that_kvm_refuses),
-    plain("rogue_ports", rogue::ports),
     plain("rogue_memory", rogue::memory_and_pci),
     plain("rogue_registers", rogue::registers),
     plain("rogue_interrupts", rogue::interrupts),
@@ -200,6 +199,7 @@ const LONG: &[Case] = &[
     with(&Nic::ALL, "three_nics_two_containers", traffic::three_nics),
     with(&[Nic::IgbA], "reboot_with_nic", operator::reboot_with_nic),
     unwired(&[Nic::IgbA], "unit_of_systemd", service::unit_of_systemd),
+    plain("rogue_ports", rogue::ports),
 ];
 
 impl Case {

@@ -27,18 +27,20 @@ use crate::{
 
 const UNIT: &str = include_str!("../../../docs/theseus@.service");
 const NAME: &str = "theseus@one.service";
-const USER: u32 = 4711;
+/// One that every Debian has (base-passwd).
+const NAMED: &str = "backup";
+const USER: u32 = 34;
 const FOLDER: &str = "/run/service-of-test";
 const RUN: &str = "/run/theseus/one";
 
-/// The unit as it is, with the places of this lab, and a user that needs no entry in /etc/passwd.
+/// The unit as it is, with the places and a user of this lab.
 fn unit() -> Result<String> {
     let mut unit = UNIT.to_owned();
     for (from, to) in [
         ("/etc/theseus/", format!("{FOLDER}/")),
         ("/usr/bin/theseus ", format!("{} ", lab::bin("theseus-a")?.display())),
         ("/usr/bin/ch-remote", lab::bin("ch-remote")?.display().to_string()),
-        ("User=theseus-%i", format!("User={USER}\nGroup={USER}\nEnvironment={}={FOLDER}/hooks", hooks::ENV)),
+        ("User=theseus-%i", format!("User={NAMED}\nEnvironment={}={FOLDER}/hooks", hooks::ENV)),
         ("Type=notify", format!("Type=notify\nStandardError=append:{FOLDER}/log")),
     ] {
         ensure!(unit.contains(from), "the unit has no {from}");
@@ -70,6 +72,16 @@ impl Service {
         let agent = Agent::connect(&Path::new(RUN).join("serial"), &logs::create("console")?)?;
         agent.wait_ready(PATIENCE)?;
         Ok(agent)
+    }
+
+    /// By `systemctl stop`, which presses the power button. What has become of it in the end.
+    fn stop(&self, agent: Agent) -> Result<String> {
+        agent.call::<()>(&Request::PowerButtonOpen)?;
+        let mut stop = self.systemd.begin(&["stop", NAME])?;
+        agent.call_within::<()>(&Request::PowerButtonWait, PATIENCE)?;
+        agent.call::<()>(&Request::PowerOff { after_ms: 0 })?;
+        ensure!(stop.wait()?.success(), "systemctl stop");
+        self.systemd.property(NAME, "Result")
     }
 
     fn comes_to(&self, property: &str, value: &str) -> Result<()> {
@@ -137,13 +149,8 @@ pub fn unit_of_systemd() -> Result<()> {
     agent.ping()?;
     note(format_args!("PID {pid}, after a way back {}", report.pid));
 
-    agent.call::<()>(&Request::PowerButtonOpen)?;
-    let mut stop = service.systemd.begin(&["stop", NAME])?;
-    agent.call_within::<()>(&Request::PowerButtonWait, PATIENCE)?;
-    agent.call::<()>(&Request::PowerOff { after_ms: 0 })?;
-    ensure!(stop.wait()?.success(), "systemctl stop");
-    ensure!(service.systemd.property(NAME, "Result")? == "success", "not an orderly end");
-    drop(agent);
+    // To systemd the service has failed with its first process, however it ends.
+    ensure!(service.stop(agent)? == "signal", "nobody was killed?");
 
     service.systemd.control(&["start", NAME])?;
     let agent = service.agent()?;
@@ -151,9 +158,8 @@ pub fn unit_of_systemd() -> Result<()> {
     service.comes_to("NRestarts", "1")?;
     drop(agent);
     service.comes_to("ActiveState", "active")?;
-    service.agent()?.ping()?;
-    service.systemd.begin(&["kill", "--kill-who=main", "--signal=SIGTERM", NAME])?.wait()?;
-    service.comes_to("ActiveState", "inactive")?;
+    ensure!(service.stop(service.agent()?)? == "success", "not an orderly end");
+    ensure!(service.systemd.property(NAME, "ActiveState")? == "inactive", "not inactive");
     drop(service);
     for path in ["/dev/kvm", "/dev/vfio/vfio"] {
         chown(path, Some(0), Some(0))?;
