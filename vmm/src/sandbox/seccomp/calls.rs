@@ -240,9 +240,7 @@ fn boot() -> Rules {
         libc::SYS_timerfd_settime,
         libc::SYS_umask,
     ]);
-    for call in [libc::SYS_socket, libc::SYS_socketpair] {
-        rules.when(call, &[(0, Is::Int(libc::AF_UNIX))]);
-    }
+    of_this_host(&mut rules);
     rules
 }
 
@@ -250,6 +248,13 @@ fn vcpu_ioctls() -> Rules {
     let mut rules = Rules::default();
     ioctls(&mut rules, &[ioctls::VCPU, ioctls::MACHINE, ioctls::TERMINAL, ioctls::NONBLOCK]);
     rules
+}
+
+/// Sockets that reach no other.
+fn of_this_host(rules: &mut Rules) {
+    for call in [libc::SYS_socket, libc::SYS_socketpair] {
+        rules.when(call, &[(0, Is::Int(libc::AF_UNIX))]);
+    }
 }
 
 /// Looks at a target, and talks with the keeper and a new VMM.
@@ -268,9 +273,7 @@ fn update(pid: u32) -> Rules {
         libc::SYS_sched_getscheduler,
         libc::SYS_setpriority,
     ]);
-    for call in [libc::SYS_socket, libc::SYS_socketpair] {
-        rules.when(call, &[(0, Is::Int(libc::AF_UNIX))]);
-    }
+    of_this_host(&mut rules);
     // F_SETSIG, for a lease.
     for command in [10, libc::F_SETLEASE, libc::F_GETLEASE] {
         rules.when(libc::SYS_fcntl, &[(1, Is::Int(command))]);

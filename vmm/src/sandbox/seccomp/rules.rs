@@ -30,9 +30,9 @@ impl Rules {
 
     /// Where all of these arguments are so. The order of calls with the same number is that of the filter.
     pub fn when(&mut self, call: i64, arguments: &[(u8, Is)]) {
-        let rule = SeccompRule::new(arguments.iter().filter_map(|(index, is)| is.condition(*index)).collect());
-        // Neither of these two fails for a constant list that is not empty: an index below 6.
-        let Ok(rule) = rule else { return };
+        // None of this fails for a constant list that is not empty, of indices below 6; what did would allow nothing.
+        let conditions: Option<Vec<_>> = arguments.iter().map(|(index, is)| is.condition(*index)).collect();
+        let Some(Ok(rule)) = conditions.map(SeccompRule::new) else { return };
         match self.0.get_mut(&call) {
             Some(rules) if rules.is_empty() => {}
             Some(rules) => rules.push(rule),
