@@ -8,6 +8,7 @@ cd "$ROOT"
 export CARGO_TARGET_DIR=$TARGET CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
 
 passed=0 failed=0
+reasons=()
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -36,6 +37,8 @@ count() { # NAME CMD...
         [[ $line =~ ^test\ result:.*\ ([0-9]+)\ passed\;\ ([0-9]+)\ failed ]] || continue
         good=$((good + BASH_REMATCH[1])) bad=$((bad + BASH_REMATCH[2]))
     done <"$log"
+    # Once more at the end, where they are found: what the logs say besides fills pages.
+    while read -r line; do reasons+=("${line:0:1000}"); done < <(grep -aoE 'FAILED [a-z0-9_]+: .*' "$log")
     # What fails without a failed test (does not build, dies, is ended) is a failure too, and so is a run without tests.
     if [[ $bad == 0 && ($code != 0 || $good == 0) ]]; then bad=1; fi
     passed=$((passed + good)) failed=$((failed + bad))
@@ -45,6 +48,7 @@ count() { # NAME CMD...
 
 verdict() {
     echo
+    [[ ${#reasons[@]} == 0 ]] || printf '%s\n' "${reasons[@]}"
     echo "$passed passed, $failed failed"
     [[ $failed == 0 ]] || exit 1
     exit 0

@@ -13,6 +13,8 @@ use crate::{
 };
 
 const PREFIX: u8 = 24;
+/// Of further addresses of the peer, each of which is a network of its own.
+const HOST: u8 = 32;
 /// Ten times the drivers' default of 256: packets that find the ring full are dropped by the device.
 const RING: u32 = 2560;
 /// Packets of one direction that may be on their way at once, where the rings have room for twice as many.
@@ -68,14 +70,50 @@ impl Wire {
 
     /// L1's addresses on this wire; number 0 is the one that is always there.
     pub fn peer_ip(&self, number: u8) -> Ipv4Addr {
-        Ipv4Addr::new(10, 77, self.nic.index(), if number == 0 { 1 } else { 100 + number })
+        if number == 0 { Ipv4Addr::new(10, 77, self.nic.index(), 1) } else { spread(number) }
     }
 
     /// Gives L1 the further addresses 1..=`count`: a NIC spreads packets over its queues by source.
     pub fn add_peer_ips(&self, count: u8) -> Result<()> {
         for number in 1..=count {
-            net::set_address(&format!("{}:{number}", self.peer), self.peer_ip(number), PREFIX)?;
+            net::set_address(&format!("{}:{number}", self.peer), self.peer_ip(number), HOST)?;
         }
         Ok(())
+    }
+}
+
+/// Addresses that differ in all of the bits that they may. A NIC's hash of an address is a sum of bits of its key, one
+/// window of it for each bit of the address (Toeplitz), and drivers take a key at random: were only five bits ever
+/// different, one guest in some dozens would have all of its packets in one queue.
+fn spread(number: u8) -> Ipv4Addr {
+    // The golden ratio: multiples of it are spread evenly over 32 bits, from which the highest are taken.
+    let [a, b, c, _] = u32::from(number).wrapping_mul(0x9E37_79B9).to_be_bytes();
+    Ipv4Addr::new(10, a, b, c)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many of the differences of `addresses` are no sum (exclusive or) of others.
+    fn rank(addresses: &[Ipv4Addr]) -> usize {
+        let first = addresses[0].to_bits();
+        let mut base: Vec<u32> = Vec::new();
+        for address in addresses {
+            let rest = base.iter().fold(address.to_bits() ^ first, |rest, known| rest.min(rest ^ known));
+            if rest != 0 {
+                base.push(rest);
+            }
+        }
+        base.len()
+    }
+
+    #[test]
+    fn a_key_that_sends_all_sources_to_one_queue_is_one_in_a_million() {
+        let new: Vec<_> = (1..=24).map(spread).collect();
+        assert!(rank(&new) >= 20, "{}: {new:?}", rank(&new));
+        assert!(new.iter().all(|address| address.octets()[1] != 77), "an address of a wire: {new:?}");
+        let side_by_side: Vec<_> = (101..=124).map(|last| Ipv4Addr::new(10, 77, 0, last)).collect();
+        assert_eq!(rank(&side_by_side), 5);
     }
 }
