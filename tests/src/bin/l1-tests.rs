@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use theseus_tests::{bench, cases, demo, harness::lab, native, soak};
 
 const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer INTERFACE]] [--list]
-       l1-tests bench native [vcpus] | vectors
+       l1-tests bench native [vcpus | fences] | vectors
        l1-tests golden
        l1-tests soak [updates] [thousand] [matrix] [faults] [SEED]
        l1-tests bench | demo | soak   [--hardware BDF --peer INTERFACE]
@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         },
         "bench" if filters == ["native"] => native::run(),
         "bench" if filters == ["native", "vcpus"] => native::run_vcpus(),
+        "bench" if filters == ["native", "fences"] => native::run_fences(),
         "bench" if filters == ["vectors"] => bench::vectors(),
         "bench" => bench::run(),
         "demo" => demo::run(),

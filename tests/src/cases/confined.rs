@@ -14,6 +14,7 @@ use crate::{
     cases::{MANY, note},
     harness::{
         capabilities::CAP_DAC_OVERRIDE,
+        fences,
         hooks::Switch,
         lab, proc,
         report::Report,
@@ -57,20 +58,6 @@ impl Drop for Places {
     }
 }
 
-/// What the build in the file `target` answers, asked for its verdict, to questions of `probe`.
-fn probed(vm: &Vm, target: &Path, questions: &[String]) -> Result<Vec<String>> {
-    let asked = Switch::with(&vm.dir, "probe", &questions.join("\n"))?;
-    let body = json!({ "binary": target, "dry_run": true, "allow_downgrade": true }).to_string();
-    let answer = vm.api.put("vm.update", &body)?;
-    ensure!(answer.ok(), "{answer:?}");
-    drop(asked);
-    let told = vm.dir.join("hooks/probed");
-    let text = fs::read_to_string(&told).context("no answers: is this a build with test hooks?")?;
-    fs::remove_file(told)?;
-    let answers = text.lines().zip(questions).map(|(line, question)| line.replacen(&format!("{question}: "), "", 1));
-    Ok(answers.collect())
-}
-
 fn rolled_back(vm: &Vm, fault: &str, binary: &Path) -> Result<()> {
     let fault = Switch::with(&vm.dir, "fault", fault)?;
     let answer = vm.ask_update(binary)?;
@@ -98,7 +85,9 @@ pub fn by_landlock() -> Result<()> {
     let allowed = [format!("read {kernel}"), format!("write {log}"), "read /proc/self/status".into()];
     let questions: Vec<_> = ["layers".into()].into_iter().chain(denied).chain(allowed.clone()).collect();
     let check = |vm: &Vm, when: &str| -> Result<()> {
-        for (question, answer) in questions.iter().zip(probed(vm, &places.path("builds/theseus-a"), &questions)?) {
+        for (question, answer) in
+            questions.iter().zip(fences::probed(vm, &places.path("builds/theseus-a"), &questions)?)
+        {
             let wanted = match question.as_str() {
                 "layers" => "1",
                 _ if allowed.contains(question) => "ok",
@@ -187,7 +176,7 @@ pub fn by_ceiling() -> Result<()> {
         let mut vm = Vm::spawn("theseus-a", &args, &Setting::default())?.booted()?;
         let check = |vm: &Vm, when: &str| -> Result<()> {
             vm.settled_facts()?;
-            let passed = probed(vm, &vm.other_build()?, &["ceiling".into()])?.join(" ");
+            let passed = fences::probed(vm, &vm.other_build()?, &["ceiling".into()])?.join(" ");
             ensure!(passed.is_empty() == ceiling, "{when}: not refused: {passed}");
             for (who, pid) in [("keeper", vm.pid()), ("VMM", vm.vmm()?)] {
                 ensure!(filters(pid)? == wanted, "{when}: the {who} has {} filters, not {wanted}", filters(pid)?);

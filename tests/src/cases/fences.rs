@@ -1,12 +1,10 @@
 //! What a thread may not do that has got into wrong hands.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context, Result, ensure};
 
 use crate::{
     cases::{MANY, failures::End, probes::Probe},
-    harness::{fences, hooks::Switch, lab, proc},
+    harness::{fences, hooks::Switch, lab},
     native::probes,
 };
 
@@ -37,18 +35,6 @@ pub fn calls_that_are_stopped() -> Result<()> {
     probe.goes_on("after an update that went well")
 }
 
-/// How many filters hold each thread of a process, by its name.
-fn filters(pid: u32) -> Result<BTreeMap<String, u32>> {
-    let mut filters = BTreeMap::new();
-    // But the kernel's own, which it makes of the thread that first needs them (virt/kvm/kvm_main.c, vhost_task_create).
-    for (tid, name) in proc::threads(pid)?.into_iter().filter(|(_, name)| !name.starts_with("kvm-")) {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))?;
-        let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
-        filters.insert(name, count.context("no Seccomp_filters in its status")?.trim().parse()?);
-    }
-    Ok(filters)
-}
-
 /// All threads have their filters, and no more of them after many updates and ways back. Who runs programs, or becomes
 /// one, has none.
 pub fn filters_in_force() -> Result<()> {
@@ -58,7 +44,7 @@ pub fn filters_in_force() -> Result<()> {
     let inherited: u32 = inherited.trim().parse()?;
     let of_vcpu = inherited + if lab::seccomp().contains(&"false".to_owned()) { 0 } else { 2 };
     for round in 0..=MANY {
-        let found = filters(probe.vm.vmm()?)?;
+        let found = fences::filters(probe.vm.vmm()?)?;
         for (thread, count) in &found {
             let expected = match thread.as_str() {
                 "vcpu0" | "vcpu-spawner" => of_vcpu,
@@ -68,7 +54,7 @@ pub fn filters_in_force() -> Result<()> {
             ensure!(*count == expected, "round {round}: {thread} has {count} filters, not {expected}: {found:?}");
         }
         ensure!(["vcpu0", "control", "api", "keeper-watch"].iter().all(|name| found.contains_key(*name)), "{found:?}");
-        let keeper = filters(probe.vm.pid())?;
+        let keeper = fences::filters(probe.vm.pid())?;
         ensure!(keeper.values().all(|count| *count == inherited), "round {round}: the keeper: {keeper:?}");
         if round % 4 == 3 {
             let fault = Switch::with(&probe.vm.dir, "fault", "devices:error")?;

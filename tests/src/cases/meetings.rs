@@ -281,16 +281,17 @@ pub fn stopped_at_the_word() -> Result<()> {
 /// Deadlines that vCPUs cannot keep: each update is given up at once, and what a late vCPU still does confuses no later
 /// one.
 pub fn short_deadlines() -> Result<()> {
+    const ROUNDS: u64 = 24;
     rig::shared(|rig| {
         let traffic = rig.traffic()?;
         let (mut late, mut longest) = (0, 0);
-        for round in 0..60 {
+        for round in 0..ROUNDS {
             let report = update_within(rig, 1 + round % 3)?;
             ensure!(report.outcome == "rolled_back", "{report:?}");
             late += usize::from(report.reasons.join(" ").contains("did not stop"));
             longest = report.pause_us.max(longest);
         }
-        note(format_args!("vCPUs were late {late} times of 60; the longest pause {longest} us"));
+        note(format_args!("vCPUs were late {late} times of {ROUNDS}; the longest pause {longest} us"));
         ensure!(longest < 60_000_000, "the guest stood still for {longest} us");
         traffic.moves_on(rig.agent()?, 25)?;
         rig.vm.update()?;

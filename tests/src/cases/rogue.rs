@@ -1,12 +1,7 @@
 //! Guests that are out to harm ([`rogues`]). Whatever they do, their VMM serves, grows neither in memory nor in threads
 //! or descriptors, writes no log without end, and is updated under them.
 
-use std::{
-    fs::{self, File},
-    path::PathBuf,
-    thread::sleep,
-    time::Duration,
-};
+use std::{fs, path::PathBuf, thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -20,6 +15,8 @@ use crate::{
     },
 };
 
+/// How a VMM begins to say why its guest has ended.
+const CANNOT_GO_ON: &str = "the guest cannot go on: vCPU";
 /// Growth of a VMM whose guest does the same again, KiB.
 const FLAT_KIB: u64 = 1024;
 /// 200 warnings at once, and then one in ten seconds; twice.
@@ -35,7 +32,7 @@ struct Subject<'a> {
 impl<'a> Subject<'a> {
     fn boot(rogue: &'a Rogue, args: &[String]) -> Result<Self> {
         let (vm, kernel) = start(rogue, args)?;
-        let memory = memory(&vm)?;
+        let memory = Memory::of(vm.vmm()?)?;
         Ok(Self { vm, _kernel: kernel, memory, rogue })
     }
 
@@ -79,6 +76,21 @@ impl<'a> Subject<'a> {
         self.round()?;
         self.serves()?;
         is_flat(&before, || self.vm.settled_facts()).context(when.to_owned())
+    }
+
+    /// What the VMM has said of the end of its guest, and which step that came in, if that is what went wrong. A client
+    /// may hear of its connection's end a little earlier.
+    fn end(&mut self) -> Option<String> {
+        for _ in 0..100 {
+            if !self.vm.is_running() {
+                break;
+            }
+            sleep(Duration::from_millis(20));
+        }
+        let log = self.vm.log_text();
+        let said = log.lines().find(|line| line.contains(CANNOT_GO_ON)).filter(|_| !self.vm.is_running())?;
+        let at = self.memory.progress(0).map(|progress| self.rogue.step(&progress));
+        Some(format!("{said}, at {at:?}"))
     }
 
     fn all(&mut self) -> Result<()> {
@@ -141,10 +153,6 @@ fn start(rogue: &Rogue, args: &[String]) -> Result<(Vm, Kernel)> {
     Ok((vm, kernel))
 }
 
-fn memory(vm: &Vm) -> Result<Memory> {
-    Ok(Memory::new(proc::open_fd_to(vm.vmm()?, "/memfd:guest-ram", File::options().read(true).write(true))?))
-}
-
 /// A reset is its end, and most of them ask for none. Its words are in nobody's log.
 fn quiet(serial: &str) -> Vec<String> {
     ["--on-reset", "exit", "--serial", serial].map(Into::into).to_vec()
@@ -156,7 +164,10 @@ fn each(kinds: &[Rogue]) -> Result<()> {
 
 fn one(rogue: &Rogue, args: &[String]) -> Result<()> {
     let mut subject = Subject::boot(rogue, args).context(rogue.name)?;
-    subject.all().context(rogue.name)?;
+    if let Err(error) = subject.all() {
+        let end = subject.end().map(anyhow::Error::msg);
+        return Err(end.unwrap_or(error)).context(rogue.name);
+    }
     let progress = subject.progress()?;
     let sum = |of: fn(&Progress) -> u64| progress.iter().map(of).sum::<u64>();
     let (steps, exceptions, interrupts) = (sum(|p| p.steps), sum(|p| p.exceptions), sum(|p| p.interrupts));
@@ -175,16 +186,7 @@ pub fn memory_and_pci() -> Result<()> {
 
 pub fn registers() -> Result<()> {
     each(&rogues::msrs())?;
-    for rogue in rogues::modes() {
-        // A CPU that is software takes some control registers for an end that no other CPU does.
-        match one(&rogue, &quiet("null")).map_err(|error| format!("{error:#}")) {
-            Err(ended) if ended.contains("the guest cannot go on: vCPU") && ended.contains("KVM_EXIT_FAIL_ENTRY") => {
-                note(format_args!("{}: {}", rogue.name, ended.lines().next().unwrap_or_default()));
-            }
-            other => other.map_err(anyhow::Error::msg)?,
-        }
-    }
-    Ok(())
+    each(&rogues::modes())
 }
 
 pub fn interrupts() -> Result<()> {
@@ -209,7 +211,7 @@ pub fn serial() -> Result<()> {
 pub fn ends() -> Result<()> {
     for rogue in rogues::ends() {
         let (mut vm, _kernel) = start(&rogue, &quiet("null")).context(rogue.name)?;
-        let memory = memory(&vm)?;
+        let memory = Memory::of(vm.vmm()?)?;
         wait_for("the guest", || Ok((memory.progress(0)?.steps > 0).then_some(())))?;
         memory.go()?;
         let what = end_of(&mut vm, &memory).context(rogue.name)?;

@@ -2,7 +2,7 @@
 //! its signature was found good.
 
 use std::{
-    fs::{self, File},
+    fs,
     os::unix::{ffi::OsStrExt, fs::PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -15,7 +15,8 @@ use crate::{
     cases::{failures::End, note},
     harness::{
         hooks::{Switch, make_fifo},
-        lab,
+        signing,
+        signing::{beside, comment, sign},
         vm::Vm,
         wait_for,
     },
@@ -25,20 +26,6 @@ use crate::{
 /// Newer than the running build, and older.
 const NEWER: &str = "99.0.0";
 const OLDER: &str = "0.0.1";
-
-fn comment(version: &str) -> String {
-    format!("theseus version={version}")
-}
-
-fn sign(by: &KeyPair, file: &Path, comment: &str) -> Result<String> {
-    Ok(minisign::sign(None, &by.sk, File::open(file)?, Some(comment), None)?.to_string())
-}
-
-fn beside(file: &Path) -> PathBuf {
-    let mut path = file.as_os_str().to_owned();
-    path.push(".minisig");
-    path.into()
-}
 
 fn executable(path: &Path) -> Result<()> {
     Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
@@ -119,11 +106,7 @@ pub fn builds() -> Result<()> {
     let dir = dir.canonicalize()?;
     let [ours, next, other] = [0; 3].map(|_| KeyPair::generate_unencrypted_keypair());
     let (ours, next, other) = (ours?, next?, other?);
-    let public = |name: &str, pair: &KeyPair| -> Result<String> {
-        let path = dir.join(name);
-        fs::write(&path, pair.pk.to_box()?.to_bytes())?;
-        Ok(path.display().to_string())
-    };
+    let public = |name: &str, pair: &KeyPair| signing::public(&dir.join(name), pair);
     let (first, second) = (public("ours.pub", &ours)?, public("next.pub", &next)?);
     let kernel = dir.join("kernel");
     guest::write_image(&kernel, &probes::clock())?;
@@ -188,14 +171,7 @@ pub fn builds() -> Result<()> {
     // There and back: each image asks for a signature, of any of the keys.
     tracer(target, NEWER, &subject.trace)?;
     fs::remove_file(&signature)?;
-    let build = |name: &str, tag: &str, by: &KeyPair| -> Result<PathBuf> {
-        let path = dir.join(name);
-        fs::copy(lab::bin(name)?, &path)?;
-        let version = format!("{}+{tag}", env!("CARGO_PKG_VERSION"));
-        fs::write(beside(&path), sign(by, &path, &comment(&version))?)?;
-        Ok(path)
-    };
-    let (a, b) = (build("theseus-a", "a", &next)?, build("theseus-b", "b", &ours)?);
+    let (a, b) = (signing::build(&dir, "a", &next)?, signing::build(&dir, "b", &ours)?);
     for (round, binary) in [&b, &a, &b].into_iter().enumerate() {
         subject.vm.update_to(binary).with_context(|| format!("update {round}"))?;
         subject.goes_on()?;

@@ -155,10 +155,18 @@ pub fn four_busy_vcpus() -> Result<()> {
     Ok(())
 }
 
+/// The clock source that a guest takes by itself: `tsc-early` is for the time in which it measures its TSC, a second or
+/// more after its boot (tsc_refine_calibration_work).
+fn settled_source(vm: &Vm) -> Result<String> {
+    wait_for("a clock source that is to stay", || {
+        Ok(Some(vm.agent()?.machine()?.clocksource).filter(|source| source != "tsc-early"))
+    })
+}
+
 /// The power management timer as the clock source of a guest, which reads it all the time then.
 pub fn power_management_timer() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
-    let usual = vm.agent()?.machine()?.clocksource;
+    let usual = settled_source(&vm)?;
     ensure!(usual == "tsc" || usual == "kvm-clock", "left to itself the guest takes {usual}");
     vm.agent()?.call::<()>(&Request::ClockSource { name: "acpi_pm".into() })?;
     exact_over_updates(&mut vm, "acpi_pm")
@@ -171,7 +179,7 @@ pub fn without_kvmclock() -> Result<()> {
     let khz = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()?.create_vcpu(0)?.get_tsc_khz()).context("KVM")?;
     let mut vm = Vm::builder().kernel_words(&format!("no-kvmclock tsc_early_khz={khz}")).boot()?;
     // Where the lab is slow, its TSC looks unsteady to the guest's watchdog, which is the power management timer.
-    let source = vm.agent()?.machine()?.clocksource;
+    let source = settled_source(&vm)?;
     ensure!(["tsc", "acpi_pm"].contains(&source.as_str()), "left to itself the guest takes {source}");
     exact_over_updates(&mut vm, &source)
 }

@@ -1,17 +1,18 @@
-//! What the fences of a VMM have stopped: no test may meet one that it does not mean to.
+//! The fences of a VMM: what they are, and what they have stopped: no test may meet one that it does not mean to.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{ErrorKind, Read, Seek, SeekFrom},
     os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use anyhow::{Context, Result, ensure};
 use parking_lot::Mutex;
 
-use crate::harness::{lab, logs};
+use crate::harness::{hooks::Switch, lab, logs, proc, vm::Vm};
 
 static MEANT: AtomicBool = AtomicBool::new(false);
 /// How much of each log was read: that of a guest that tests share tells of those before, too.
@@ -77,4 +78,31 @@ impl Watch {
             }
         }
     }
+}
+
+/// How many filters hold each thread of a process, by its name.
+pub fn filters(pid: u32) -> Result<BTreeMap<String, u32>> {
+    let mut filters = BTreeMap::new();
+    // But the kernel's own, which it makes of the thread that first needs them (virt/kvm/kvm_main.c, vhost_task_create).
+    for (tid, name) in proc::threads(pid)?.into_iter().filter(|(_, name)| !name.starts_with("kvm-")) {
+        // One that has ended meanwhile has none.
+        let Ok(status) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")) else { continue };
+        let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
+        filters.insert(name, count.context("no Seccomp_filters in its status")?.trim().parse()?);
+    }
+    Ok(filters)
+}
+
+/// What the build in the file `target` answers, asked for its verdict, to questions of `probe`.
+pub fn probed(vm: &Vm, target: &Path, questions: &[String]) -> Result<Vec<String>> {
+    let asked = Switch::with(&vm.dir, "probe", &questions.join("\n"))?;
+    let body = serde_json::json!({ "binary": target, "dry_run": true, "allow_downgrade": true }).to_string();
+    let answer = vm.api.put("vm.update", &body)?;
+    ensure!(answer.ok(), "{answer:?}");
+    drop(asked);
+    let told = vm.dir.join("hooks/probed");
+    let text = fs::read_to_string(&told).context("no answers: is this a build with test hooks?")?;
+    fs::remove_file(told)?;
+    let answers = text.lines().zip(questions).map(|(line, question)| line.replacen(&format!("{question}: "), "", 1));
+    Ok(answers.collect())
 }

@@ -16,6 +16,7 @@ pub mod process;
 pub mod ram;
 pub mod report;
 pub mod rig;
+pub mod signing;
 pub mod systemd;
 pub mod table;
 pub mod traffic;

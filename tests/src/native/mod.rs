@@ -3,6 +3,7 @@
 //!
 //! The guest is [`guest`], which keeps all of its memory populated; there is no VFIO device.
 
+mod fences;
 pub mod guest;
 pub mod probes;
 pub mod rogues;
@@ -88,6 +89,11 @@ pub fn run() -> Result<()> {
         println!("{}: 8 GiB take {ratio:.2} times the pause of 512 MiB", pair[0].0);
     }
     Ok(())
+}
+
+pub fn run_fences() -> Result<()> {
+    logs::begin("bench-native");
+    fences::run()
 }
 
 /// Its first table alone.

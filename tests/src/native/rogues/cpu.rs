@@ -6,7 +6,10 @@ use crate::native::steps::*;
 const IA32_APIC_BASE: u32 = 0x1B;
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6E0;
-const EFER: u32 = 0xC000_0080;
+pub(super) const EFER: u32 = 0xC000_0080;
+/// EFER: segment limits in long mode, which KVM hands on to CPUs of AMD. [`super::ends`] has it: the CPU of a software
+/// that does not know it ends its guest.
+pub(super) const LMSLE: u64 = 1 << 13;
 
 /// (first, how many): of all that KVM knows, and some that nobody does.
 const MSRS: [(u32, u64); 6] = [
@@ -131,7 +134,10 @@ pub fn modes() -> Vec<Rogue> {
     registers.extend([set(Cr0, CR0 & !1), set(Cr0, 0x11), set(Cr0, CR0)]);
     for bit in 0..64 {
         registers.extend([set(Cr4, 0x20 | 1 << bit), set(Cr2, 1 << bit), set(Dr6, 1 << bit), set(Xcr0, 1 | 1 << bit)]);
-        registers.extend([write_msr(EFER, 0xD00 | 1 << bit), write_msr(EFER, 0x500), set(Cr4, 0x20)]);
+        if 1 << bit != LMSLE {
+            registers.extend([write_msr(EFER, 0xD00 | 1 << bit), write_msr(EFER, 0x500)]);
+        }
+        registers.push(set(Cr4, 0x20));
         registers.extend([set(Dr0, 1 << bit), set(Dr7, 0x400 | 1 << bit)]);
     }
     registers.extend([

@@ -35,6 +35,19 @@ impl Rogue {
         Self { name, cpus: steps.len() as u32, goes_on, steps }
     }
 
+    /// What the first vCPU was doing, if it goes through all of its steps each time.
+    pub fn step(&self, progress: &Progress) -> Option<&Step> {
+        let steps = self.steps.first()?;
+        // The end of a list is a step, too.
+        let round = 1 + steps.iter().map(Step::turns).sum::<u64>();
+        let mut left = (progress.steps % round).checked_sub(1)?;
+        steps.iter().find(|step| {
+            let here = left < step.turns();
+            left = left.saturating_sub(step.turns());
+            here
+        })
+    }
+
     pub fn code(&self) -> Vec<u8> {
         steps::guest(&self.steps)
     }
@@ -54,6 +67,7 @@ pub fn ends() -> Vec<Rogue> {
         end("strings beyond all that is mapped", strings(|size| read_string(0x80, size, 0x200, 0xFFFF_FE00))),
         end("hypercalls", hypercalls()),
         end("an SMI", vec![send(1 << 18 | 2 << 8 | 1 << 14), spin(100_000)]),
+        end("segment limits in long mode", vec![write_msr(cpu::EFER, 0xD00 | cpu::LMSLE), spin(1000)]),
         end("code where nothing is", vec![call(HOLE)]),
         end("code in the configuration of PCI", vec![call(ECAM)]),
         end("code in the LAPIC", vec![call(LAPIC)]),

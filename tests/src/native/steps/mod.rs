@@ -22,7 +22,7 @@ pub const NOTES: u64 = 0x200_0000;
 pub const PML4: u64 = 0x9000;
 pub const PDPT: u64 = 0xA000;
 /// In the order of the table in `code.rs`.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 #[repr(u32)]
 enum Kind {
     End,
@@ -60,7 +60,7 @@ enum Kind {
 }
 
 /// What a vCPU does once, or `times` times.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Step {
     kind: Kind,
     /// Bytes of an access.
@@ -92,6 +92,10 @@ impl Step {
     /// At so many places, each this much beyond the last.
     pub const fn over(self, times: u64, stride: u64) -> Self {
         Self { times, stride, ..self }
+    }
+
+    pub const fn turns(&self) -> u64 {
+        self.times
     }
 
     fn bytes(&self) -> [u8; 48] {

@@ -4,6 +4,8 @@ use std::{fs::File, os::unix::fs::FileExt};
 
 use anyhow::{Context, Result};
 
+use crate::harness::proc;
+
 use super::{BLOCK, BLOCKS, GO};
 
 /// What a vCPU has done.
@@ -22,8 +24,9 @@ pub struct Progress {
 pub struct Memory(File);
 
 impl Memory {
-    pub fn new(ram: File) -> Self {
-        Self(ram)
+    /// That of the guest which process `pid` has.
+    pub fn of(pid: u32) -> Result<Self> {
+        Ok(Self(proc::open_fd_to(pid, "/memfd:guest-ram", File::options().read(true).write(true))?))
     }
 
     pub fn progress(&self, vcpu: u64) -> Result<Progress> {
