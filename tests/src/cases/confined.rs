@@ -3,7 +3,10 @@
 
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
+    os::unix::{
+        fs::{FileExt, MetadataExt, PermissionsExt},
+        process::ExitStatusExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -197,6 +200,8 @@ pub fn by_ceiling() -> Result<()> {
 }
 
 const SOMEBODY: u32 = 4711;
+/// In guest memory, where its code is not.
+const SECRET_AT: u64 = 0x60_0000;
 
 /// What only this VMM has of the guest is in no core, nobody of its own user looks into it, and of an update nothing is
 /// left open; or, where it was asked for, that user may.
@@ -204,9 +209,14 @@ pub fn no_dumps() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("dumps-{}", std::process::id()));
     guest::write(&kernel, 128 << 20)?;
     let options = ["--kernel", &kernel.display().to_string(), "--memory", "size=128M"].map(str::to_owned);
+    let cores = Cores::new()?;
     for dumps in [false, true] {
         let args: Vec<_> = options.iter().cloned().chain(dumps.then(|| "--core-dumps".into())).collect();
-        let setting = Setting { user: Some((SOMEBODY, &[CAP_DAC_OVERRIDE])), ..Setting::default() };
+        let setting = Setting {
+            user: Some((SOMEBODY, &[CAP_DAC_OVERRIDE])),
+            limit: Some((libc::RLIMIT_CORE, libc::RLIM_INFINITY)),
+            ..Setting::default()
+        };
         let mut vm = Vm::spawn("theseus-a", &args, &setting)?.booted()?;
         let check = |vm: &Vm, when: &str| -> Result<()> {
             vm.settled_facts()?;
@@ -231,8 +241,58 @@ pub fn no_dumps() -> Result<()> {
         }
         rolled_back(&vm, "remap:kill", &vm.other_build()?)?;
         check(&vm, "after a roll back")?;
+        cores.of_its_end(vm, dumps)?;
     }
     Ok(fs::remove_file(kernel)?)
+}
+
+/// Where this machine's kernel leaves cores meanwhile.
+struct Cores {
+    folder: PathBuf,
+    usual: String,
+}
+
+impl Cores {
+    const PATTERN: &str = "/proc/sys/kernel/core_pattern";
+
+    fn new() -> Result<Self> {
+        let folder = std::env::temp_dir().join(format!("cores-{}", std::process::id()));
+        let this = Self { usual: fs::read_to_string(Self::PATTERN)?, folder };
+        fs::create_dir(&this.folder)?;
+        fs::set_permissions(&this.folder, fs::Permissions::from_mode(0o777))?;
+        fs::write(Self::PATTERN, this.folder.join("%p").display().to_string()).context(Self::PATTERN)?;
+        Ok(this)
+    }
+
+    /// Of a VMM that dies, and of its keeper, which dies as it does: there is one of the VMM if it was asked for, and
+    /// it has all but what is the guest's.
+    fn of_its_end(&self, mut vm: Vm, asked_for: bool) -> Result<()> {
+        let (keeper, vmm) = (vm.pid(), vm.vmm()?);
+        let ram = proc::open_fd_to(vmm, "/memfd:guest-ram", fs::File::options().write(true))?;
+        // As it is nowhere in this program, which the VMM's might resemble.
+        let secret: Vec<u8> = (0..64).map(|n: u8| n.wrapping_mul(n) ^ 0xA5).collect();
+        ram.write_all_at(&secret, SECRET_AT)?;
+        proc::signal(vmm, libc::SIGABRT)?;
+        let status = vm.wait_exit()?;
+        ensure!(status.signal() == Some(libc::SIGABRT), "{status}");
+        let path = |pid: u32| self.folder.join(pid.to_string());
+        ensure!(!path(keeper).exists(), "there is a core of the keeper");
+        ensure!(path(vmm).exists() == asked_for, "is there a core of the VMM? Asked for: {asked_for}");
+        if asked_for {
+            let core = fs::read(path(vmm))?;
+            ensure!(core.starts_with(b"\x7fELF"), "a core of {} bytes is none", core.len());
+            ensure!(!core.windows(secret.len()).any(|part| part == secret), "the guest's memory is in the core");
+            note(format_args!("a core of {} KiB", core.len() >> 10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cores {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATTERN, &self.usual);
+        let _ = fs::remove_dir_all(&self.folder);
+    }
 }
 
 /// VmFlags of each mapping of guest RAM (proc(5)).

@@ -27,7 +27,7 @@ fn is_gone(pid: u32) -> bool {
 /// update too. So it is with the VMM stopped.
 pub fn killed() -> Result<()> {
     for stopped in [false, true] {
-        let mut vm = Vm::builder().device(Nic::IgbA, None)?.boot()?;
+        let mut vm = Vm::builder().confined().device(Nic::IgbA, None)?.boot()?;
         vm.update()?;
         vm.settled_facts()?;
         let vmm = vm.vmm()?;
@@ -171,7 +171,7 @@ pub fn fatal_signals() -> Result<()> {
 /// is to be found now, and ends as it is told.
 pub fn killed_in_update() -> Result<()> {
     for phase in ["prewarm", "remap"] {
-        let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
+        let mut rig = Rig::boot(Vm::builder().cpus(2).confined(), &[(Nic::IgbA, None)])?;
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 9 })?;
         rig.vm.update()?;
         rig.vm.settled_facts()?;

@@ -178,7 +178,7 @@ pub fn reboot_with_nic() -> Result<()> {
 /// A guest with a passed-through NIC that resets itself comes up again in the same process, with the NIC, and updates
 /// go on as before.
 pub fn reset_with_nic() -> Result<()> {
-    let mut rig = Rig::boot(Vm::builder().cpus(2).reboots(), &[(Nic::IgbA, None)])?;
+    let mut rig = Rig::boot(Vm::builder().cpus(2).reboots().confined(), &[(Nic::IgbA, None)])?;
     for round in 1..=2 {
         rig.agent()?.call::<()>(&Request::Reboot { after_ms: 300 })?;
         rig.vm.wait_event("vm rebooted", round)?;

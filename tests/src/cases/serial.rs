@@ -17,7 +17,7 @@ use super::deaths::taken_back;
 use crate::{
     harness::{
         hooks::Switch,
-        vm::Vm,
+        vm::{Setting, Vm},
         vm_info::{Resource, VmInfo},
         wait_for,
     },
@@ -27,12 +27,13 @@ use crate::{
 /// Fewer than a pty holds that nobody reads (4096 bytes).
 const LINES: u32 = 100;
 
-/// Starts a guest that says what it is told to.
+/// Starts a guest that says what it is told to, in a VMM that Landlock confines: each image opens what it has to.
 fn speaker(mode: &str) -> Result<Vm> {
     let kernel = std::env::temp_dir().join(format!("speaks-{}", std::process::id()));
     guest::write_image(&kernel, &probes::words())?;
     let args = ["--kernel", &kernel.display().to_string(), "--memory", "size=128M", "--serial", mode];
-    let vm = Vm::with_args(&args)?.booted()?;
+    let setting = Setting { confined: true, ..Setting::default() };
+    let vm = Vm::spawn("theseus-a", &args.map(str::to_owned), &setting)?.booted()?;
     fs::remove_file(&kernel)?;
     Ok(vm)
 }

@@ -36,6 +36,7 @@ pub struct Builder {
     patience: Duration,
     waits_for_devices: bool,
     words: String,
+    confined: bool,
 }
 
 impl Default for Builder {
@@ -59,6 +60,7 @@ impl Default for Builder {
             patience: PATIENCE,
             waits_for_devices: true,
             words: String::new(),
+            confined: false,
         }
     }
 }
@@ -178,6 +180,12 @@ impl Builder {
         self
     }
 
+    /// By Landlock, and a ceiling on its system calls.
+    pub fn confined(mut self) -> Self {
+        self.confined = true;
+        self
+    }
+
     /// Starts the VMM and waits until the guest's agent is ready.
     pub fn boot(self) -> Result<Vm> {
         let patience = self.patience;
@@ -219,6 +227,9 @@ impl Builder {
         if !self.reboots {
             args.extend(["--on-reset".into(), "exit".into()]);
         }
+        if self.confined {
+            args.push("--ceiling".into());
+        }
         for (option, path) in [("--update-dir", &self.update_dir), ("--log-file", &self.log_file)] {
             args.extend(path.iter().flat_map(|path| [option.into(), path.display().to_string()]));
         }
@@ -233,7 +244,7 @@ impl Builder {
             user: self.user,
             terminal: None,
             limit: None,
-            confined: false,
+            confined: self.confined,
             anywhere: true,
         };
         let mut vm = Vm::spawn(&self.binary, &args, &setting)?;
