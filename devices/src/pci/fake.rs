@@ -38,7 +38,9 @@ impl Memslots for FakeMemslots {
     unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32> {
         self.check()?;
         let mut slots = self.0.lock();
-        if slots.values().any(|(other, len, _)| gpa < other + len && *other < gpa + size) {
+        // As in __kvm_set_memory_region.
+        let end = gpa.checked_add(size).ok_or_else(|| std::io::Error::from_raw_os_error(libc::EINVAL))?;
+        if slots.values().any(|(other, len, _)| gpa < other + len && *other < end) {
             return Err(std::io::Error::from_raw_os_error(libc::EEXIST));
         }
         let slot = self.1.fetch_add(1, Ordering::Relaxed);

@@ -54,6 +54,17 @@ fn answer(space: &AddressSpace, address: u64) -> u8 {
 }
 
 #[test]
+fn beyond_the_last_address_it_is_nowhere() {
+    let memslots = Arc::new(FakeMemslots::default());
+    let (space, ended) = (space(memslots.clone()), Arc::default());
+    let mut bar = bar(&space, 7, &ended);
+    for address in [u64::MAX - 0xFFF, u64::MAX - 0x1FFF] {
+        assert!(bar.put(address).is_err(), "{address:#x}");
+        assert_eq!((memslots.count(), bar.address()), (0, None), "{address:#x}");
+    }
+}
+
+#[test]
 fn it_is_at_one_place() {
     let memslots = Arc::new(FakeMemslots::default());
     let (space, ended) = (space(memslots.clone()), Arc::default());
