@@ -78,17 +78,13 @@ impl<'a> Subject<'a> {
         is_flat(&before, || self.vm.settled_facts()).context(when.to_owned())
     }
 
-    /// What the VMM has said of the end of its guest, and which step that came in, if that is what went wrong. A client
-    /// may hear of its connection's end a little earlier.
+    /// What the VMM has said of the end of its guest, and which step that came in, if that is what went wrong.
     fn end(&mut self) -> Option<String> {
-        for _ in 0..100 {
-            if !self.vm.is_running() {
-                break;
-            }
-            sleep(Duration::from_millis(20));
+        if !ends_soon(&mut self.vm) {
+            return None;
         }
         let log = self.vm.log_text();
-        let said = log.lines().find(|line| line.contains(CANNOT_GO_ON)).filter(|_| !self.vm.is_running())?;
+        let said = log.lines().find(|line| line.contains(CANNOT_GO_ON))?;
         let at = self.memory.progress(0).map(|progress| self.rogue.step(&progress));
         Some(format!("{said}, at {at:?}"))
     }
@@ -220,6 +216,29 @@ pub fn ends() -> Result<()> {
     Ok(())
 }
 
+/// A client may hear of the end of its connection a little before that of the VMM.
+fn ends_soon(vm: &mut Vm) -> bool {
+    (0..1500).any(|_| {
+        let ended = !vm.is_running();
+        if !ended {
+            sleep(Duration::from_millis(20));
+        }
+        ended
+    })
+}
+
+/// Of a guest that lives: how, and what becomes of an update.
+fn life_of(vm: &mut Vm, memory: &Memory) -> Result<String> {
+    let answer = vm.ask_update(&vm.other_build()?)?;
+    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+    if report.outcome == "updated" {
+        vm.note_update();
+    }
+    ensure!(vm.state()? == "Running", "{}", vm.info()?);
+    let how = if memory.progress(0)?.rounds < 2 { "stands still" } else { "goes on" };
+    Ok(format!("it {how}, and an update is {}: {:?}", report.outcome, report.reasons))
+}
+
 /// How it was, where that is one of the ways there are.
 fn end_of(vm: &mut Vm, memory: &Memory) -> Result<String> {
     // A guest that goes through its steps lives; one that does neither that nor ends after some looks stands still.
@@ -228,17 +247,12 @@ fn end_of(vm: &mut Vm, memory: &Memory) -> Result<String> {
             sleep(Duration::from_millis(25));
         }
     }
-    if vm.is_running()
-        && let Ok(answer) = vm.ask_update(&vm.other_build()?)
-        && vm.is_running()
-    {
-        let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
-        if report.outcome == "updated" {
-            vm.note_update();
+    if vm.is_running() {
+        match life_of(vm, memory) {
+            Ok(how) => return Ok(how),
+            // Its end may come at any moment.
+            Err(error) => ensure!(ends_soon(vm), "{error:#}"),
         }
-        ensure!(vm.state()? == "Running", "{}", vm.info()?);
-        let how = if memory.progress(0)?.rounds < 2 { "stands still" } else { "goes on" };
-        return Ok(format!("it {how}, and an update is {}: {:?}", report.outcome, report.reasons));
     }
     let status = vm.wait_exit()?;
     let events = vm.events()?;
