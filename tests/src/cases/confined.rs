@@ -17,10 +17,7 @@ use crate::{
     cases::{MANY, note},
     harness::{
         capabilities::CAP_DAC_OVERRIDE,
-        fences,
-        hooks::Switch,
-        lab, proc,
-        report::Report,
+        fences, lab, proc,
         vm::{Setting, Vm},
     },
     native::guest,
@@ -59,15 +56,6 @@ impl Drop for Places {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.root);
     }
-}
-
-fn rolled_back(vm: &Vm, fault: &str, binary: &Path) -> Result<()> {
-    let fault = Switch::with(&vm.dir, "fault", fault)?;
-    let answer = vm.ask_update(binary)?;
-    drop(fault);
-    let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
-    ensure!(report.outcome == "rolled_back" && report.pid == vm.pid(), "{report:?}");
-    Ok(())
 }
 
 /// A VMM with `--landlock` opens nothing outside of its rules, from its start on and in every later image; and all that
@@ -117,7 +105,7 @@ pub fn by_landlock() -> Result<()> {
     // The way back is to a file that has no name any more.
     fs::remove_file(places.path("builds/theseus-b"))?;
     for fault in ["prewarm:error", "remap:kill", "claim:abort"] {
-        rolled_back(&vm, fault, &places.path("builds/theseus-a"))?;
+        vm.roll_back(fault, &places.path("builds/theseus-a"))?;
     }
     check(&vm, "after roll backs")?;
     vm.update_to(&places.path("builds/theseus-a"))?;
@@ -162,8 +150,7 @@ pub fn by_landlock() -> Result<()> {
 /// The filters of the main thread of process `pid`.
 fn filters(pid: u32) -> Result<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let number = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:")).context("no Seccomp_filters")?;
-    Ok(number.trim().parse()?)
+    fences::filters_in(&status)
 }
 
 /// With `--ceiling` every call of its list is refused to a child of the main thread, in whichever image, and keeper and
@@ -192,7 +179,7 @@ pub fn by_ceiling() -> Result<()> {
         }
         check(&vm, &format!("after {MANY} updates"))?;
         for fault in ["prewarm:error", "remap:kill"] {
-            rolled_back(&vm, fault, &vm.other_build()?)?;
+            vm.roll_back(fault, &vm.other_build()?)?;
         }
         check(&vm, "after roll backs")?;
     }
@@ -239,7 +226,7 @@ pub fn no_dumps() -> Result<()> {
             vm.update()?;
             check(&vm, "after an update")?;
         }
-        rolled_back(&vm, "remap:kill", &vm.other_build()?)?;
+        vm.roll_back("remap:kill", &vm.other_build()?)?;
         check(&vm, "after a roll back")?;
         cores.of_its_end(vm, dumps)?;
     }

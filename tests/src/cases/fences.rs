@@ -40,8 +40,7 @@ pub fn calls_that_are_stopped() -> Result<()> {
 pub fn filters_in_force() -> Result<()> {
     let mut probe = Probe::new(&probes::clock(), None)?;
     let own = std::fs::read_to_string("/proc/self/status")?;
-    let inherited = own.lines().find_map(|line| line.strip_prefix("Seccomp_filters:")).context("no filters here")?;
-    let inherited: u32 = inherited.trim().parse()?;
+    let inherited = fences::filters_in(&own)?;
     let of_vcpu = inherited + if lab::seccomp().contains(&"false".to_owned()) { 0 } else { 2 };
     for round in 0..=MANY {
         let found = fences::filters(probe.vm.vmm()?)?;

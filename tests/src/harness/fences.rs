@@ -80,6 +80,12 @@ impl Watch {
     }
 }
 
+/// How many filters hold a thread, by its status (proc_pid_status(5)).
+pub fn filters_in(status: &str) -> Result<u32> {
+    let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
+    Ok(count.context("no Seccomp_filters in the status of a thread")?.trim().parse()?)
+}
+
 /// How many filters hold each thread of a process, by its name.
 pub fn filters(pid: u32) -> Result<BTreeMap<String, u32>> {
     let mut filters = BTreeMap::new();
@@ -87,8 +93,7 @@ pub fn filters(pid: u32) -> Result<BTreeMap<String, u32>> {
     for (tid, name) in proc::threads(pid)?.into_iter().filter(|(_, name)| !name.starts_with("kvm-")) {
         // One that has ended meanwhile has none.
         let Ok(status) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")) else { continue };
-        let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
-        filters.insert(name, count.context("no Seccomp_filters in its status")?.trim().parse()?);
+        filters.insert(name, filters_in(&status)?);
     }
     Ok(filters)
 }

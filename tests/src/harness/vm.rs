@@ -284,6 +284,16 @@ impl Vm {
         Ok(report)
     }
 
+    /// An update to `binary` that is given up by `fault` (`vmm/src/test_hooks.rs`), and must be undone.
+    pub fn roll_back(&self, fault: &str, binary: &Path) -> Result<Report> {
+        let fault = hooks::Switch::with(&self.dir, "fault", fault)?;
+        let answer = self.ask_update(binary)?;
+        drop(fault);
+        let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
+        ensure!(report.outcome == "rolled_back" && report.pid == self.pid(), "{report:?}");
+        Ok(report)
+    }
+
     /// An update to the other build was done without [`Vm::update`].
     pub fn note_update(&mut self) {
         self.updates += 1;

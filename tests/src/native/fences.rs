@@ -18,7 +18,6 @@ use super::{
 };
 use crate::harness::{
     fences,
-    hooks::Switch,
     report::Report,
     signing,
     table::{Table, ms, percentile},
@@ -132,11 +131,7 @@ impl Side {
         }
         for fault in BACK {
             self.vm.settled_facts()?;
-            let _fault = Switch::with(&self.vm.dir, "fault", fault)?;
-            let answer = self.vm.ask_update(&self.builds[self.next])?;
-            let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
-            ensure!(report.outcome == "rolled_back", "{report:?}");
-            self.back.push(report);
+            self.back.push(self.vm.roll_back(fault, &self.builds[self.next])?);
         }
         self.is_held_as_before()?;
         self.vm.api.order("vm.pause")
