@@ -121,7 +121,7 @@ pub fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
     let all = counts(agent)?.len();
     ensure!(all > 0, "no receive vector of {} in the guest's /proc/interrupts", wire.guest);
     for source in 0..=SOURCES {
-        let raised = (0..PROBES).map(|_| raised_by(wire, source, || counts(agent))).collect::<Result<Vec<_>>>()?;
+        let raised = (0..PROBES).map(|_| raised_by(agent, wire, source, counts)).collect::<Result<Vec<_>>>()?;
         // The driver's own tick raises all of them, but not each time.
         let always = |name: &String| raised.iter().all(|names| names.contains(name));
         let vector = raised[0].iter().find(|name| always(name));
@@ -138,12 +138,22 @@ pub fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
 }
 
 /// The vectors that a packet of `source` raises: one packet at a time, or a guest that is slow takes several with one
-/// interrupt.
-fn raised_by(wire: &Wire, source: u8, counts: impl Fn() -> Result<Vec<Vector>>) -> Result<Vec<String>> {
-    let before = counts()?;
+/// interrupt. The packet has to arrive, as the driver's tick raises vectors too where no packet ever comes.
+fn raised_by(
+    agent: &Agent,
+    wire: &Wire,
+    source: u8,
+    counts: impl Fn(&Agent) -> Result<Vec<Vector>>,
+) -> Result<Vec<String>> {
+    let before = counts(agent)?;
+    agent.call::<()>(&Request::WatchOpen { port: PORT })?;
+    let arrival = agent.start::<Arrival>(&Request::WatchWait { port: PORT })?;
     send(wire, source, 0x1234)?;
+    if let Err(error) = arrival.wait(PATIENCE) {
+        bail!("a packet of source {source} does not arrive: {error:#}\n{}", traffic::why(agent, &[wire]));
+    }
     wait_for("an interrupt of a packet", || {
-        let now = counts()?.into_iter().zip(&before);
+        let now = counts(agent)?.into_iter().zip(&before);
         let raised: Vec<_> = now.filter(|(now, then)| now.count > then.count).map(|(now, _)| now.name).collect();
         Ok((!raised.is_empty()).then_some(raised))
     })
