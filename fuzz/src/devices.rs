@@ -22,7 +22,7 @@ impl GuestRequests for Unheard {
 }
 
 /// Calls `with` with what devices have around them where nobody listens.
-pub fn surrounded<T>(fd_store: &FdStore, pci: &Arc<PciBus>, with: impl FnOnce(&Surroundings<'_>) -> T) -> T {
+pub(crate) fn surrounded<T>(fd_store: &FdStore, pci: &Arc<PciBus>, with: impl FnOnce(&Surroundings<'_>) -> T) -> T {
     let requests: Arc<dyn GuestRequests> = Arc::new(Unheard);
     let pin = |_| Arc::new(Unheard) as Arc<dyn IrqLine>;
     with(&Surroundings { pin: &pin, requests: &requests, fd_store, pci })

@@ -21,14 +21,14 @@ fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-pub fn get_sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
+pub(crate) fn get_sregs2(vcpu: &VcpuFd) -> io::Result<kvm_sregs2> {
     let mut sregs = kvm_sregs2::default();
     // SAFETY: a vCPU fd, and the kernel writes one kvm_sregs2.
     check(unsafe { ioctl_with_mut_ref(vcpu, KVM_GET_SREGS2(), &mut sregs) })?;
     Ok(sregs)
 }
 
-pub fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
+pub(crate) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> io::Result<()> {
     // SAFETY: a vCPU fd, and the kernel reads one kvm_sregs2.
     check(unsafe { ioctl_with_ref(vcpu, KVM_SET_SREGS2(), sregs) })
 }
@@ -43,7 +43,7 @@ fn tsc_offset_attr(value: &mut u64) -> kvm_device_attr {
 }
 
 /// The guest's TSC is the host's plus this (modulo 2^64).
-pub fn tsc_offset(vcpu: &impl AsRawFd) -> io::Result<u64> {
+pub(crate) fn tsc_offset(vcpu: &impl AsRawFd) -> io::Result<u64> {
     let mut offset = 0;
     let attr = tsc_offset_attr(&mut offset);
     // SAFETY: a vCPU fd; the kernel writes the u64 that `addr` points to, which outlives the call.
@@ -51,26 +51,26 @@ pub fn tsc_offset(vcpu: &impl AsRawFd) -> io::Result<u64> {
     Ok(offset)
 }
 
-pub fn set_tsc_offset(vcpu: &impl AsRawFd, mut offset: u64) -> io::Result<()> {
+pub(crate) fn set_tsc_offset(vcpu: &impl AsRawFd, mut offset: u64) -> io::Result<()> {
     let attr = tsc_offset_attr(&mut offset);
     // SAFETY: a vCPU fd; the kernel reads the u64 that `addr` points to, which outlives the call.
     check(unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr) })
 }
 
 /// What of IA32_MCG_CAP can be given to a guest; 0 where KVM does not say.
-pub fn supported_mce(kvm: &impl AsRawFd) -> u64 {
+pub(crate) fn supported_mce(kvm: &impl AsRawFd) -> u64 {
     let mut cap = 0u64;
     // SAFETY: /dev/kvm, and the kernel writes one u64.
     let read = unsafe { ioctl_with_mut_ref(kvm, KVM_X86_GET_MCE_CAP_SUPPORTED(), &mut cap) };
     if read < 0 { 0 } else { cap }
 }
 
-pub fn setup_mce(vcpu: &VcpuFd, cap: u64) -> io::Result<()> {
+pub(crate) fn setup_mce(vcpu: &VcpuFd, cap: u64) -> io::Result<()> {
     // SAFETY: a vCPU fd, and the kernel reads one u64.
     check(unsafe { ioctl_with_ref(vcpu, KVM_X86_SETUP_MCE(), &cap) })
 }
 
-pub fn set_mce(vcpu: &VcpuFd, mce: &kvm_x86_mce) -> io::Result<()> {
+pub(crate) fn set_mce(vcpu: &VcpuFd, mce: &kvm_x86_mce) -> io::Result<()> {
     // SAFETY: a vCPU fd, and the kernel reads one kvm_x86_mce.
     check(unsafe { ioctl_with_ref(vcpu, KVM_X86_SET_MCE(), mce) })
 }

@@ -9,7 +9,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// The least there is, and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AvailableMemory {
+pub(crate) struct AvailableMemory {
     /// Bytes, or threads.
     pub free: u64,
     /// "the host", or the cgroup and its limit.
@@ -19,16 +19,16 @@ pub struct AvailableMemory {
 impl AvailableMemory {
     /// The least that a cgroup leaves of huge pages of 2 MiB. Their reservation does not look at that limit, only their
     /// use (mm/hugetlb_cgroup.c).
-    pub fn in_huge_pages() -> Option<Self> {
+    pub(crate) fn in_huge_pages() -> Option<Self> {
         in_huge_pages(Path::new(CGROUPS), &own_cgroup())
     }
 
     /// The least that a cgroup leaves of threads, in all its processes.
-    pub fn in_threads() -> Option<Self> {
+    pub(crate) fn in_threads() -> Option<Self> {
         in_threads(Path::new(CGROUPS), &own_cgroup())
     }
 
-    pub fn of_this_process() -> io::Result<Self> {
+    pub(crate) fn of_this_process() -> io::Result<Self> {
         let meminfo = fs::read_to_string("/proc/meminfo")?;
         let available = field(&meminfo, "MemAvailable:").and_then(|kib| kib.parse::<u64>().ok());
         let available = available.ok_or_else(|| io::Error::other("no MemAvailable"))?;
@@ -39,7 +39,7 @@ impl AvailableMemory {
 }
 
 /// The first word behind `key` at the start of a line.
-pub fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+pub(crate) fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()
 }
 

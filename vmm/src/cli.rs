@@ -15,7 +15,7 @@ use crate::update;
 /// A VMM that can be replaced under its running guest.
 #[derive(Parser, Debug)]
 #[command(name = "theseus", disable_version_flag = true)]
-pub struct Cli {
+pub(crate) struct Cli {
     /// Unix socket of the REST API: a path, path=PATH or fd=N, with ,mode=0660 and ,group=GROUP behind it.
     #[arg(long, value_parser = api_listen)]
     pub api_socket: Option<ApiListen>,
@@ -98,7 +98,7 @@ pub struct Cli {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum OnReset {
+pub(crate) enum OnReset {
     #[default]
     Reboot,
     Exit,
@@ -106,7 +106,7 @@ pub enum OnReset {
 
 impl Cli {
     /// The VM that the command line describes, if it names a kernel.
-    pub fn vm_config(&self) -> Option<VmConfig> {
+    pub(crate) fn vm_config(&self) -> Option<VmConfig> {
         let kernel = self.kernel.clone()?;
         Some(VmConfig {
             cpus: self.cpus.clone().unwrap_or_default(),
@@ -125,7 +125,7 @@ impl Cli {
 
     /// Confines this process as its options ask, before it has a second thread or process. Returns what the log has to
     /// say of it, too.
-    pub fn confine(&self) -> anyhow::Result<(Confinement, Vec<String>)> {
+    pub(crate) fn confine(&self) -> anyhow::Result<(Confinement, Vec<String>)> {
         let places = || self.places().into_iter().chain(self.default_folder()).collect::<Vec<_>>();
         let notes = if self.landlock { landlock::restrict(&places(), &self.landlock_rules)? } else { Vec::new() };
         if self.ceiling {

@@ -9,8 +9,8 @@ use object::elf::{EM_X86_64, FileHeader64, PN_XNUM, PT_NOTE, ProgramHeader64};
 use object::read::ReadCache;
 use object::read::elf::{FileHeader, NoteIterator, ProgramHeader};
 
-pub type Segment = ProgramHeader64<Endianness>;
-pub type Notes<'a> = NoteIterator<'a, FileHeader64<Endianness>>;
+pub(crate) type Segment = ProgramHeader64<Endianness>;
+pub(crate) type Notes<'a> = NoteIterator<'a, FileHeader64<Endianness>>;
 
 /// A note segment has some hundred bytes.
 const NOTES_MAX: u64 = 1 << 20;
@@ -33,13 +33,13 @@ pub enum ElfError {
 }
 
 /// An ELF file of 64 bits for x86.
-pub struct Elf<'a> {
+pub(crate) struct Elf<'a> {
     data: ReadCache<&'a File>,
     pub endian: Endianness,
 }
 
 impl<'a> Elf<'a> {
-    pub fn open(file: &'a File) -> Result<Self, ElfError> {
+    pub(crate) fn open(file: &'a File) -> Result<Self, ElfError> {
         let data = ReadCache::new(file);
         let header = FileHeader64::<Endianness>::parse(&data).map_err(|_| ElfError::NotElf)?;
         let endian = header.endian()?;
@@ -49,7 +49,7 @@ impl<'a> Elf<'a> {
         }
     }
 
-    pub fn segments(&self) -> Result<&[Segment], ElfError> {
+    pub(crate) fn segments(&self) -> Result<&[Segment], ElfError> {
         let header = FileHeader64::<Endianness>::parse(&self.data)?;
         // What stands for a number that is somewhere else, and larger.
         if header.e_phnum.get(self.endian) == PN_XNUM {
@@ -59,7 +59,7 @@ impl<'a> Elf<'a> {
     }
 
     /// None where it is no segment of notes.
-    pub fn notes(&self, segment: &Segment) -> Result<Option<Notes<'_>>, ElfError> {
+    pub(crate) fn notes(&self, segment: &Segment) -> Result<Option<Notes<'_>>, ElfError> {
         match segment.p_filesz(self.endian) {
             size if segment.p_type(self.endian) == PT_NOTE && size > NOTES_MAX => Err(ElfError::TooManyNotes(size)),
             _ => Ok(segment.notes(self.endian, &self.data)?),

@@ -13,19 +13,19 @@ use theseus_hypervisor::Vm;
 static VM: Mutex<Weak<Vm>> = Mutex::new(Weak::new());
 
 /// What is to be let go at the end.
-pub fn remember(vm: Weak<Vm>) {
+pub(crate) fn remember(vm: Weak<Vm>) {
     *VM.lock() = vm;
 }
 
 /// The guest is another VMM's: nothing of it is touched.
-pub fn retire() -> ! {
+pub(crate) fn retire() -> ! {
     // Whoever runs the guest needs the time more.
     let _ = rustix::process::setpriority_process(None, 19);
     leave(crate::EXIT_OK)
 }
 
 /// The guest ends with this process, at once.
-pub fn abandon(code: i32) -> ! {
+pub(crate) fn abandon(code: i32) -> ! {
     leave(code)
 }
 

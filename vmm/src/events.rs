@@ -21,17 +21,17 @@ const PIPE_BUF: usize = 4096;
 /// Events that were lost, since this image was started.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
-pub fn lost() -> u64 {
+pub(crate) fn lost() -> u64 {
     LOST.load(Ordering::Relaxed)
 }
 
 /// Cheap to clone; says nothing where no stream was asked for.
 #[derive(Clone, Default)]
-pub struct EventStream(Option<StoredFd>);
+pub(crate) struct EventStream(Option<StoredFd>);
 
 impl EventStream {
     /// `target`: a file that is appended to, a FIFO, or an fd that whoever started us has opened.
-    pub fn open(target: Option<&ApiSocket>, fd_store: &FdStore) -> anyhow::Result<Self> {
+    pub(crate) fn open(target: Option<&ApiSocket>, fd_store: &FdStore) -> anyhow::Result<Self> {
         let fd: OwnedFd = match target {
             None => return Ok(Self(None)),
             // Reading too: a FIFO then opens, whether or not somebody reads it yet.
@@ -49,15 +49,15 @@ impl EventStream {
         Ok(Self(Some(fd_store.keep("event stream", FdKind::Log, fd))))
     }
 
-    pub fn slot(&self) -> Option<Slot> {
+    pub(crate) fn slot(&self) -> Option<Slot> {
         self.0.as_ref().map(StoredFd::slot)
     }
 
-    pub fn claim(slot: Option<Slot>, claims: &mut Claims) -> Result<Self, FdStoreError> {
+    pub(crate) fn claim(slot: Option<Slot>, claims: &mut Claims) -> Result<Self, FdStoreError> {
         Ok(Self(slot.map(|slot| claims.claim(slot, FdKind::Log)).transpose()?))
     }
 
-    pub fn emit(&self, event: impl Into<Event>) {
+    pub(crate) fn emit(&self, event: impl Into<Event>) {
         let Some(fd) = &self.0 else { return };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let timestamp = Timestamp { secs: now.as_secs(), nanos: now.subsec_nanos() };

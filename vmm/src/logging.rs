@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::threads::{self, Role};
 
 /// Of files that this process makes: what is in them is nobody else's business. The umask may take from it.
-pub const MODE: u32 = 0o640;
+pub(crate) const MODE: u32 = 0o640;
 
 /// Linux's, bytes (pipe(7)): what is longer may wait though the pipe is ready.
 const PIPE_BUF: usize = 4096;
@@ -32,7 +32,7 @@ const WAITING_MAX: usize = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LogConfig {
+pub(crate) struct LogConfig {
     /// Standard error if there is none.
     pub file: Option<PathBuf>,
     /// 0 warnings, 1 info, 2 debug, more: trace.
@@ -41,7 +41,7 @@ pub struct LogConfig {
 
 /// [`LogConfig`] in the saved state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct LogHandles {
+pub(crate) struct LogHandles {
     file: Option<PathBuf>,
     verbose: u8,
 }
@@ -55,25 +55,25 @@ static DROPPED: AtomicU64 = AtomicU64::new(0);
 static FLUSHED: Condvar = Condvar::new();
 
 impl LogConfig {
-    pub fn save(&self) -> LogHandles {
+    pub(crate) fn save(&self) -> LogHandles {
         let Self { file, verbose } = self.clone();
         LogHandles { file, verbose }
     }
 
-    pub fn restore(handles: LogHandles) -> Self {
+    pub(crate) fn restore(handles: LogHandles) -> Self {
         let LogHandles { file, verbose } = handles;
         Self { file, verbose }
     }
 
     /// Once per image.
-    pub fn start(self) -> anyhow::Result<()> {
+    pub(crate) fn start(self) -> anyhow::Result<()> {
         let file = self.file.as_deref().map(|path| open(path, Wait::No)).transpose()?;
         sink().file = file;
         self.init()
     }
 
     /// The same for an image whose guest stands still: everything waits for [`release`], the opening of the file too.
-    pub fn start_held(self) -> anyhow::Result<()> {
+    pub(crate) fn start_held(self) -> anyhow::Result<()> {
         sink().holds += 1;
         self.init()
     }
@@ -93,7 +93,7 @@ impl LogConfig {
     }
 
     /// For the next image.
-    pub fn in_use() -> Self {
+    pub(crate) fn in_use() -> Self {
         IN_USE.get().cloned().unwrap_or_default()
     }
 }
@@ -107,7 +107,7 @@ fn builder(level: log::LevelFilter, target: Box<dyn Write + Send>) -> env_logger
 
 /// Why an update has to wait for the log: what has waited for the one before is still not written. The thread that
 /// tries to could hold an exec up for as long.
-pub fn stands_still() -> Option<String> {
+pub(crate) fn stands_still() -> Option<String> {
     let mut sink = sink();
     FLUSHED.wait_while_for(&mut sink, |sink| sink.flushing, PATIENCE);
     let log = IN_USE.get().and_then(|config| config.file.as_deref()).unwrap_or(Path::new("standard error"));
@@ -116,10 +116,10 @@ pub fn stands_still() -> Option<String> {
 
 /// Lets the log wait until this is dropped. If an exec comes first, what waits is lost.
 #[must_use]
-pub struct Held(());
+pub(crate) struct Held(());
 
 impl Held {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         sink().holds += 1;
         Self(())
     }
@@ -141,7 +141,7 @@ enum Wait {
 
 /// Ends a hold. What has waited is written by a thread of its own: the caller has a guest to serve, however long the
 /// log takes.
-pub fn release() {
+pub(crate) fn release() {
     let mut sink = sink();
     sink.holds = sink.holds.saturating_sub(1);
     let nothing = sink.waiting.is_empty() && sink.unopened().is_none();
@@ -155,13 +155,13 @@ pub fn release() {
 }
 
 /// The same before the end of the process, which waits for the log, but not for ever.
-pub fn finish() {
+pub(crate) fn finish() {
     release();
     settle();
 }
 
 /// Before the end of the process.
-pub fn settle() {
+pub(crate) fn settle() {
     FLUSHED.wait_while_for(&mut sink(), |sink| sink.flushing, PATIENCE);
 }
 
@@ -218,7 +218,7 @@ fn drop_bytes(count: usize) {
 }
 
 /// For a signal handler, before the end: at once, unless the log would block. No allocation, no lock.
-pub fn last_words(text: &[u8]) {
+pub(crate) fn last_words(text: &[u8]) {
     let fd = LOG_FD.load(Ordering::Relaxed);
     let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
     // SAFETY: one pollfd, and bytes that live during the call; the log's file stays open.
@@ -230,7 +230,7 @@ pub fn last_words(text: &[u8]) {
 }
 
 /// Bytes of the log that were dropped, since this image was started.
-pub fn dropped() -> u64 {
+pub(crate) fn dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 

@@ -25,7 +25,7 @@ const PAGE: u64 = 4096;
 
 /// A page that is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lost {
+pub(crate) struct Lost {
     pub gpa: u64,
     /// A vCPU needed it: it has been told already.
     pub by_vcpu: bool,
@@ -47,7 +47,7 @@ thread_local! {
 
 /// Once per image, on the main thread, before any guest memory is mapped. What is returned is readable when there is
 /// something to [`take`].
-pub fn install() -> std::io::Result<EventFd> {
+pub(crate) fn install() -> std::io::Result<EventFd> {
     let wake = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
     WAKE.store(wake.as_raw_fd(), Ordering::SeqCst);
     // SAFETY: all zeroes is a sigaction; the handler is async-signal-safe, and stays.
@@ -65,7 +65,7 @@ pub fn install() -> std::io::Result<EventFd> {
 }
 
 /// By this the handler knows the guest's RAM, as long as it lives.
-pub struct Watch {
+pub(crate) struct Watch {
     table: &'static [Range],
     used: Mutex<Vec<&'static Range>>,
 }
@@ -79,7 +79,7 @@ struct Full(u64, usize);
 
 impl Watch {
     /// For the one guest that there is.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { table: &RANGES, used: Mutex::default() }
     }
 }
@@ -132,7 +132,7 @@ fn gpa_of(address: u64) -> Option<u64> {
 }
 
 /// Runs the guest on this thread: a page that is missed meanwhile is missed by the guest.
-pub fn in_guest<T>(run: impl FnOnce() -> T) -> T {
+pub(crate) fn in_guest<T>(run: impl FnOnce() -> T) -> T {
     IN_GUEST.set(true);
     let result = run();
     IN_GUEST.set(false);
@@ -140,12 +140,12 @@ pub fn in_guest<T>(run: impl FnOnce() -> T) -> T {
 }
 
 /// The guest physical address of the page that the guest on this thread needed and will never get.
-pub fn required() -> Option<u64> {
+pub(crate) fn required() -> Option<u64> {
     REQUIRED.take()
 }
 
 /// What the handler has seen since the last call.
-pub fn take() -> Vec<Lost> {
+pub(crate) fn take() -> Vec<Lost> {
     let seen = SEEN.iter().map(|slot| slot.swap(0, Ordering::SeqCst)).filter(|word| *word != 0);
     seen.map(|word| Lost { gpa: word & !(PAGE - 1), by_vcpu: word & 2 != 0 }).collect()
 }

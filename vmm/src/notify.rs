@@ -6,13 +6,13 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
 /// The VMM serves.
-pub const READY: &str = "READY=1";
+pub(crate) const READY: &str = "READY=1";
 
 /// How long whoever listens may take for a message.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// As far as it may: with NotifyAccess=main only the keeper is heard.
-pub fn send(text: &str) {
+pub(crate) fn send(text: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
     let address = match name.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name),

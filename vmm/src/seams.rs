@@ -12,7 +12,7 @@ use theseus_devices::vfio::DmaDomain;
 pub struct Injected(pub String);
 
 /// Each of these does nothing, unless a test wants it to.
-pub trait Seams: Send + Sync {
+pub(crate) trait Seams: Send + Sync {
     /// `moment`: the end of a phase of an update, by its name, or one of those between.
     fn at(&self, _moment: &str) -> Result<(), Injected> {
         Ok(())
@@ -59,6 +59,6 @@ struct Untouched;
 impl Seams for Untouched {}
 
 /// Nobody reaches in.
-pub fn untouched() -> Arc<dyn Seams> {
+pub(crate) fn untouched() -> Arc<dyn Seams> {
     Arc::new(Untouched)
 }

@@ -18,15 +18,15 @@ const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, lib
 /// and RLIMIT_RTTIME have a hard limit to end by.
 const IGNORED: [libc::c_int; 5] = [libc::SIGXFSZ, libc::SIGXCPU, libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU];
 
-pub struct Signals(OwnedFd);
+pub(crate) struct Signals(OwnedFd);
 
 /// First of all, in every image. Not ABRT: one for the VMM may be waiting over the keeper's exec.
-pub fn unblock_faults() {
+pub(crate) fn unblock_faults() {
     threads::unblock(&FATAL.into_iter().filter(|signal| *signal != libc::SIGABRT).collect::<Vec<_>>());
 }
 
 /// First of all: no file can be written to safely before.
-pub fn ignore_limits() {
+pub(crate) fn ignore_limits() {
     for signal in IGNORED {
         // SAFETY: a constant signal number, and no handler of ours.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
@@ -34,7 +34,7 @@ pub fn ignore_limits() {
 }
 
 /// Limits that end the process sooner or later, whatever it does.
-pub fn warn_of_limits() {
+pub(crate) fn warn_of_limits() {
     use rustix::process::{Resource, getrlimit};
     for (limit, name, option) in [
         (getrlimit(Resource::Cpu).maximum, "RLIMIT_CPU", "ulimit -t unlimited, or LimitCPU=infinity"),
@@ -49,7 +49,7 @@ pub fn warn_of_limits() {
 impl Signals {
     /// From now on those that the VMM acts on wait to be read. To be called on the main thread, before there are
     /// others.
-    pub fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         let ending: Vec<_> = ENDING.into_iter().filter(|signal| !is_ignored(*signal)).collect();
         // SIGCONT: see keeper::watch.
         threads::begin_main(&[&ending[..], &[libc::SIGCONT]].concat());
@@ -68,13 +68,13 @@ impl Signals {
     }
 
     /// The signals that have come since the last call.
-    pub fn read(&self) -> Vec<libc::c_int> {
+    pub(crate) fn read(&self) -> Vec<libc::c_int> {
         read_all(self.0.as_fd())
     }
 }
 
 /// Those that have come to a signalfd that does not block.
-pub fn read_all(signalfd: BorrowedFd<'_>) -> Vec<libc::c_int> {
+pub(crate) fn read_all(signalfd: BorrowedFd<'_>) -> Vec<libc::c_int> {
     let mut signals = Vec::new();
     let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
     while rustix::io::read(signalfd, &mut info) == Ok(info.len()) {
@@ -86,7 +86,7 @@ pub fn read_all(signalfd: BorrowedFd<'_>) -> Vec<libc::c_int> {
 
 /// One that is ignored and blocked would be queued all the same, and read from a signalfd (kernel/signal.c,
 /// sig_ignored).
-pub fn is_ignored(signal: libc::c_int) -> bool {
+pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: nothing is changed, and the kernel fills the struct where it returns 0; all zeroes are one too.
     unsafe {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 /// Without the file's name.
 #[derive(Debug, thiserror::Error)]
-pub enum SmallFileError {
+pub(crate) enum SmallFileError {
     #[error("cannot be opened: {0}")]
     Open(io::Error),
     #[error("is not a regular file")]
@@ -21,7 +21,7 @@ pub enum SmallFileError {
 }
 
 /// A text of `most` bytes at most. What is no regular file is not opened: a FIFO would wait for its other end.
-pub fn read(path: &Path, most: u64) -> Result<String, SmallFileError> {
+pub(crate) fn read(path: &Path, most: u64) -> Result<String, SmallFileError> {
     if !std::fs::metadata(path).map_err(SmallFileError::Open)?.is_file() {
         return Err(SmallFileError::NotAFile);
     }

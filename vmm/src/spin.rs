@@ -13,24 +13,24 @@ const LONGEST: Duration = Duration::from_micros(300);
 
 /// How long to stay awake.
 #[derive(Clone, Copy)]
-pub struct Spin(Duration);
+pub(crate) struct Spin(Duration);
 
 impl Spin {
-    pub const NOT: Self = Self(Duration::ZERO);
+    pub(crate) const NOT: Self = Self(Duration::ZERO);
 
     /// For so many threads and the one that commands them. Not at all where there is no CPU for each: they would keep
     /// those whom they wait for from running.
-    pub fn of_threads(count: usize) -> Self {
+    pub(crate) fn of_threads(count: usize) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         if cpus > count { Self(LONGEST) } else { Self::NOT }
     }
 
-    pub fn is_spinning(self) -> bool {
+    pub(crate) fn is_spinning(self) -> bool {
         !self.0.is_zero()
     }
 
     /// For a command, which `commander` gives.
-    pub fn receive<T>(self, from: &Receiver<T>, commander: &Commander) -> Result<T, RecvError> {
+    pub(crate) fn receive<T>(self, from: &Receiver<T>, commander: &Commander) -> Result<T, RecvError> {
         if !self.is_spinning() {
             return from.recv();
         }
@@ -45,7 +45,7 @@ impl Spin {
         self.awake(look).unwrap_or_else(|| from.recv())
     }
 
-    pub fn receive_until<T>(self, from: &Receiver<T>, deadline: Instant) -> Result<T, RecvTimeoutError> {
+    pub(crate) fn receive_until<T>(self, from: &Receiver<T>, deadline: Instant) -> Result<T, RecvTimeoutError> {
         match self.awake(|| message(from)) {
             Some(message) => message.map_err(|_| RecvTimeoutError::Disconnected),
             None => from.recv_timeout(deadline.saturating_duration_since(Instant::now())),
@@ -53,7 +53,7 @@ impl Spin {
     }
 
     /// What `look` finds, if it does so in time.
-    pub fn awake<T>(self, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    pub(crate) fn awake<T>(self, mut look: impl FnMut() -> Option<T>) -> Option<T> {
         let began = Instant::now();
         loop {
             let found = look();
@@ -70,11 +70,11 @@ impl Spin {
 /// once the commander waits itself: the scheduler does not part two threads that both run all the time, and what is to
 /// be done at the same time is done one after the other.
 #[derive(Clone, Default)]
-pub struct Commander(Arc<AtomicUsize>);
+pub(crate) struct Commander(Arc<AtomicUsize>);
 
 impl Commander {
     /// The calling thread is about to command.
-    pub fn is_here(&self) {
+    pub(crate) fn is_here(&self) {
         self.0.store(rustix::thread::sched_getcpu() + 1, Ordering::Relaxed);
     }
 

@@ -15,7 +15,7 @@ use crate::update_key::UpdateKey;
 
 /// What the command line says of it; goes over with every update.
 #[derive(Clone, Debug, Default)]
-pub struct Supervisor {
+pub(crate) struct Supervisor {
     pid_file: Option<PathBuf>,
     update_dir: Option<PathBuf>,
     /// A guest's reset ends the process, instead of the guest being booted again.
@@ -32,7 +32,7 @@ pub struct Supervisor {
 /// [`Supervisor`] in the saved state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct SupervisorHandles {
+pub(crate) struct SupervisorHandles {
     pid_file: Option<PathBuf>,
     update_dir: Option<PathBuf>,
     ends_on_reset: bool,
@@ -44,20 +44,20 @@ pub struct SupervisorHandles {
 
 /// Where a build to update to has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fence<'a> {
+pub(crate) struct Fence<'a> {
     pub folder: &'a Path,
     /// It was chosen (`--update-dir`), and is not what it is by default.
     pub is_chosen: bool,
 }
 
 impl Supervisor {
-    pub fn save(&self) -> SupervisorHandles {
+    pub(crate) fn save(&self) -> SupervisorHandles {
         let Self { pid_file, update_dir, ends_on_reset, started_from, began_as, update_keys, allows_downgrade } =
             self.clone();
         SupervisorHandles { pid_file, update_dir, ends_on_reset, started_from, began_as, update_keys, allows_downgrade }
     }
 
-    pub fn restore(handles: SupervisorHandles) -> Self {
+    pub(crate) fn restore(handles: SupervisorHandles) -> Self {
         let SupervisorHandles {
             pid_file,
             update_dir,
@@ -71,48 +71,48 @@ impl Supervisor {
     }
 
     /// `update_dir`: where builds to update to must be; see [`Supervisor::fence`] for what it is by default.
-    pub fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>, ends_on_reset: bool) -> Self {
+    pub(crate) fn new(pid_file: Option<PathBuf>, update_dir: Option<PathBuf>, ends_on_reset: bool) -> Self {
         Self { pid_file, update_dir, ends_on_reset, ..Self::default() }
     }
 
     /// `keys`: who must have signed a build to update to. Without any that is asked of none, and `allows_downgrade`
     /// means nothing.
-    pub fn believes(&mut self, keys: Vec<UpdateKey>, allows_downgrade: bool) {
+    pub(crate) fn believes(&mut self, keys: Vec<UpdateKey>, allows_downgrade: bool) {
         self.update_keys = keys;
         self.allows_downgrade = allows_downgrade;
     }
 
-    pub fn update_keys(&self) -> &[UpdateKey] {
+    pub(crate) fn update_keys(&self) -> &[UpdateKey] {
         &self.update_keys
     }
 
     /// Whether an update may lead to an older build, if its request says so.
-    pub fn allows_downgrade(&self) -> bool {
+    pub(crate) fn allows_downgrade(&self) -> bool {
         self.update_keys.is_empty() || self.allows_downgrade
     }
 
-    pub fn ends_on_reset(&self) -> bool {
+    pub(crate) fn ends_on_reset(&self) -> bool {
         self.ends_on_reset
     }
 
     /// The name of the file that runs, as it was given.
-    pub fn is_started_from(&mut self, name: Option<PathBuf>) {
+    pub(crate) fn is_started_from(&mut self, name: Option<PathBuf>) {
         self.started_from = name;
     }
 
-    pub fn started_from(&self) -> Option<&Path> {
+    pub(crate) fn started_from(&self) -> Option<&Path> {
         self.started_from.as_deref()
     }
 
     /// The first VMM of this guest was started by this name.
-    pub fn begins_as(&mut self, name: PathBuf) {
+    pub(crate) fn begins_as(&mut self, name: PathBuf) {
         self.began_as = Some(name);
     }
 
     /// Where the build called `name` has to be. By default, in the folder of the name that the first VMM was started
     /// by. That name itself may lead anywhere, as a symbolic link that package upgrades move does: it is the choice of
     /// who has started the VMM, and of no client of the API. None: anywhere.
-    pub fn fence(&self, name: &Path) -> Option<Fence<'_>> {
+    pub(crate) fn fence(&self, name: &Path) -> Option<Fence<'_>> {
         match (&self.update_dir, &self.began_as) {
             (Some(folder), _) => Some(Fence { folder, is_chosen: true }),
             (None, Some(began_as)) if began_as != name => {
@@ -123,7 +123,7 @@ impl Supervisor {
     }
 
     /// Replaces the file as a whole: nobody reads half a number.
-    pub fn write_pid_file(&self) -> anyhow::Result<()> {
+    pub(crate) fn write_pid_file(&self) -> anyhow::Result<()> {
         let Some(path) = &self.pid_file else { return Ok(()) };
         let mut new = path.clone().into_os_string();
         new.push(".new");
@@ -132,7 +132,7 @@ impl Supervisor {
     }
 
     /// The keeper has died in an update, and its VMM, this process, goes on.
-    pub fn keeper_is_gone(&self) {
+    pub(crate) fn keeper_is_gone(&self) {
         crate::keeper::is_gone();
         let pid = crate::keeper::pid();
         log::warn!("the keeper of this VMM has died in an update: the PID is now {pid}");

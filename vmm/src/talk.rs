@@ -9,13 +9,16 @@ use serde::de::DeserializeOwned;
 use theseus_resources::Channel;
 use theseus_resources::channel::ChannelError;
 
-pub fn send(to: &Channel, word: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+pub(crate) fn send(to: &Channel, word: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
     let text = serde_json::to_vec(word).map_err(|error| ChannelError::Os(error.into()))?;
     to.send(&text, fds)
 }
 
 /// The next word, and what came with it.
-pub fn receive<T: DeserializeOwned>(from: &Channel, within: Duration) -> Result<(T, Vec<OwnedFd>), ChannelError> {
+pub(crate) fn receive<T: DeserializeOwned>(
+    from: &Channel,
+    within: Duration,
+) -> Result<(T, Vec<OwnedFd>), ChannelError> {
     let (text, fds) = from.receive(within)?;
     let word = serde_json::from_slice(&text).map_err(|error| ChannelError::Os(error.into()))?;
     Ok((word, fds))

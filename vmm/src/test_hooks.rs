@@ -41,7 +41,7 @@ const VARIABLE: &str = "THESEUS_TEST_HOOKS";
 const FAULT: &str = "THESEUS_FAULT";
 
 /// Looks the switches up.
-pub struct Hooks;
+pub(crate) struct Hooks;
 
 impl Seams for Hooks {
     fn at(&self, moment: &str) -> Result<(), Injected> {
@@ -148,7 +148,7 @@ fn hold(phase: &str) -> Result<(), Injected> {
 }
 
 /// What `--fault` says, for this image and all that come after it. To be called before there are other threads.
-pub fn set_fault(fault: &str) {
+pub(crate) fn set_fault(fault: &str) {
     // SAFETY: the caller's promise: nobody reads the environment meanwhile.
     unsafe { std::env::set_var(FAULT, fault) };
 }

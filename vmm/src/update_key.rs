@@ -28,7 +28,7 @@ pub struct NotAKey {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum Reason {
+pub(crate) enum Reason {
     #[error(transparent)]
     NotRead(#[from] small_file::SmallFileError),
     #[error("is a secret key: keep it where builds are signed, and give the public one that belongs to it")]
@@ -87,7 +87,7 @@ impl From<UpdateKey> for String {
 
 /// The key of minisign's own releases.
 #[cfg(test)]
-pub const EXAMPLE: &str = "RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3";
+pub(crate) const EXAMPLE: &str = "RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3";
 
 #[cfg(test)]
 mod tests {

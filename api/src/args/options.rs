@@ -67,7 +67,7 @@ pub(super) struct Options<'a>(Vec<(&'a str, &'a str)>);
 impl<'a> Options<'a> {
     /// `section`: where the API has these keys, such as `cpus`. One that Theseus does not have is passed over where its
     /// value says nothing.
-    pub fn parse(s: &'a str, section: &str, known: &[&str]) -> Result<Self> {
+    pub(super) fn parse(s: &'a str, section: &str, known: &[&str]) -> Result<Self> {
         let mut list: Vec<(&str, &str)> = Vec::new();
         for part in split(s)? {
             let keys = || known.join(", ");
@@ -99,12 +99,12 @@ impl<'a> Options<'a> {
         Ok(Self(list))
     }
 
-    pub fn take(&mut self, key: &str) -> Option<&'a str> {
+    pub(super) fn take(&mut self, key: &str) -> Option<&'a str> {
         let at = self.0.iter().position(|(k, _)| *k == key)?;
         Some(self.0.swap_remove(at).1)
     }
 
-    pub fn number<T: FromStr>(&mut self, key: &str) -> Result<Option<T>> {
+    pub(super) fn number<T: FromStr>(&mut self, key: &str) -> Result<Option<T>> {
         match self.take(key).map(|v| (v, v.parse())) {
             None => Ok(None),
             Some((_, Ok(n))) => Ok(Some(n)),
@@ -112,7 +112,7 @@ impl<'a> Options<'a> {
         }
     }
 
-    pub fn switch(&mut self, key: &str) -> Result<Option<bool>> {
+    pub(super) fn switch(&mut self, key: &str) -> Result<Option<bool>> {
         match self.take(key) {
             None => Ok(None),
             Some("on" | "true") => Ok(Some(true)),
@@ -121,7 +121,7 @@ impl<'a> Options<'a> {
         }
     }
 
-    pub fn size(&mut self, key: &str) -> Result<Option<u64>> {
+    pub(super) fn size(&mut self, key: &str) -> Result<Option<u64>> {
         let size = self.take(key).map(byte_size).transpose();
         size.map_err(|e| ArgError(format!("{key}: {e}")))
     }

@@ -6,13 +6,13 @@ use crate::bus::BusDevice;
 use crate::pci::bus::{Address, PciBus};
 
 /// Has no state: the address it answers at is the machine's, and the bus is rebuilt by the devices on it.
-pub struct Ecam {
+pub(super) struct Ecam {
     /// Not a share of it: devices on that bus hold the bus that this is on.
     bus: Weak<PciBus>,
 }
 
 impl Ecam {
-    pub fn new(bus: Weak<PciBus>) -> Self {
+    pub(super) fn new(bus: Weak<PciBus>) -> Self {
         Self { bus }
     }
 }

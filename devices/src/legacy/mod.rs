@@ -16,11 +16,11 @@ pub(crate) mod test_parts {
     use crate::interrupt::{GuestRequest, GuestRequests, IrqLine};
 
     #[derive(Default)]
-    pub struct Pulses(AtomicUsize);
+    pub(crate) struct Pulses(AtomicUsize);
 
     impl Pulses {
         /// How many since it was last asked.
-        pub fn take(&self) -> usize {
+        pub(crate) fn take(&self) -> usize {
             self.0.swap(0, Ordering::SeqCst)
         }
     }
@@ -32,11 +32,11 @@ pub(crate) mod test_parts {
     }
 
     #[derive(Default)]
-    pub struct Asked(Mutex<Vec<GuestRequest>>);
+    pub(crate) struct Asked(Mutex<Vec<GuestRequest>>);
 
     impl Asked {
         /// What was asked for since it was last asked.
-        pub fn take(&self) -> Vec<GuestRequest> {
+        pub(crate) fn take(&self) -> Vec<GuestRequest> {
             std::mem::take(&mut self.0.lock())
         }
     }

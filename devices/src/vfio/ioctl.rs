@@ -35,37 +35,37 @@ fn check(ret: libc::c_int) -> io::Result<u32> {
     u32::try_from(ret).map_err(|_| io::Error::last_os_error())
 }
 
-pub fn api_version(container: BorrowedFd<'_>) -> io::Result<u32> {
+pub(super) fn api_version(container: BorrowedFd<'_>) -> io::Result<u32> {
     // SAFETY: takes no argument.
     check(unsafe { ioctl(&container, GET_API_VERSION()) })
 }
 
-pub fn has_extension(container: BorrowedFd<'_>, extension: u32) -> io::Result<bool> {
+pub(super) fn has_extension(container: BorrowedFd<'_>, extension: u32) -> io::Result<bool> {
     // SAFETY: the argument is a plain number.
     check(unsafe { ioctl_with_val(&container, CHECK_EXTENSION(), extension.into()) }).map(|ret| ret > 0)
 }
 
-pub fn set_iommu(container: BorrowedFd<'_>, iommu: u32) -> io::Result<()> {
+pub(super) fn set_iommu(container: BorrowedFd<'_>, iommu: u32) -> io::Result<()> {
     // SAFETY: the argument is a plain number.
     check(unsafe { ioctl_with_val(&container, SET_IOMMU(), iommu.into()) }).map(drop)
 }
 
 /// The flags of the group.
-pub fn group_status(group: BorrowedFd<'_>) -> io::Result<u32> {
+pub(super) fn group_status(group: BorrowedFd<'_>) -> io::Result<u32> {
     let mut status = vfio_group_status { argsz: argsz::<vfio_group_status>(), flags: 0 };
     // SAFETY: the structure is the one this ioctl writes, with its size in argsz.
     check(unsafe { ioctl_with_mut_ref(&group, GROUP_GET_STATUS(), &mut status) })?;
     Ok(status.flags)
 }
 
-pub fn set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) -> io::Result<()> {
     let fd = container.as_raw_fd();
     // SAFETY: reads one int.
     check(unsafe { ioctl_with_ref(&group, GROUP_SET_CONTAINER(), &fd) }).map(drop)
 }
 
 /// Opens the device called `name` (its PCI address); the new fd is close-on-exec.
-pub fn device_fd(group: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<OwnedFd> {
+pub(super) fn device_fd(group: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<OwnedFd> {
     // SAFETY: reads a NUL-terminated string.
     let fd = unsafe { ioctl_with_ptr(&group, GROUP_GET_DEVICE_FD(), name.as_ptr()) };
     check(fd)?;
@@ -73,7 +73,7 @@ pub fn device_fd(group: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<Own
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-pub fn device_info(device: BorrowedFd<'_>) -> io::Result<vfio_device_info> {
+pub(super) fn device_info(device: BorrowedFd<'_>) -> io::Result<vfio_device_info> {
     let mut info = vfio_device_info { argsz: argsz::<vfio_device_info>(), ..Default::default() };
     // SAFETY: the structure is the one this ioctl writes, with its size in argsz.
     check(unsafe { ioctl_with_mut_ref(&device, DEVICE_GET_INFO(), &mut info) })?;
@@ -81,7 +81,7 @@ pub fn device_info(device: BorrowedFd<'_>) -> io::Result<vfio_device_info> {
 }
 
 /// The region's description and, behind it, its capability chain as raw bytes (`cap_offset` counts from the start).
-pub fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<(vfio_region_info, Vec<u8>)> {
+pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<(vfio_region_info, Vec<u8>)> {
     let plain = vfio_region_info { argsz: argsz::<vfio_region_info>(), index, ..Default::default() };
     let mut info = plain;
     // SAFETY: the structure is the one this ioctl writes, with its size in argsz.
@@ -98,7 +98,7 @@ pub fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<(vfio_regio
     Ok((info, buffer.iter().flat_map(|word| word.to_ne_bytes()).collect()))
 }
 
-pub fn irq_info(device: BorrowedFd<'_>, index: u32) -> io::Result<vfio_irq_info> {
+pub(super) fn irq_info(device: BorrowedFd<'_>, index: u32) -> io::Result<vfio_irq_info> {
     let mut info = vfio_irq_info { argsz: argsz::<vfio_irq_info>(), index, ..Default::default() };
     // SAFETY: the structure is the one this ioctl writes, with its size in argsz.
     check(unsafe { ioctl_with_mut_ref(&device, DEVICE_GET_IRQ_INFO(), &mut info) })?;
@@ -107,7 +107,7 @@ pub fn irq_info(device: BorrowedFd<'_>, index: u32) -> io::Result<vfio_irq_info>
 
 /// Makes vectors `0..eventfds.len()` of interrupt `index` signal these eventfds; none disables the index.
 /// `Ok(n)` with n > 0: nothing was enabled, the host has only n vectors to give.
-pub fn set_irqs(device: BorrowedFd<'_>, index: u32, eventfds: &[BorrowedFd<'_>]) -> io::Result<u32> {
+pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, eventfds: &[BorrowedFd<'_>]) -> io::Result<u32> {
     let data = if eventfds.is_empty() { VFIO_IRQ_SET_DATA_NONE } else { VFIO_IRQ_SET_DATA_EVENTFD };
     let too_many = |_| io::Error::from_raw_os_error(libc::E2BIG);
     let count = u32::try_from(eventfds.len()).map_err(too_many)?;
@@ -118,21 +118,27 @@ pub fn set_irqs(device: BorrowedFd<'_>, index: u32, eventfds: &[BorrowedFd<'_>])
     check(unsafe { ioctl_with_ptr(&device, DEVICE_SET_IRQS(), words.as_ptr()) })
 }
 
-pub fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: takes no argument.
     check(unsafe { ioctl(&device, DEVICE_RESET()) }).map(drop)
 }
 
 /// # Safety
 /// The device may write wherever `vaddr..vaddr + size` points: it must be guest memory or a BAR.
-pub unsafe fn map_dma(container: BorrowedFd<'_>, flags: u32, vaddr: u64, iova: u64, size: u64) -> io::Result<()> {
+pub(super) unsafe fn map_dma(
+    container: BorrowedFd<'_>,
+    flags: u32,
+    vaddr: u64,
+    iova: u64,
+    size: u64,
+) -> io::Result<()> {
     let map = vfio_iommu_type1_dma_map { argsz: argsz::<vfio_iommu_type1_dma_map>(), flags, vaddr, iova, size };
     // SAFETY: the structure is the one this ioctl reads; what it maps is the caller's promise.
     check(unsafe { ioctl_with_ref(&container, IOMMU_MAP_DMA(), &map) }).map(drop)
 }
 
 /// Unmaps, or with the VADDR flag invalidates, what lies in the range. Returns how many bytes that were.
-pub fn unmap_dma(container: BorrowedFd<'_>, flags: u32, iova: u64, size: u64) -> io::Result<u64> {
+pub(super) fn unmap_dma(container: BorrowedFd<'_>, flags: u32, iova: u64, size: u64) -> io::Result<u64> {
     let argsz = argsz::<vfio_iommu_type1_dma_unmap>();
     let mut unmap = vfio_iommu_type1_dma_unmap { argsz, flags, iova, size, ..Default::default() };
     // SAFETY: the structure is the one this ioctl reads and writes. Taking addresses away from a device is always safe.

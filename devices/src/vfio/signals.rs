@@ -9,7 +9,7 @@ use crate::pci::msix::{Msix, MsixError};
 
 /// Who refuses; the caller adds the device's name.
 #[derive(Debug, thiserror::Error)]
-pub enum SignalsError {
+pub(super) enum SignalsError {
     #[error("{0}: tried again at the next access to it")]
     Device(#[from] DeviceError),
     #[error("{0}: tried again at the next access to it")]
@@ -17,7 +17,7 @@ pub enum SignalsError {
 }
 
 /// Takes a write of message control.
-pub fn set_control(device: &VfioDevice, msix: &mut Msix, control: u16) -> Result<(), SignalsError> {
+pub(super) fn set_control(device: &VfioDevice, msix: &mut Msix, control: u16) -> Result<(), SignalsError> {
     let was = msix.enabled();
     // The device stops first, so that nothing signals the eventfds any more when they are drained.
     let stopped = if Msix::enables(control) { Ok(()) } else { align(device, msix, false) };
@@ -26,7 +26,7 @@ pub fn set_control(device: &VfioDevice, msix: &mut Msix, control: u16) -> Result
 }
 
 /// Tries again what was refused, if anything.
-pub fn settle(device: &VfioDevice, msix: &mut Msix) -> Result<(), SignalsError> {
+pub(super) fn settle(device: &VfioDevice, msix: &mut Msix) -> Result<(), SignalsError> {
     let (wanted, late) = (msix.enabled(), msix.enabled() != device.signals());
     if late {
         align(device, msix, wanted)?;

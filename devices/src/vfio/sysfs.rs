@@ -15,7 +15,7 @@ pub enum SysfsError {
 }
 
 /// The PCI address and the IOMMU group of a device in sysfs.
-pub fn identify(path: &Path) -> Result<(String, u32), SysfsError> {
+pub(super) fn identify(path: &Path) -> Result<(String, u32), SysfsError> {
     let invalid = |what: &str| std::io::Error::new(std::io::ErrorKind::InvalidInput, what.to_owned());
     let real = path.canonicalize().map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => SysfsError::Absent,
@@ -31,14 +31,14 @@ pub fn identify(path: &Path) -> Result<(String, u32), SysfsError> {
 
 /// Whether a device has an interrupt pin and has not taken DisINTx, which is of PCI 2.3. sysfs shows the physical
 /// registers.
-pub fn can_storm(path: &Path) -> bool {
+pub(super) fn can_storm(path: &Path) -> bool {
     let Ok(config) = std::fs::read(path.join("config")) else { return false };
     let byte = |at: u16| config.get(usize::from(at)).copied();
     byte(INTERRUPT_PIN).is_some_and(|pin| pin != 0) && byte(COMMAND + 1).is_some_and(|high| high & DISABLE_INTX == 0)
 }
 
 /// The driver of a device, or "none".
-pub fn driver(device: &Path) -> String {
+pub(super) fn driver(device: &Path) -> String {
     let link = std::fs::read_link(device.join("driver")).ok();
     link.as_deref().and_then(Path::file_name).map_or("none".into(), |name| name.to_string_lossy().into_owned())
 }

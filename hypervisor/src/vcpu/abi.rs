@@ -5,11 +5,11 @@ use serde::de::Error;
 use serde::{Deserializer, Serializer};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-pub fn serialize<T: IntoBytes + Immutable, S: Serializer>(items: &[T], to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn serialize<T: IntoBytes + Immutable, S: Serializer>(items: &[T], to: S) -> Result<S::Ok, S::Error> {
     serde_bytes::serialize(items.as_bytes(), to)
 }
 
-pub fn deserialize<'de, T: FromBytes, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+pub(super) fn deserialize<'de, T: FromBytes, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
     let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
     let items = bytes.chunks(size_of::<T>()).map(|item| T::read_from_bytes(item).ok());
     let whole: Option<Vec<T>> = items.collect();

@@ -21,7 +21,7 @@ const NOW: u64 = 1;
 /// neither. So where one could be missing it fires now. A guest that has disarmed its timer then gets an interrupt
 /// more, at most one an update: software must be ready for it in any case, as a timer may fire while it is being
 /// disarmed (SDM 3A, 12.5.4.1).
-pub fn to_restore(lapic: &kvm_lapic_state, saved: u64) -> u64 {
+pub(super) fn to_restore(lapic: &kvm_lapic_state, saved: u64) -> u64 {
     let timer = register(lapic, LVTT);
     let vector = timer as usize & 0xFF;
     // A LAPIC that nobody has programmed is in one-shot mode, and masked.

@@ -6,7 +6,7 @@ use kvm_ioctls::VcpuFd;
 use crate::{Error, Result};
 
 const MSR_IA32_TSC: u32 = 0x10;
-pub const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+pub(super) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Hyper-V's: our guests are told of KVM, and the first write would switch that emulation on (kvm_hv_set_msr_common).
 const HYPERV: std::ops::Range<u32> = 0x4000_0000..0x4000_1000;
 /// KVM takes at most this many at once (KVM_MAX_MSR_ENTRIES in the bindings).
@@ -29,14 +29,14 @@ fn unlisted() -> impl Iterator<Item = u32> {
 }
 
 /// Whether `values`, in ascending order of their index, have it with the same value.
-pub fn is_among(entry: &kvm_msr_entry, values: &[kvm_msr_entry]) -> bool {
+pub(super) fn is_among(entry: &kvm_msr_entry, values: &[kvm_msr_entry]) -> bool {
     let at = values.binary_search_by_key(&entry.index, |value| value.index);
     at.is_ok_and(|at| values[at].data == entry.data)
 }
 
 /// The MSRs that answer, and take their own value back, on this vCPU. The TSC is left out: its offset is what goes
 /// over. The deadline timer is left out: it comes later than the others.
-pub fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
+pub(super) fn discover(fd: &VcpuFd, listed: &[u32]) -> Vec<u32> {
     let mut candidates: Vec<u32> = listed.iter().copied().chain(unlisted()).collect();
     candidates.sort_unstable();
     candidates.dedup();
@@ -78,7 +78,7 @@ fn write_once(fd: &VcpuFd, values: &[kvm_msr_entry]) -> usize {
 }
 
 /// Reads all of `indices`; one that has gone away is an error. And the deadline timer's, if there is one.
-pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<(Vec<kvm_msr_entry>, Option<u64>)> {
+pub(super) fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<(Vec<kvm_msr_entry>, Option<u64>)> {
     // In one call where they fit: each of them costs the pause of an update some microseconds.
     let mut values = read_skipping(fd, &[indices, &[MSR_IA32_TSC_DEADLINE]].concat());
     let deadline = values.pop_if(|last| last.index == MSR_IA32_TSC_DEADLINE).map(|deadline| deadline.data);
@@ -94,7 +94,7 @@ pub fn read(fd: &VcpuFd, vcpu: u32, indices: &[u32]) -> Result<(Vec<kvm_msr_entr
 
 /// Writes all of `values` but the wall clocks, which states of earlier builds have. KVM_SET_MSRS stops at the first
 /// that it refuses, which is the error.
-pub fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
+pub(super) fn write(fd: &VcpuFd, vcpu: u32, values: &[kvm_msr_entry]) -> Result<()> {
     let values: Vec<_> = values.iter().filter(|entry| !WALL_CLOCKS.contains(&entry.index)).copied().collect();
     for chunk in values.chunks(CHUNK) {
         if let Some(refused) = chunk.get(write_once(fd, chunk)) {

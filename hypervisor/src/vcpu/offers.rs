@@ -38,13 +38,13 @@ fn is_untouched(msr: &kvm_msr_entry) -> bool {
 }
 
 /// Whether the guest has kept to what it was offered, and so can be made to.
-pub fn kept(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> bool {
+pub(super) fn kept(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> bool {
     let features = features(cpuid);
     msrs.iter().all(|msr| is_offered(features, msr.index) || is_untouched(msr))
 }
 
 /// The MSRs that there are for it.
-pub fn existing(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> Vec<kvm_msr_entry> {
+pub(super) fn existing(cpuid: &[kvm_cpuid_entry2], msrs: &[kvm_msr_entry]) -> Vec<kvm_msr_entry> {
     let (all, features) = (!kept(cpuid, msrs), features(cpuid));
     msrs.iter().filter(|msr| all || is_offered(features, msr.index)).copied().collect()
 }

@@ -27,13 +27,13 @@ fn none(what: &str, flow: u32) -> io::Error {
 
 /// Senders and receivers by flow.
 #[derive(Default)]
-pub struct Streams {
+pub(super) struct Streams {
     senders: HashMap<u32, Sender>,
     receivers: HashMap<u32, Receiver>,
 }
 
 impl Streams {
-    pub fn send_start(
+    pub(super) fn send_start(
         &mut self,
         flow: u32,
         from: SocketAddr,
@@ -46,7 +46,7 @@ impl Streams {
         Ok(())
     }
 
-    pub fn credit(&self, limits: &[(u32, u64)]) -> io::Result<Vec<Heard>> {
+    pub(super) fn credit(&self, limits: &[(u32, u64)]) -> io::Result<Vec<Heard>> {
         for (flow, limit) in limits {
             self.senders.get(flow).ok_or_else(|| none("sender", *flow))?.grant().up_to(*limit);
         }
@@ -57,40 +57,40 @@ impl Streams {
         Ok(self.receivers.iter().map(heard).collect())
     }
 
-    pub fn send_stats(&self, flow: u32) -> io::Result<Sent> {
+    pub(super) fn send_stats(&self, flow: u32) -> io::Result<Sent> {
         Ok(self.senders.get(&flow).ok_or_else(|| none("sender", flow))?.stats())
     }
 
-    pub fn send_stop(&mut self, flow: u32) -> io::Result<Sent> {
+    pub(super) fn send_stop(&mut self, flow: u32) -> io::Result<Sent> {
         Ok(self.senders.remove(&flow).ok_or_else(|| none("sender", flow))?.stop())
     }
 
-    pub fn recv_start(&mut self, flow: u32, at: SocketAddr) -> io::Result<()> {
+    pub(super) fn recv_start(&mut self, flow: u32, at: SocketAddr) -> io::Result<()> {
         self.receivers.remove(&flow);
         self.receivers.insert(flow, Receiver::start(flow, at)?);
         Ok(())
     }
 
-    pub fn recv_stats(&self, flow: u32) -> io::Result<SeqStats> {
+    pub(super) fn recv_stats(&self, flow: u32) -> io::Result<SeqStats> {
         Ok(self.receivers.get(&flow).ok_or_else(|| none("receiver", flow))?.stats())
     }
 
-    pub fn recv_take(&mut self, flow: u32) -> io::Result<Receiver> {
+    pub(super) fn recv_take(&mut self, flow: u32) -> io::Result<Receiver> {
         self.receivers.remove(&flow).ok_or_else(|| none("receiver", flow))
     }
 }
 
 /// Sockets that wait for a single packet, by port.
 #[derive(Default)]
-pub struct Watches(HashMap<u16, Arc<Watch>>);
+pub(super) struct Watches(HashMap<u16, Arc<Watch>>);
 
-pub struct Watch {
+pub(super) struct Watch {
     socket: UdpSocket,
     closed: AtomicBool,
 }
 
 impl Watches {
-    pub fn open(&mut self, port: u16) -> io::Result<()> {
+    pub(super) fn open(&mut self, port: u16) -> io::Result<()> {
         if let Some(watch) = self.0.remove(&port) {
             watch.closed.store(true, Ordering::Relaxed);
             // Whoever waits there lets go of the port within a slice.
@@ -103,14 +103,14 @@ impl Watches {
         Ok(())
     }
 
-    pub fn of(&self, port: u16) -> io::Result<Arc<Watch>> {
+    pub(super) fn of(&self, port: u16) -> io::Result<Arc<Watch>> {
         self.0.get(&port).cloned().ok_or_else(|| io::Error::other(format!("port {port} is not watched")))
     }
 }
 
 impl Watch {
     /// Waits for one packet and says when it came.
-    pub fn wait(&self) -> io::Result<Arrival> {
+    pub(super) fn wait(&self) -> io::Result<Arrival> {
         const SLICE: Duration = Duration::from_millis(100);
         let mut bytes = [0; 2048];
         self.socket.set_read_timeout(Some(SLICE))?;
@@ -129,14 +129,14 @@ impl Watch {
 }
 
 /// Threads that spin, each pinned to a CPU.
-pub struct Busy {
+pub(super) struct Busy {
     stop: Arc<AtomicBool>,
     counts: Vec<Arc<AtomicU64>>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Busy {
-    pub fn start(cpus: &[usize]) -> io::Result<Self> {
+    pub(super) fn start(cpus: &[usize]) -> io::Result<Self> {
         let mut busy = Self { stop: Arc::default(), counts: Vec::new(), threads: Vec::new() };
         for &cpu in cpus {
             let (stop, count) = (Arc::clone(&busy.stop), Arc::<AtomicU64>::default());
@@ -156,11 +156,11 @@ impl Busy {
         Ok(busy)
     }
 
-    pub fn counts(&self) -> Vec<u64> {
+    pub(super) fn counts(&self) -> Vec<u64> {
         self.counts.iter().map(|c| c.load(Ordering::Relaxed)).collect()
     }
 
-    pub fn stop(self) -> Vec<u64> {
+    pub(super) fn stop(self) -> Vec<u64> {
         self.stop.store(true, Ordering::Relaxed);
         let Self { counts, threads, .. } = self;
         for thread in threads {
@@ -171,12 +171,12 @@ impl Busy {
 }
 
 /// Timers of the kernel (timerfd, CLOCK_MONOTONIC). One thread sleeps in each of them in turn, the earliest first.
-pub struct Timers {
+pub(super) struct Timers {
     thread: JoinHandle<io::Result<Vec<TimerFired>>>,
 }
 
 impl Timers {
-    pub fn arm(after_ms: &[u64]) -> io::Result<Self> {
+    pub(super) fn arm(after_ms: &[u64]) -> io::Result<Self> {
         let start = mono_ns();
         let mut due: Vec<u64> = after_ms.iter().map(|ms| start + ms * 1_000_000).collect();
         due.sort_unstable();
@@ -202,7 +202,7 @@ impl Timers {
     }
 
     /// All of them. It sleeps meanwhile: nothing but the timers themselves wakes this guest.
-    pub fn wait(self) -> io::Result<Vec<TimerFired>> {
+    pub(super) fn wait(self) -> io::Result<Vec<TimerFired>> {
         self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the timer thread panicked")))
     }
 }

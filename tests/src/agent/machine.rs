@@ -23,7 +23,7 @@ fn sorted_names(dir: &str) -> io::Result<Vec<String>> {
 }
 
 /// PCI network interfaces, in PCI order.
-pub fn nics() -> io::Result<Vec<Nic>> {
+pub(super) fn nics() -> io::Result<Vec<Nic>> {
     let mut nics = Vec::new();
     for name in sorted_names("/sys/class/net")? {
         let device = format!("/sys/class/net/{name}/device");
@@ -39,7 +39,7 @@ pub fn nics() -> io::Result<Vec<Nic>> {
 }
 
 /// Pins the calling thread to `cpu`.
-pub fn pin_to(cpu: usize) -> io::Result<()> {
+pub(super) fn pin_to(cpu: usize) -> io::Result<()> {
     // SAFETY: an all-zero cpu_set_t is an empty set; CPU_SET checks its index.
     let result = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
@@ -53,7 +53,7 @@ pub fn pin_to(cpu: usize) -> io::Result<()> {
 }
 
 /// What `body` returns when run on `cpu`.
-pub fn on_cpu<T: Send + 'static>(cpu: usize, body: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+pub(super) fn on_cpu<T: Send + 'static>(cpu: usize, body: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     std::thread::spawn(move || pin_to(cpu).map(|()| body()))
         .join()
         .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
@@ -65,7 +65,7 @@ const INDEXED: [u32; 16] =
 const SUBLEAVES: u32 = 64;
 
 /// Every leaf that is not all zero, `LEAF.SUB EAX EBX ECX EDX` in hex, as this CPU sees it.
-pub fn cpuid_lines() -> Vec<String> {
+pub(super) fn cpuid_lines() -> Vec<String> {
     let mut lines = Vec::new();
     for first in [0, 0x4000_0000, 0x8000_0000] {
         let last = __cpuid_count(first, 0).eax;
@@ -93,12 +93,12 @@ pub fn cpuid_lines() -> Vec<String> {
 }
 
 /// [`cpuid_lines`] of every CPU that is online.
-pub fn cpuid_of_all() -> io::Result<Vec<Vec<String>>> {
+pub(super) fn cpuid_of_all() -> io::Result<Vec<Vec<String>>> {
     (0..info()?.cpus_online).map(|cpu| on_cpu(cpu, cpuid_lines)).collect()
 }
 
 /// Lines that are in one and not in the other, CPU by CPU.
-pub fn changes(before: &[Vec<String>], after: &[Vec<String>]) -> Vec<String> {
+pub(super) fn changes(before: &[Vec<String>], after: &[Vec<String>]) -> Vec<String> {
     let mut changes = Vec::new();
     for cpu in 0..before.len().max(after.len()) {
         let of = |all: &[Vec<String>]| all.get(cpu).cloned().unwrap_or_default();
@@ -110,7 +110,7 @@ pub fn changes(before: &[Vec<String>], after: &[Vec<String>]) -> Vec<String> {
 }
 
 /// Every PCI function of the guest.
-pub fn pci() -> io::Result<Vec<PciFunction>> {
+pub(super) fn pci() -> io::Result<Vec<PciFunction>> {
     let mut functions = Vec::new();
     for bdf in sorted_names("/sys/bus/pci/devices")? {
         let dir = format!("/sys/bus/pci/devices/{bdf}");
@@ -126,7 +126,7 @@ pub fn pci() -> io::Result<Vec<PciFunction>> {
 }
 
 /// The interrupts whose name contains `name`.
-pub fn interrupts(name: &str) -> io::Result<Vec<Vector>> {
+pub(super) fn interrupts(name: &str) -> io::Result<Vec<Vector>> {
     Ok(parse_interrupts(&fs::read_to_string("/proc/interrupts")?, name))
 }
 
@@ -145,7 +145,7 @@ fn parse_interrupts(text: &str, name: &str) -> Vec<Vector> {
 }
 
 /// Waits until one of those interrupts comes.
-pub fn interrupts_wait(name: &str, timeout_ms: u64) -> io::Result<Vec<Vector>> {
+pub(super) fn interrupts_wait(name: &str, timeout_ms: u64) -> io::Result<Vec<Vector>> {
     let total = |vectors: &[Vector]| vectors.iter().map(|v| v.count).sum::<u64>();
     let first = total(&interrupts(name)?);
     let started = Instant::now();
@@ -162,7 +162,7 @@ pub fn interrupts_wait(name: &str, timeout_ms: u64) -> io::Result<Vec<Vector>> {
 }
 
 /// The lines of the kernel's log that hold one of `words`.
-pub fn dmesg(words: &[String]) -> io::Result<String> {
+pub(super) fn dmesg(words: &[String]) -> io::Result<String> {
     const READ_ALL: libc::c_int = 3;
     let mut buffer = vec![0_u8; 1 << 18];
     // SAFETY: the buffer is as long as said.
@@ -175,11 +175,11 @@ pub fn dmesg(words: &[String]) -> io::Result<String> {
 
 const CLOCK_SOURCE: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 
-pub fn set_clock_source(name: &str) -> io::Result<()> {
+pub(super) fn set_clock_source(name: &str) -> io::Result<()> {
     fs::write(CLOCK_SOURCE, name)
 }
 
-pub fn info() -> io::Result<MachineInfo> {
+pub(super) fn info() -> io::Result<MachineInfo> {
     let memory = fs::read_to_string("/proc/meminfo")?;
     let memory_kib = memory
         .lines()
@@ -198,10 +198,10 @@ pub fn info() -> io::Result<MachineInfo> {
 }
 
 /// The ACPI power button, which is an input device with a key.
-pub struct PowerButton(File);
+pub(super) struct PowerButton(File);
 
 impl PowerButton {
-    pub fn open() -> io::Result<Self> {
+    pub(super) fn open() -> io::Result<Self> {
         let name = sorted_names("/sys/class/input")?
             .into_iter()
             .find(|n| {
@@ -214,7 +214,7 @@ impl PowerButton {
     }
 
     /// Waits for a press.
-    pub fn wait(mut self) -> io::Result<()> {
+    pub(super) fn wait(mut self) -> io::Result<()> {
         const EV_KEY: u16 = 1;
         const KEY_POWER: u16 = 116;
         loop {
@@ -230,7 +230,7 @@ impl PowerButton {
 }
 
 /// Ends the machine after `after_ms`: late enough for the answer to leave the serial port.
-pub fn reboot(command: libc::c_int, after_ms: u64) -> io::Result<()> {
+pub(super) fn reboot(command: libc::c_int, after_ms: u64) -> io::Result<()> {
     std::thread::Builder::new().spawn(move || {
         std::thread::sleep(Duration::from_millis(after_ms));
         // SAFETY: there is nothing to keep in this machine.

@@ -5,13 +5,13 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 const PAGE: usize = 4096;
 const FILL: u8 = 0x5A;
 
-pub struct Held(*mut u8);
+pub(super) struct Held(*mut u8);
 
 // SAFETY: a mapping of its own, which only child processes read.
 unsafe impl Send for Held {}
 
 impl Held {
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a new mapping.
         let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, -1, 0) };
@@ -25,7 +25,7 @@ impl Held {
     }
 
     /// Documentation/admin-guide/mm/pagemap.rst.
-    pub fn address(&self) -> io::Result<u64> {
+    pub(super) fn address(&self) -> io::Result<u64> {
         let mut entry = [0; 8];
         File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, (self.0 as usize / PAGE * 8) as u64)?;
         let entry = u64::from_ne_bytes(entry);
@@ -36,7 +36,7 @@ impl Held {
     }
 
     /// A process reads it. The signal that ended that, or 0.
-    pub fn touch(&self) -> io::Result<i32> {
+    pub(super) fn touch(&self) -> io::Result<i32> {
         // SAFETY: the child reads one byte and ends; it calls nothing that another thread could have locked.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),

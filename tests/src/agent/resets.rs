@@ -29,13 +29,13 @@ fn config(bdf: &str) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(format!("/sys/bus/pci/devices/{bdf}/config"))
 }
 
-pub fn config_read(bdf: &str, offset: u64) -> io::Result<u16> {
+pub(super) fn config_read(bdf: &str, offset: u64) -> io::Result<u16> {
     let mut word = [0; 2];
     config(bdf)?.read_exact_at(&mut word, offset)?;
     Ok(u16::from_le_bytes(word))
 }
 
-pub fn config_write(bdf: &str, offset: u64, value: u16) -> io::Result<()> {
+pub(super) fn config_write(bdf: &str, offset: u64, value: u16) -> io::Result<()> {
     config(bdf)?.write_all_at(&value.to_le_bytes(), offset)
 }
 
@@ -103,14 +103,14 @@ fn place(bdf: &str) -> io::Result<u64> {
     Ok(bus << 20 | slot << 15 | function << 12)
 }
 
-pub struct Resets {
+pub(super) struct Resets {
     stop: Arc<AtomicBool>,
     counts: Vec<Arc<AtomicU64>>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Resets {
-    pub fn start(bdf: &str, cpus: &[usize]) -> io::Result<Self> {
+    pub(super) fn start(bdf: &str, cpus: &[usize]) -> io::Result<Self> {
         take_driver_off(bdf)?;
         let at = capability(&config(bdf)?, EXPRESS)? + DEVICE_CONTROL;
         let value = config_read(bdf, at)? | RESET;
@@ -134,11 +134,11 @@ impl Resets {
         Ok(resets)
     }
 
-    pub fn counts(&self) -> Vec<u64> {
+    pub(super) fn counts(&self) -> Vec<u64> {
         self.counts.iter().map(|c| c.load(Ordering::Relaxed)).collect()
     }
 
-    pub fn stop(self) -> Vec<u64> {
+    pub(super) fn stop(self) -> Vec<u64> {
         self.stop.store(true, Ordering::Relaxed);
         let Self { counts, threads, .. } = self;
         for thread in threads {

@@ -64,19 +64,19 @@ struct Counts {
     passes: AtomicU64,
 }
 
-pub struct Rewriter {
+pub(super) struct Rewriter {
     counts: Arc<Counts>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Rewriter {
-    pub fn of_memory(mib: u64, seed: u64) -> io::Result<Self> {
+    pub(super) fn of_memory(mib: u64, seed: u64) -> io::Result<Self> {
         let pages = (mib * 256) as usize;
         Self::start(vec![0_u64; pages * WORDS], pages, seed)
     }
 
     /// The first `mib` MiB of the block device at `path`, past every cache of the guest's.
-    pub fn of_disk(path: &str, mib: u64, seed: u64) -> io::Result<Self> {
+    pub(super) fn of_disk(path: &str, mib: u64, seed: u64) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path)?;
         Self::start(Disk(file), (mib * 256) as usize, seed)
     }
@@ -92,7 +92,7 @@ impl Rewriter {
         Ok(Self { counts, thread: Some(thread) })
     }
 
-    pub fn stats(&self) -> MemoryStats {
+    pub(super) fn stats(&self) -> MemoryStats {
         let Counts { stop: _, checked, wrong, passes } = &*self.counts;
         MemoryStats {
             pages_checked: checked.load(Ordering::Relaxed),
@@ -102,7 +102,7 @@ impl Rewriter {
     }
 
     /// Goes through every page once more.
-    pub fn stop(mut self) -> MemoryStats {
+    pub(super) fn stop(mut self) -> MemoryStats {
         self.counts.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

@@ -12,7 +12,7 @@ const INSTANCE: &str = "/sys/kernel/tracing/instances/order";
 static DRIVER: Mutex<String> = Mutex::new(String::new());
 
 /// From now on, and forgetting what was before: the interrupts of the vector that is called `vector`.
-pub fn start(vector: &str) -> io::Result<()> {
+pub(super) fn start(vector: &str) -> io::Result<()> {
     counters::mount_tracefs();
     let dir = PathBuf::from(INSTANCE);
     if !dir.exists() {
@@ -39,7 +39,7 @@ pub fn start(vector: &str) -> io::Result<()> {
 }
 
 /// What has happened since.
-pub fn read() -> io::Result<Vec<Traced>> {
+pub(super) fn read() -> io::Result<Vec<Traced>> {
     let driver = DRIVER.lock().map_err(|_| io::Error::other("poisoned"))?;
     let trace = fs::read_to_string(PathBuf::from(INSTANCE).join("trace"))?;
     Ok(trace.lines().filter_map(|line| parse(line, &driver)).collect())

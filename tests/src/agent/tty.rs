@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::proto::encode_line;
 
-pub struct Tty {
+pub(super) struct Tty {
     input: File,
     /// One line at a time.
     output: Mutex<File>,
@@ -19,7 +19,7 @@ pub struct Tty {
 
 impl Tty {
     /// Opens the terminal at `path` and makes it a plain byte pipe.
-    pub fn open(path: &str) -> io::Result<Self> {
+    pub(super) fn open(path: &str) -> io::Result<Self> {
         let input = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path)?;
         // SAFETY: all-zero bytes are a valid termios, and tcgetattr fills it.
         let mut modes: libc::termios = unsafe { std::mem::zeroed() };
@@ -38,7 +38,7 @@ impl Tty {
     }
 
     /// At least one byte.
-    pub fn read(&self) -> io::Result<Vec<u8>> {
+    pub(super) fn read(&self) -> io::Result<Vec<u8>> {
         let mut bytes = [0; 1024];
         match (&self.input).read(&mut bytes)? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -46,7 +46,7 @@ impl Tty {
         }
     }
 
-    pub fn write<T: Serialize>(&self, id: u64, body: &T) -> io::Result<()> {
+    pub(super) fn write<T: Serialize>(&self, id: u64, body: &T) -> io::Result<()> {
         // The newline in front ends whatever the kernel left there.
         let line = format!("\n{}", encode_line(id, body));
         self.output.lock().write_all(line.as_bytes())

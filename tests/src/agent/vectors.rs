@@ -17,7 +17,7 @@ const ADDRESS: u32 = 0xfee0_0000;
 const DATA: u32 = 0x30;
 
 /// Enables MSI-X on the device at `bdf` with every vector unmasked. How many they are.
-pub fn on(bdf: &str) -> io::Result<u32> {
+pub(super) fn on(bdf: &str) -> io::Result<u32> {
     let dir = take_driver_off(bdf)?;
     fs::write(format!("{dir}/enable"), "1")?;
     let config = OpenOptions::new().read(true).write(true).open(format!("{dir}/config"))?;
@@ -55,7 +55,7 @@ pub fn on(bdf: &str) -> io::Result<u32> {
 }
 
 /// The device's folder.
-pub fn take_driver_off(bdf: &str) -> io::Result<String> {
+pub(super) fn take_driver_off(bdf: &str) -> io::Result<String> {
     let dir = format!("/sys/bus/pci/devices/{bdf}");
     if fs::exists(format!("{dir}/driver"))? {
         fs::write(format!("{dir}/driver/unbind"), bdf)?;
@@ -70,7 +70,7 @@ fn read<const N: usize>(config: &File, at: u64) -> io::Result<[u8; N]> {
 }
 
 /// Where the capability `wanted` is.
-pub fn capability(config: &File, wanted: u8) -> io::Result<u64> {
+pub(super) fn capability(config: &File, wanted: u8) -> io::Result<u64> {
     let [mut at] = read(config, CAPABILITIES)?;
     for _ in 0..48 {
         if at < 0x40 {

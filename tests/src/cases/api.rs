@@ -89,7 +89,7 @@ fn broken_requests(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-pub fn bad_input() -> Result<()> {
+pub(super) fn bad_input() -> Result<()> {
     let vm = Vm::builder().boot()?;
     let (info, ping) = (vm.info()?, vm.ping()?);
     run_table(&vm, WITH_GUEST)?;
@@ -107,7 +107,7 @@ pub fn bad_input() -> Result<()> {
     vm.agent()?.ping()
 }
 
-pub fn bad_input_without_guest() -> Result<()> {
+pub(super) fn bad_input_without_guest() -> Result<()> {
     let mut vm = Vm::api_only()?;
     run_table(&vm, WITHOUT_GUEST)?;
     let document = vm.api.get("openapi.json")?;

@@ -60,7 +60,7 @@ impl Drop for Places {
 
 /// A VMM with `--landlock` opens nothing outside of its rules, from its start on and in every later image; and all that
 /// it has to open it can: builds, kernels, its log. There is one layer, however many images there were.
-pub fn by_landlock() -> Result<()> {
+pub(super) fn by_landlock() -> Result<()> {
     let places = Places::new()?;
     let [kernel, log] = ["guest/kernel", "log/log"].map(|name| places.text(name));
     let options = ["--kernel", &kernel, "--memory", "size=128M", "--log-file", &log, "--update-dir"];
@@ -155,7 +155,7 @@ fn filters(pid: u32) -> Result<u32> {
 
 /// With `--ceiling` every call of its list is refused to a child of the main thread, in whichever image, and keeper and
 /// main thread have that one filter, however many images there were.
-pub fn by_ceiling() -> Result<()> {
+pub(super) fn by_ceiling() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("ceiling-{}", std::process::id()));
     guest::write(&kernel, 128 << 20)?;
     let options = ["--kernel", &kernel.display().to_string(), "--memory", "size=128M"].map(str::to_owned);
@@ -192,7 +192,7 @@ const SECRET_AT: u64 = 0x60_0000;
 
 /// What only this VMM has of the guest is in no core, nobody of its own user looks into it, and of an update nothing is
 /// left open; or, where it was asked for, that user may.
-pub fn no_dumps() -> Result<()> {
+pub(super) fn no_dumps() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("dumps-{}", std::process::id()));
     guest::write(&kernel, 128 << 20)?;
     let options = ["--kernel", &kernel.display().to_string(), "--memory", "size=128M"].map(str::to_owned);

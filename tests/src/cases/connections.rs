@@ -13,7 +13,7 @@ use crate::harness::{
 
 /// The caller is answered on its own connection by the new image; a connection that was idle lives; a half-sent request
 /// does not stand in the way.
-pub fn kept() -> Result<()> {
+pub(super) fn kept() -> Result<()> {
     rig::shared(|rig| {
         let mut idle = rig.vm.api.connect()?;
         ensure!(idle.call("GET", "vmm.ping", "")?.ok(), "ping");
@@ -43,7 +43,7 @@ pub fn kept() -> Result<()> {
 }
 
 /// Clients that hang up at several moments of the update they asked for: it takes place all the same.
-pub fn client_hangs_up() -> Result<()> {
+pub(super) fn client_hangs_up() -> Result<()> {
     rig::shared(|rig| {
         let traffic = rig.traffic()?;
         for after_ms in [0, 5, 20, 60, 150, 400] {

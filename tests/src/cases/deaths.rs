@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// A panic that is not the control thread's.
-pub fn vcpu_panic() -> Result<()> {
+pub(super) fn vcpu_panic() -> Result<()> {
     rig::shared(|rig| {
         unharmed(rig, End::RolledBack, &["panic of a thread (test)"], |rig| {
             let _hook = Switch::on(&rig.vm.dir, "vcpu-panic")?;
@@ -34,7 +34,7 @@ pub fn vcpu_panic() -> Result<()> {
 }
 
 /// A vCPU's thread of the new VMM, whichever of two is the first, calls what its filter does not allow.
-pub fn vcpu_filter() -> Result<()> {
+pub(super) fn vcpu_filter() -> Result<()> {
     if !fences::stop() {
         return Ok(());
     }
@@ -109,7 +109,7 @@ impl Drop for SmallMemory {
 }
 
 /// Asks for an update whose new VMM a fault kills.
-pub fn taken_back(vm: &mut Vm) -> Result<Report> {
+pub(super) fn taken_back(vm: &mut Vm) -> Result<Report> {
     let answer = vm.ask_update(&vm.other_build()?)?;
     let report: Report = answer.json().with_context(|| format!("{answer:?}"))?;
     ensure!(report.outcome == "rolled_back" && report.pid == vm.pid() && vm.ping()?.pid == vm.pid(), "{report:?}");
@@ -118,7 +118,7 @@ pub fn taken_back(vm: &mut Vm) -> Result<Report> {
 
 /// An update that its cgroup has no memory, or no threads, for is refused. If memory runs out all the same, the
 /// kernel's OOM killer takes the new VMM, and not the old one, though that has all of guest RAM mapped.
-pub fn out_of_memory() -> Result<()> {
+pub(super) fn out_of_memory() -> Result<()> {
     // Before the VM, so that it is empty when it is removed.
     let cgroup = SmallMemory::new()?;
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
@@ -159,7 +159,7 @@ pub fn out_of_memory() -> Result<()> {
 
 /// From its commit on a new VMM that dies is a VMM that crashes, and leaves nothing: the old one goes too, and the
 /// device is free for the next.
-pub fn committed() -> Result<()> {
+pub(super) fn committed() -> Result<()> {
     for kind in ["kill", "segv"] {
         let mut vm = Vm::builder().cpus(2).device(Nic::IgbA, None)?.boot()?;
         vm.update()?;
@@ -182,7 +182,7 @@ pub fn committed() -> Result<()> {
 }
 
 /// `--fault` of a test build: it strikes in every update, whichever build is the old one by then.
-pub fn fault_by_option() -> Result<()> {
+pub(super) fn fault_by_option() -> Result<()> {
     let mut vm = Vm::builder().fault("remap:kill").boot()?;
     for _ in 0..2 {
         let report = taken_back(&mut vm)?;

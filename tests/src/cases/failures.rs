@@ -85,13 +85,13 @@ fn copy_of_next(rig: &Rig, name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-pub fn target_missing() -> Result<()> {
+pub(super) fn target_missing() -> Result<()> {
     rig::shared(|rig| {
         unharmed(rig, End::Refused, &["/nowhere/theseus"], |rig| rig.vm.ask_update(Path::new("/nowhere/theseus")))
     })
 }
 
-pub fn not_executable() -> Result<()> {
+pub(super) fn not_executable() -> Result<()> {
     rig::shared(|rig| {
         let target = copy_of_next(rig, "plain-file")?;
         fs::set_permissions(&target, fs::Permissions::from_mode(0o644))?;
@@ -100,7 +100,7 @@ pub fn not_executable() -> Result<()> {
 }
 
 /// Other programs: one that fails, one that succeeds whatever it is asked, and a script.
-pub fn not_theseus() -> Result<()> {
+pub(super) fn not_theseus() -> Result<()> {
     rig::shared(|rig| {
         let script = rig.vm.dir.join("script");
         fs::write(&script, "#!/bin/sh\necho '{}'\n")?;
@@ -115,7 +115,7 @@ pub fn not_theseus() -> Result<()> {
     })
 }
 
-pub fn wrong_sha256() -> Result<()> {
+pub(super) fn wrong_sha256() -> Result<()> {
     rig::shared(|rig| {
         unharmed(rig, End::Refused, &["sha256", "sha-256"], |rig| {
             let body = serde_json::json!({ "binary": rig.vm.other_build()?, "sha256": "0".repeat(64) });
@@ -132,7 +132,7 @@ pub fn wrong_sha256() -> Result<()> {
     })
 }
 
-pub fn older_state_version() -> Result<()> {
+pub(super) fn older_state_version() -> Result<()> {
     rig::shared(|rig| {
         let hook = Switch::on(&rig.vm.dir, "state-version")?;
         unharmed(rig, End::Refused, &["version", "format"], move |rig| {
@@ -144,7 +144,7 @@ pub fn older_state_version() -> Result<()> {
 }
 
 /// The target passes every check, then exec fails: somebody has opened it for writing meanwhile (ETXTBSY).
-pub fn exec_fails() -> Result<()> {
+pub(super) fn exec_fails() -> Result<()> {
     rig::shared(|rig| {
         let target = copy_of_next(rig, "busy-file")?;
         unharmed(rig, End::RolledBack, &["exec", "busy"], |rig| {
@@ -162,7 +162,7 @@ pub fn exec_fails() -> Result<()> {
 }
 
 /// A lower version is refused, unless it is asked for by name.
-pub fn downgrade() -> Result<()> {
+pub(super) fn downgrade() -> Result<()> {
     rig::shared(|rig| {
         let older = |rig: &Rig| -> Result<PathBuf> {
             let target = copy_of_next(rig, "older")?;
@@ -188,7 +188,7 @@ pub fn downgrade() -> Result<()> {
 }
 
 /// The keeper becomes the file that was running again, though its name is gone: an update that fails after the exec.
-pub fn old_binary_deleted() -> Result<()> {
+pub(super) fn old_binary_deleted() -> Result<()> {
     rig::shared(|rig| {
         for fault in ["vcpus:error", "remap:panic"] {
             let running = copy_of_next(rig, "deleted")?;
@@ -212,7 +212,7 @@ pub fn old_binary_deleted() -> Result<()> {
 
 /// The kernel refuses to invalidate the second container, because one of its ranges is invalid already; the first is
 /// put back.
-pub fn second_container() -> Result<()> {
+pub(super) fn second_container() -> Result<()> {
     let nics = [(Nic::IgbA, None), (Nic::IgbB, Some("second"))];
     let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
     rig.vm.update()?;
@@ -231,7 +231,7 @@ pub fn second_container() -> Result<()> {
 }
 
 /// Every reason at once: of the file, and of the limits of the process.
-pub fn preflight() -> Result<()> {
+pub(super) fn preflight() -> Result<()> {
     rig::shared(|rig| {
         let set_limit = |soft| proc::set_soft_limit(rig.vm.pid(), libc::RLIMIT_NOFILE, soft);
         let before = rig.vm.ping()?;
@@ -254,7 +254,7 @@ pub fn preflight() -> Result<()> {
 }
 
 /// A dry run says that it would work, or why not, and changes nothing.
-pub fn dry_run() -> Result<()> {
+pub(super) fn dry_run() -> Result<()> {
     rig::shared(|rig| {
         let ask = |rig: &Rig, binary: &Path| {
             rig.vm.api.put("vm.update", &serde_json::json!({ "binary": binary, "dry_run": true }).to_string())

@@ -20,7 +20,7 @@ const CALLS: [(&str, i64); 7] = [
 ];
 
 /// Each ends the new VMM before it has the guest, which goes on in the old one.
-pub fn calls_that_are_stopped() -> Result<()> {
+pub(super) fn calls_that_are_stopped() -> Result<()> {
     if !fences::stop() {
         return Ok(());
     }
@@ -37,7 +37,7 @@ pub fn calls_that_are_stopped() -> Result<()> {
 
 /// All threads have their filters, and no more of them after many updates and ways back. Who runs programs, or becomes
 /// one, has none.
-pub fn filters_in_force() -> Result<()> {
+pub(super) fn filters_in_force() -> Result<()> {
     let mut probe = Probe::new(&probes::clock(), None)?;
     let own = std::fs::read_to_string("/proc/self/status")?;
     let inherited = fences::filters_in(&own)?;

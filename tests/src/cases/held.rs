@@ -22,6 +22,7 @@ use crate::{
     cases::note,
     clock::sample,
     harness::{
+        PATIENCE,
         agent::Agent,
         clock,
         hooks::{self, Hold, Switch},
@@ -47,29 +48,29 @@ const SILENCE: Duration = Duration::from_secs(15);
 /// second on a slow machine.
 const DMA: Duration = Duration::from_secs(60);
 /// Of an update that is held so long.
-pub const HELD_DEADLINE_MS: u64 = 120_000;
+pub(super) const HELD_DEADLINE_MS: u64 = 120_000;
 const ATTEMPTS: usize = 12;
 const PORT: u16 = 9900;
 const SOURCES: u8 = 24;
 /// Packets by which a source's vector is found.
 const PROBES: usize = 3;
 
-pub fn igb() -> Result<()> {
+pub(super) fn igb() -> Result<()> {
     rig::shared(|rig| every_vector(rig, 2))
 }
 
 /// The second of two alike, by itself.
-pub fn igb_b() -> Result<()> {
+pub(super) fn igb_b() -> Result<()> {
     every_vector(&mut Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbB, None)])?, 2)
 }
 
-pub fn e1000e() -> Result<()> {
+pub(super) fn e1000e() -> Result<()> {
     // Its driver has one receive vector, however many CPUs.
     every_vector(&mut Rig::boot(Vm::builder().cpus(2), &[(Nic::E1000e, None)])?, 1)
 }
 
 /// With no irqfd attached to the device's eventfds by the new image, the very same check must fail.
-pub fn red_without_irqfds() -> Result<()> {
+pub(super) fn red_without_irqfds() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
     ensure!(
         rig.vm.ping()?.features.iter().any(|f| f == hooks::FEATURE),
@@ -112,7 +113,7 @@ fn every_vector(rig: &mut Rig, expected: usize) -> Result<()> {
 }
 
 /// For each receive vector of the wire's NIC, the number of a source address whose packets raise it.
-pub fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
+pub(super) fn sources(agent: &Agent, wire: &Wire) -> Result<Vec<(String, u8)>> {
     wire.add_peer_ips(SOURCES)?;
     let mut found: Vec<(String, u8)> = Vec::new();
     let counts = |agent: &Agent| -> Result<Vec<Vector>> {
@@ -170,7 +171,7 @@ pub(super) fn send(wire: &Wire, source: u8, token: u16) -> Result<()> {
 
 /// What became of one packet, sent while the guest is stopped for an update that is rolled back. `request` is the body
 /// of vm.update; the fault is armed already, and comes at the end of phase `held_at` or later.
-pub fn reported_after_roll_back(
+pub(super) fn reported_after_roll_back(
     rig: &mut Rig,
     ram: &GuestRam,
     (vector, source): &(String, u8),

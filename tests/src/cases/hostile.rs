@@ -33,7 +33,7 @@ fn device(agent: &Agent, id: u8) -> Result<(String, u64)> {
 
 /// DisINTx is the guest's to see and not to change: with MSI-X off and the bit clear a device could assert INTx, which
 /// nobody handles.
-pub fn intx_stays_off() -> Result<()> {
+pub(super) fn intx_stays_off() -> Result<()> {
     let mut vm = Vm::builder().device(Nic::IgbA, None)?.boot()?;
     let host = Nic::IgbA.bdf()?;
     let physical = || -> Result<u16> {
@@ -78,7 +78,7 @@ pub fn intx_stays_off() -> Result<()> {
 
 /// All vCPUs reset their device without end, each in a write that takes 100 ms, and wait for one another: the VMM
 /// answers, is updated, and no write is lost.
-pub fn resets_without_end() -> Result<()> {
+pub(super) fn resets_without_end() -> Result<()> {
     let mut vm = Vm::builder().cpus(4).device(Nic::IgbA, None)?.boot()?;
     let (bdf, _) = device(vm.agent()?, 0x10)?;
     vm.agent()?.call::<()>(&Request::ResetsStart { bdf: bdf.clone(), cpus: (0..4).collect() })?;

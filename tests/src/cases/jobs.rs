@@ -165,19 +165,19 @@ mod tempdir {
     };
 
     /// Removed when dropped.
-    pub struct Dir(PathBuf);
+    pub(super) struct Dir(PathBuf);
 
     static NUMBER: AtomicU32 = AtomicU32::new(0);
 
     impl Dir {
-        pub fn new() -> io::Result<Self> {
+        pub(super) fn new() -> io::Result<Self> {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             let dir = std::env::temp_dir().join(format!("job-{}-{number}", std::process::id()));
             fs::create_dir_all(&dir)?;
             Ok(Self(dir))
         }
 
-        pub fn path(&self, name: &str) -> PathBuf {
+        pub(super) fn path(&self, name: &str) -> PathBuf {
             self.0.join(name)
         }
     }
@@ -191,7 +191,7 @@ mod tempdir {
 
 /// The terminal hangs up: that ends a VMM, but not one that was started with HUP ignored; with and without updates
 /// before.
-pub fn hang_up() -> Result<()> {
+pub(super) fn hang_up() -> Result<()> {
     for updates in [0, 1] {
         for nohup in [false, true] {
             let pty = Pty::open()?;
@@ -224,7 +224,7 @@ const SHELL: &str = "set -m; \"$@\" & while ! [ -e go ]; do sleep 0.1; done; fg"
 
 /// A VMM in the background whose terminal somebody types at: it is not stopped, and leaves the terminal as it is;
 /// brought to the front, it has it.
-pub fn background() -> Result<()> {
+pub(super) fn background() -> Result<()> {
     let mut pty = Pty::open()?;
     let mut job = Job::start(&pty, false, Some(SHELL))?;
     job.goes_on("its start")?;

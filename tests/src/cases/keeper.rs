@@ -25,7 +25,7 @@ fn is_gone(pid: u32) -> bool {
 
 /// `kill -9` of the PID that everybody knows ends the guest, and its device is free: for another VMM at once, after an
 /// update too. So it is with the VMM stopped.
-pub fn killed() -> Result<()> {
+pub(super) fn killed() -> Result<()> {
     for stopped in [false, true] {
         let mut vm = Vm::builder().confined().device(Nic::IgbA, None)?.boot()?;
         vm.update()?;
@@ -46,7 +46,7 @@ pub fn killed() -> Result<()> {
 
 /// Signals to either process; the exit code of a VMM that ends by itself, and the signal of one that is killed, are the
 /// keeper's.
-pub fn signals() -> Result<()> {
+pub(super) fn signals() -> Result<()> {
     for (to_vmm, signal, code, death) in [
         (false, libc::SIGTERM, Some(0), None),
         (true, libc::SIGTERM, Some(0), None),
@@ -125,7 +125,7 @@ fn wrong_masks(pid: u32) -> Result<Vec<String>> {
 
 /// Of a VMM that was started with all signals blocked each thread has those blocked that are not its own, and none that
 /// is fatal, before, during and after an update; its keeper of these only ABRT, which is meant for the guest.
-pub fn fatal_signals() -> Result<()> {
+pub(super) fn fatal_signals() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("fatal-{}", std::process::id()));
     guest::write(&kernel, 128 << 20)?;
     let args = ["--kernel", &kernel.display().to_string(), "--cpus", "boot=2", "--memory", "size=128M"];
@@ -169,7 +169,7 @@ pub fn fatal_signals() -> Result<()> {
 
 /// The keeper is killed between its exec and the commit: the old VMM has the guest, loses nothing of it, says where it
 /// is to be found now, and ends as it is told.
-pub fn killed_in_update() -> Result<()> {
+pub(super) fn killed_in_update() -> Result<()> {
     for phase in ["prewarm", "remap"] {
         let mut rig = Rig::boot(Vm::builder().cpus(2).confined(), &[(Nic::IgbA, None)])?;
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 9 })?;
@@ -206,7 +206,7 @@ pub fn killed_in_update() -> Result<()> {
 }
 
 /// What is set on the PID before a guest is booted counts for its vCPUs; `cpus.affinity` wins over it.
-pub fn settings() -> Result<()> {
+pub(super) fn settings() -> Result<()> {
     let mut vm = Vm::api_only()?;
     proc::set_soft_limit(vm.pid(), libc::RLIMIT_CORE, 4096)?;
     let nice = 7;

@@ -30,7 +30,7 @@ fn file(name: &str) -> PathBuf {
 
 /// RLIMIT_FSIZE: a guest whose RAM exceeds it is refused; a serial file that reaches it loses what comes then, and that
 /// is counted; an update is refused as long as its saved state could exceed it, and done once the limit is gone.
-pub fn refuse_or_drop() -> Result<()> {
+pub(super) fn refuse_or_drop() -> Result<()> {
     let kernel = file("talks");
     guest::write_image(&kernel, &TALKS)?;
     let kernel_option = kernel.display().to_string();
@@ -94,7 +94,7 @@ fn goes_on(vm: &Vm, what: &str) -> Result<()> {
 }
 
 /// The signals that a limit, a peer or a terminal may send end nothing and stop nothing, before and after an update.
-pub fn signal_nothing() -> Result<()> {
+pub(super) fn signal_nothing() -> Result<()> {
     let mut vm = counting()?;
     for turn in 0..2 {
         for signal in [libc::SIGXFSZ, libc::SIGXCPU, libc::SIGPIPE, libc::SIGTTIN, libc::SIGTTOU] {
@@ -111,7 +111,7 @@ pub fn signal_nothing() -> Result<()> {
 }
 
 /// vCPUs stop at once where this user's other processes have used up what may be queued of signals (RLIMIT_SIGPENDING).
-pub fn no_signal_queued() -> Result<()> {
+pub(super) fn no_signal_queued() -> Result<()> {
     let mut vm = counting()?;
     proc::set_soft_limit(vm.vmm()?, libc::RLIMIT_SIGPENDING, 0)?;
     proc::set_soft_limit(vm.pid(), libc::RLIMIT_SIGPENDING, 0)?;
@@ -125,7 +125,7 @@ pub fn no_signal_queued() -> Result<()> {
 
 /// Huge pages are the guest's from its boot on, or it is refused: with one less than it needs, and while another guest
 /// has them. An update needs no others.
-pub fn huge_pages() -> Result<()> {
+pub(super) fn huge_pages() -> Result<()> {
     const PAGES: u64 = MEMORY >> 21;
     let kernel = file("counts");
     guest::write(&kernel, MEMORY)?;

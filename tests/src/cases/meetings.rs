@@ -26,7 +26,7 @@ const HELD_DEADLINE_MS: u64 = 2 * PATIENCE.as_millis() as u64;
 
 /// The second of two updates, and whatever else comes meanwhile, is told at once that it has to wait; the first is not
 /// disturbed.
-pub fn two_updates_at_once() -> Result<()> {
+pub(super) fn two_updates_at_once() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).boot()?;
     let mut hold = Hold::arm(&vm.dir, "prepare")?;
     let request = update_body(&vm.other_build()?);
@@ -49,7 +49,7 @@ pub fn two_updates_at_once() -> Result<()> {
 }
 
 /// Updates one after the other while the guest's kernel boots; so many at most, as they take most of its time.
-pub fn guest_boots() -> Result<()> {
+pub(super) fn guest_boots() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).start()?;
     let started = Instant::now();
     let mut updates = 0;
@@ -68,7 +68,7 @@ pub fn guest_boots() -> Result<()> {
 
 /// The guest's driver turns MSI-X on when an update is about to pause it: the eventfds that are made for that go over
 /// too.
-pub fn driver_probes() -> Result<()> {
+pub(super) fn driver_probes() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).device(Nic::IgbA, None)?.start()?;
     let (before, old) = (vm.ping()?, vm.vmm()?);
     let mut hold = Hold::arm(&vm.dir, "freeze")?;
@@ -91,7 +91,7 @@ pub fn driver_probes() -> Result<()> {
 }
 
 /// What changes the VM's state on one connection, an update on another, at once: each is done, one after the other.
-pub fn other_requests() -> Result<()> {
+pub(super) fn other_requests() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     let orders = [
         ("vm.pause", "Paused"),
@@ -129,7 +129,7 @@ pub fn other_requests() -> Result<()> {
 /// A guest that ends itself in the middle of an update has ended: the update says so, and the VMM ends, or boots it
 /// again, as without the update. So it is while the update is prepared, and once the API stands still and the vCPUs are
 /// about to be stopped.
-pub fn guest_ends() -> Result<()> {
+pub(super) fn guest_ends() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("ends-{}", std::process::id()));
     guest::write_image(&kernel, &probes::words())?;
     let path = kernel.display().to_string();
@@ -177,7 +177,7 @@ fn update_within(rig: &Rig, deadline_ms: u64) -> Result<Report> {
 
 /// The new VMM is ready at about the moment its deadline is over: whoever gets the word, one process runs the guest,
 /// and runs it right.
-pub fn deadline_race() -> Result<()> {
+pub(super) fn deadline_race() -> Result<()> {
     rig::shared(|rig| {
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 16, seed: 5 })?;
         let mut outcomes = Vec::new();
@@ -221,7 +221,7 @@ enum First {
 
 /// SIGSTOP between the last look at the deadline and the word, until the deadline has passed: exactly one of the two
 /// runs the guest.
-pub fn stopped_at_the_word() -> Result<()> {
+pub(super) fn stopped_at_the_word() -> Result<()> {
     // Many times what a new VMM needs to come to the word: one that is killed before it never stops there.
     const DEADLINE_MS: u64 = 5000;
     rig::shared(|rig| {
@@ -280,7 +280,7 @@ pub fn stopped_at_the_word() -> Result<()> {
 
 /// Deadlines that vCPUs cannot keep: each update is given up at once, and what a late vCPU still does confuses no later
 /// one.
-pub fn short_deadlines() -> Result<()> {
+pub(super) fn short_deadlines() -> Result<()> {
     const ROUNDS: u64 = 24;
     rig::shared(|rig| {
         let traffic = rig.traffic()?;

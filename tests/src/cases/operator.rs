@@ -28,7 +28,7 @@ use crate::{
 
 /// A VM's life by `ch-remote`, from an empty VMM on; the update is to the file it was started from, as a package
 /// upgrade left it.
-pub fn ch_remote() -> Result<()> {
+pub(super) fn ch_remote() -> Result<()> {
     let installed = std::env::temp_dir().join(format!("theseus-installed-{}", std::process::id()));
     fs::copy(lab::bin("theseus-a")?, &installed)?;
     let mut vm = Vm::api_only_from(&installed)?;
@@ -101,7 +101,7 @@ pub fn ch_remote() -> Result<()> {
 
 /// A passed-through device without a wire, as `--hardware` has it where no peer is named: the guest sees it, and sees
 /// the same after updates.
-pub fn device_without_wire() -> Result<()> {
+pub(super) fn device_without_wire() -> Result<()> {
     let bdf = Nic::IgbA.bdf()?;
     let host = fs::read(format!("/sys/bus/pci/devices/{bdf}/config"))?;
     let id: String = host.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
@@ -130,7 +130,7 @@ fn holds_no_device(vm: &Vm) -> Result<()> {
 
 /// A device is given back when the VM ends or cannot be booted, and used again by the next boot in the same VMM;
 /// updates go on as before.
-pub fn reboot_with_nic() -> Result<()> {
+pub(super) fn reboot_with_nic() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2), &[(Nic::IgbA, None)])?;
     rig.vm.update()?;
     for orders in [&["vm.reboot"][..], &["vm.shutdown", "vm.boot"]] {
@@ -177,7 +177,7 @@ pub fn reboot_with_nic() -> Result<()> {
 
 /// A guest with a passed-through NIC that resets itself comes up again in the same process, with the NIC, and updates
 /// go on as before.
-pub fn reset_with_nic() -> Result<()> {
+pub(super) fn reset_with_nic() -> Result<()> {
     let mut rig = Rig::boot(Vm::builder().cpus(2).reboots().confined(), &[(Nic::IgbA, None)])?;
     for round in 1..=2 {
         rig.agent()?.call::<()>(&Request::Reboot { after_ms: 300 })?;
@@ -202,7 +202,7 @@ fn works(rig: &mut Rig) -> Result<()> {
 }
 
 /// systemd's notify socket hears that the VMM serves, once, and from the process that systemd has started.
-pub fn supervisor_is_told() -> Result<()> {
+pub(super) fn supervisor_is_told() -> Result<()> {
     let path = std::env::temp_dir().join(format!("notify-{}", std::process::id()));
     let socket = UnixDatagram::bind(&path).with_context(|| format!("{}", path.display()))?;
     socket.set_read_timeout(Some(PATIENCE))?;
@@ -228,7 +228,7 @@ pub fn supervisor_is_told() -> Result<()> {
 
 /// Whoever is told that a VM or a VMM has shut down, or sees the VMM end, can give its devices to another at once; soon
 /// after an update, too, whose old address space is still being torn down.
-pub fn devices_free_at_once() -> Result<()> {
+pub(super) fn devices_free_at_once() -> Result<()> {
     for end in ["vmm.shutdown", "vm.shutdown", "SIGTERM", "power-off"] {
         let mut vm = Vm::builder().memory("size=512M").device(Nic::IgbA, None)?.boot()?;
         vm.update()?;

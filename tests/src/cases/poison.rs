@@ -58,7 +58,7 @@ fn told(vm: &Vm, gpa: u64) -> Result<usize> {
 }
 
 /// Before an update, and after one: whoever is told of the first must not be all.
-pub fn pages() -> Result<()> {
+pub(super) fn pages() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).boot()?;
     for turn in 0..2 {
         let gpa: u64 = vm.agent()?.call(&Request::PageHold)?;
@@ -135,7 +135,7 @@ fn address_in(pid: u32, gpa: u64) -> Result<u64> {
 
 /// The same on any machine, without an error in its memory: only the signals come. This guest knows no machine checks;
 /// so where it needs the page itself, it shuts down like a real machine, and boots again.
-pub fn signals() -> Result<()> {
+pub(super) fn signals() -> Result<()> {
     let kernel = std::env::temp_dir().join(format!("counts-{}", std::process::id()));
     guest::write(&kernel, MEMORY)?;
     let mut vm = Vm::bare(&kernel, 1, "size=128M", true)?;

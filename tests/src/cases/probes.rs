@@ -9,13 +9,13 @@ use crate::{
 };
 
 /// A guest of `code`, and its two counts.
-pub struct Probe {
+pub(super) struct Probe {
     pub vm: Vm,
     counter: Counter,
 }
 
 impl Probe {
-    pub fn new(code: &[u8], device: Option<Nic>) -> Result<Self> {
+    pub(super) fn new(code: &[u8], device: Option<Nic>) -> Result<Self> {
         let kernel = std::env::temp_dir().join(format!("probe-{}", std::process::id()));
         guest::write_image(&kernel, code)?;
         let mut args = vec!["--kernel".into(), kernel.display().to_string(), "--memory".into(), "size=128M".into()];
@@ -37,7 +37,7 @@ impl Probe {
         self.counter.get()
     }
 
-    pub fn goes_on(&mut self, when: &str) -> Result<()> {
+    pub(super) fn goes_on(&mut self, when: &str) -> Result<()> {
         self.goes_on_from(self.counter.second(), when)
     }
 
@@ -50,7 +50,7 @@ impl Probe {
     }
 
     /// An update that must be undone, with `word` among the reasons.
-    pub fn refused(&mut self, word: &str) -> Result<()> {
+    pub(super) fn refused(&mut self, word: &str) -> Result<()> {
         let pid = self.vm.pid();
         let answer = self.vm.ask_update(&self.vm.other_build()?)?;
         let reasons = End::RolledBack.reasons(&answer)?;
@@ -62,7 +62,7 @@ impl Probe {
 }
 
 /// Whatever a guest stood still for: it is told when it goes on.
-pub fn told_that_it_stood_still() -> Result<()> {
+pub(super) fn told_that_it_stood_still() -> Result<()> {
     let mut probe = Probe::new(&probes::clock(), None)?;
     ensure!(probe.count() == 0, "it was told before it had stood still");
     let told = |probe: &Probe, times: u64, of: &str| {
@@ -86,7 +86,7 @@ pub fn told_that_it_stood_still() -> Result<()> {
 }
 
 /// A deadline that may have passed unseen is due at once: one interrupt an update, which wakes a vCPU that sleeps.
-pub fn deadline_in_doubt() -> Result<()> {
+pub(super) fn deadline_in_doubt() -> Result<()> {
     let mut probe = Probe::new(&probes::timer(), None)?;
     for update in 1..=3 {
         ensure!(probe.count() == update - 1, "{} interrupts before update {update}", probe.count());
@@ -98,7 +98,7 @@ pub fn deadline_in_doubt() -> Result<()> {
 
 /// A device that is one file and one line of the catalogue: it comes at boot, goes over there and back, stands still in
 /// a pause, and can refuse.
-pub fn device_that_counts() -> Result<()> {
+pub(super) fn device_that_counts() -> Result<()> {
     let vm = Vm::api_only()?;
     let asked = Switch::on(&vm.dir, "counting-device")?;
     let kernel = vm.dir.join("kernel");
@@ -133,7 +133,7 @@ pub fn device_that_counts() -> Result<()> {
 }
 
 /// KVM gives CS.L outside of long mode, and does not take it back.
-pub fn code_segment_that_kvm_refuses() -> Result<()> {
+pub(super) fn code_segment_that_kvm_refuses() -> Result<()> {
     let mut probe = Probe::new(&probes::code_segment(), None)?;
     probe.refused("with L = 1 outside of long mode")?;
     // A build that does not look: the new VMM cannot have it, and the old one has it still.
@@ -145,7 +145,7 @@ pub fn code_segment_that_kvm_refuses() -> Result<()> {
 }
 
 /// KVM looks up an address when it is told of it: one in a BAR that was switched off since it does not take again.
-pub fn eoi_flag_that_kvm_refuses() -> Result<()> {
+pub(super) fn eoi_flag_that_kvm_refuses() -> Result<()> {
     let mut probe = Probe::new(&probes::eoi_flag(), Some(Nic::IgbA))?;
     probe.refused("MSR_KVM_PV_EOI_EN")?;
     let blind = Switch::on(&probe.vm.dir, "skip-state-check")?;

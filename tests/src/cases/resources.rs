@@ -10,12 +10,12 @@ use crate::{
 /// Growth of the VMM's own resident memory that counts as flat, KiB.
 const FLAT_KIB: u64 = 1024;
 
-pub fn flat() -> Result<()> {
+pub(super) fn flat() -> Result<()> {
     rig::shared(|rig| check_flat(rig, MANY))
 }
 
 /// Compares the process after the first of `updates` with after the last.
-pub fn check_flat(rig: &mut Rig, updates: u32) -> Result<()> {
+pub(super) fn check_flat(rig: &mut Rig, updates: u32) -> Result<()> {
     // Both builds have run once before: the same one is looked at, so that two builds may differ in size.
     rig.vm.update()?;
     rig.vm.update()?;

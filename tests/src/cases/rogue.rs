@@ -171,28 +171,28 @@ fn one(rogue: &Rogue, args: &[String]) -> Result<()> {
     Ok(())
 }
 
-pub fn ports() -> Result<()> {
+pub(super) fn ports() -> Result<()> {
     each(&rogues::ports())
 }
 
-pub fn memory_and_pci() -> Result<()> {
+pub(super) fn memory_and_pci() -> Result<()> {
     each(&rogues::memory())?;
     each(&rogues::pci())
 }
 
-pub fn registers() -> Result<()> {
+pub(super) fn registers() -> Result<()> {
     each(&rogues::msrs())?;
     each(&rogues::modes())
 }
 
-pub fn interrupts() -> Result<()> {
+pub(super) fn interrupts() -> Result<()> {
     each(&rogues::lapic())?;
     each(&rogues::storms())?;
     each(&rogues::controllers())
 }
 
 /// To a terminal that nobody reads and a socket that nobody is connected to.
-pub fn serial() -> Result<()> {
+pub(super) fn serial() -> Result<()> {
     let rogue = rogues::serial();
     let socket = std::env::temp_dir().join(format!("rogue-socket-{}", std::process::id()));
     for mode in ["pty".into(), format!("socket={}", socket.display())] {
@@ -204,7 +204,7 @@ pub fn serial() -> Result<()> {
 
 /// What KVM may give up on: then the VMM says so, and ends as is documented. On a CPU or a kernel where it is none, the
 /// guest goes on, or stands still; then the VMM serves, and is updated.
-pub fn ends() -> Result<()> {
+pub(super) fn ends() -> Result<()> {
     for rogue in rogues::ends() {
         let (mut vm, _kernel) = start(&rogue, &quiet("null")).context(rogue.name)?;
         let memory = Memory::of(vm.vmm()?)?;
@@ -271,7 +271,7 @@ fn end_of(vm: &mut Vm, memory: &Memory) -> Result<String> {
 }
 
 /// Boots without end: nothing grows, the API is served, and an update either takes place or meets a reset.
-pub fn resets() -> Result<()> {
+pub(super) fn resets() -> Result<()> {
     for rogue in rogues::resets() {
         let (mut vm, _kernel) = start(&rogue, &["--serial".into(), "null".into()]).context(rogue.name)?;
         let boots = |vm: &Vm| -> Result<usize> {
@@ -309,7 +309,7 @@ pub fn resets() -> Result<()> {
 }
 
 /// Four wishes are one end.
-pub fn power_off() -> Result<()> {
+pub(super) fn power_off() -> Result<()> {
     let rogue = rogues::power_off();
     let mut subject = Subject::boot(&rogue, &[])?;
     subject.until("wait", |progress| progress.steps, 10)?;
@@ -322,7 +322,7 @@ pub fn power_off() -> Result<()> {
 }
 
 /// A device is the guest's to spoil, and nothing else.
-pub fn device() -> Result<()> {
+pub(super) fn device() -> Result<()> {
     let bdf = Nic::IgbA.bdf()?;
     proc::wait_group_free(&bdf)?;
     let args = [quiet("null"), vec!["--device".into(), format!("path=/sys/bus/pci/devices/{bdf}")]].concat();

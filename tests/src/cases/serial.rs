@@ -66,7 +66,7 @@ fn speaks_over_update(vm: &mut Vm, mut heard: impl FnMut() -> Result<String>) ->
 }
 
 /// The console's terminal has hung up: neither an update nor a way back needs it.
-pub fn terminal_gone() -> Result<()> {
+pub(super) fn terminal_gone() -> Result<()> {
     const MEMORY: u64 = 128 << 20;
     let (mut master, mut slave) = (-1, -1);
     let null = std::ptr::null_mut();
@@ -101,7 +101,7 @@ pub fn terminal_gone() -> Result<()> {
     Ok(())
 }
 
-pub fn modes() -> Result<()> {
+pub(super) fn modes() -> Result<()> {
     let path = std::env::temp_dir().join(format!("serial-{}", std::process::id()));
     let mut vm = speaker(&format!("file={}", path.display()))?;
     // Not there before the guest has said anything.

@@ -92,7 +92,7 @@ impl Service {
 }
 
 /// Start, update, a way back with another PID, an end by the power button, a reset that starts it again.
-pub fn unit_of_systemd() -> Result<()> {
+pub(super) fn unit_of_systemd() -> Result<()> {
     let bdf = Nic::IgbA.bdf()?;
     proc::wait_group_free(&bdf)?;
     let folder = Path::new(FOLDER);

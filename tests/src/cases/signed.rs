@@ -100,7 +100,7 @@ impl Subject {
 }
 
 /// Every signature that will not do, and two that will: the guest goes over, and both images ask for one.
-pub fn builds() -> Result<()> {
+pub(super) fn builds() -> Result<()> {
     let dir = std::env::temp_dir().join(format!("signed-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
     let dir = dir.canonicalize()?;

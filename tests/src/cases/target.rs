@@ -41,7 +41,7 @@ fn copy(build: &str, path: &Path, owner: u32) -> Result<PathBuf> {
 
 /// The target belongs to the user of the VMM, and somebody opens it to write another build into it, after all the
 /// checks and right before the exec. What was checked is what runs, or nothing.
-pub fn rewritten() -> Result<()> {
+pub(super) fn rewritten() -> Result<()> {
     let vm = Vm::builder().cpus(2).user(SOMEBODY, DEVICES).boot()?;
     let target = copy("theseus-b", &vm.dir.join("own"), SOMEBODY)?;
     let other = fs::read(lab::bin("theseus-a")?)?;
@@ -83,7 +83,7 @@ pub fn rewritten() -> Result<()> {
 }
 
 /// Root runs nobody else's file, nor one that others may write, nor one that would make the VMM somebody else.
-pub fn of_others() -> Result<()> {
+pub(super) fn of_others() -> Result<()> {
     rig::shared(|rig| {
         let target = copy("theseus-b", &rig.vm.dir.join("of-others"), 0)?;
         for (owner, mode, word) in [
@@ -113,7 +113,7 @@ pub fn of_others() -> Result<()> {
 /// The VMM was started by a symbolic link, which every package upgrade moves to another folder, while the folder before
 /// is removed. An update without a file's name is to what the link leads to now: after an update, and after one that
 /// was undone, too. Any other file has to be beside the link.
-pub fn own_name() -> Result<()> {
+pub(super) fn own_name() -> Result<()> {
     let dir = std::env::temp_dir().join(format!("releases-{}", std::process::id()));
     let folder = dir.join("bin");
     fs::create_dir_all(&folder)?;
@@ -169,7 +169,7 @@ pub fn own_name() -> Result<()> {
 
 /// A VMM that may pin its guest by a capability of its file. A target without it is refused before the guest is
 /// touched.
-pub fn with_fewer_rights() -> Result<()> {
+pub(super) fn with_fewer_rights() -> Result<()> {
     const RIGHTS: &[u32] = &[CAP_DAC_OVERRIDE, CAP_IPC_LOCK];
     let able = |build: &str| -> Result<PathBuf> {
         let path = copy(build, &std::env::temp_dir().join(format!("able-{build}")), 0)?;

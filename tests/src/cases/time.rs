@@ -27,7 +27,7 @@ const TIMER_SLACK_US: i64 = 3_000_000;
 const SLOW_TRIES: u32 = 5;
 
 /// The guest's clock against L1's, before, between and after many updates.
-pub fn clock_updates() -> Result<()> {
+pub(super) fn clock_updates() -> Result<()> {
     rig::shared(|rig| {
         let first = clock::read(&rig.vm)?;
         let mut errors = Vec::new();
@@ -51,7 +51,7 @@ pub fn clock_updates() -> Result<()> {
 }
 
 /// Timers due before, in and after the pause.
-pub fn timer_over_update() -> Result<()> {
+pub(super) fn timer_over_update() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     let usual = latest(&mut vm, |_| Ok(0))?;
     let slack = TIMER_SLACK_US.max(2 * usual);
@@ -91,7 +91,7 @@ fn latest(vm: &mut Vm, meanwhile: impl FnOnce(&mut Vm) -> Result<i64>) -> Result
 }
 
 /// All vCPUs halted when the update comes; nothing but the guest's own timer wakes it afterwards.
-pub fn idle_guest_wakes() -> Result<()> {
+pub(super) fn idle_guest_wakes() -> Result<()> {
     const ROUNDS: u32 = 3;
     let mut vm = Vm::builder().cpus(2).boot()?;
     let (mut shown, mut tries, mut after_ms) = (0, 0, 4000);
@@ -137,7 +137,7 @@ fn becomes_idle(vm: &Vm, when: &str) -> Result<()> {
 }
 
 /// Each of 4 spinning vCPUs goes on after every update.
-pub fn four_busy_vcpus() -> Result<()> {
+pub(super) fn four_busy_vcpus() -> Result<()> {
     let mut vm = Vm::builder().cpus(4).boot()?;
     vm.agent()?.call::<()>(&Request::BusyStart { cpus: vec![0, 1, 2, 3] })?;
     let counts = |vm: &Vm| vm.agent()?.call::<Vec<u64>>(&Request::BusyStats);
@@ -156,7 +156,7 @@ pub fn four_busy_vcpus() -> Result<()> {
 }
 
 /// The power management timer as the clock source of a guest, which reads it all the time then.
-pub fn power_management_timer() -> Result<()> {
+pub(super) fn power_management_timer() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     let usual = vm.agent()?.machine()?.clocksource;
     ensure!(usual == "tsc" || usual == "kvm-clock", "left to itself the guest takes {usual}");
@@ -169,7 +169,7 @@ pub fn power_management_timer() -> Result<()> {
 /// A guest that does not use kvmclock. It is told the frequency of its TSC here, where it would else measure it by the
 /// power management timer: in the lab that takes too long (three exits more than the 131,072 ticks of tsc_read_refs),
 /// and without a frequency Linux does not come up.
-pub fn without_kvmclock() -> Result<()> {
+pub(super) fn without_kvmclock() -> Result<()> {
     let khz = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()?.create_vcpu(0)?.get_tsc_khz()).context("KVM")?;
     let mut vm = Vm::builder().kernel_words(&format!("no-kvmclock tsc_early_khz={khz}")).boot()?;
     // Where the lab is slow, its TSC looks unsteady to the guest's watchdog, which is the power management timer.

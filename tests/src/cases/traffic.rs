@@ -53,7 +53,7 @@ fn finish_clean(rig: &Rig, traffic: Traffic) -> Result<()> {
 }
 
 /// The lab itself: what is lost without an update is not the update's.
-pub fn without_update() -> Result<()> {
+pub(super) fn without_update() -> Result<()> {
     rig::shared(|rig| {
         let traffic = rig.traffic()?;
         traffic.moves_on(rig.agent()?, 5000)?;
@@ -61,7 +61,7 @@ pub fn without_update() -> Result<()> {
     })
 }
 
-pub fn igb() -> Result<()> {
+pub(super) fn igb() -> Result<()> {
     rig::shared(|rig| {
         rig.agent()?.call::<()>(&Request::MemoryStart { mib: 32, seed: 7 })?;
         updates_under_traffic(rig, MANY)?;
@@ -72,7 +72,7 @@ pub fn igb() -> Result<()> {
 }
 
 /// Two containers, one of them shared by two devices.
-pub fn three_nics() -> Result<()> {
+pub(super) fn three_nics() -> Result<()> {
     let nics = [(Nic::IgbA, None), (Nic::IgbB, Some("second")), (Nic::E1000e, None)];
     let mut rig = Rig::boot(Vm::builder().cpus(2), &nics)?;
     let report_containers = {
@@ -86,7 +86,7 @@ pub fn three_nics() -> Result<()> {
 
 /// An NVMe disk and a NIC of one IOMMU group: both go on, and no block is lost or wrong. Two containers cannot share a
 /// group.
-pub fn disk_and_nic() -> Result<()> {
+pub(super) fn disk_and_nic() -> Result<()> {
     let disk = lab::nvme()?;
     let group = |bdf: &str| std::fs::read_link(format!("/sys/bus/pci/devices/{bdf}/iommu_group"));
     ensure!(group(&disk)? == group(&Nic::E1000e.bdf()?)?, "the lab's NVMe controller and e1000e are not of one group");
@@ -125,7 +125,7 @@ pub fn disk_and_nic() -> Result<()> {
 }
 
 /// RAM in huge pages, reserved and transparent, pinned for a device and carried over updates.
-pub fn huge_pages() -> Result<()> {
+pub(super) fn huge_pages() -> Result<()> {
     let _reserved = HugePages::reserve(300)?;
     let _transparent = Transparent::advise()?;
     ["size=512M,hugepages=on", "size=512M,thp=on"].iter().try_for_each(|memory| {
@@ -144,7 +144,7 @@ pub fn huge_pages() -> Result<()> {
 /// Memory on both sides of the 32-bit hole is two ranges of DMA. Both are carried over updates, and back when the
 /// second is refused after the first was mapped: the guest's packets are behind the hole, as Linux takes from there
 /// first, and so is the memory that it checks.
-pub fn memory_behind_the_hole() -> Result<()> {
+pub(super) fn memory_behind_the_hole() -> Result<()> {
     const MIB: u64 = 64;
     // In huge pages: to pin so much in small ones takes minutes in the lab.
     let _reserved = HugePages::reserve(2048)?;

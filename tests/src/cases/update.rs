@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Updates back and forth while the guest works on its memory.
-pub fn plain() -> Result<()> {
+pub(super) fn plain() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).boot()?;
     let before: MachineInfo = vm.agent()?.machine()?;
     vm.agent()?.call::<()>(&Request::MemoryStart { mib: 64, seed: 42 })?;
@@ -55,7 +55,7 @@ fn goes_on(what: &str, before: u64, mut counter: impl FnMut() -> Result<u64>) ->
 }
 
 /// A paused guest stays paused over an update, and resumes in the new image.
-pub fn paused() -> Result<()> {
+pub(super) fn paused() -> Result<()> {
     let mut vm = Vm::builder().cpus(2).boot()?;
     vm.api.order("vm.pause")?;
     let before = vm.ping()?;
@@ -75,7 +75,7 @@ pub fn paused() -> Result<()> {
 }
 
 /// The VMM without a guest is replaced as well.
-pub fn without_guest() -> Result<()> {
+pub(super) fn without_guest() -> Result<()> {
     let mut vm = Vm::api_only()?;
     for _ in 0..3 {
         let before = vm.ping()?;

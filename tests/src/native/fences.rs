@@ -39,7 +39,7 @@ const PORT: u16 = 0x80;
 /// Taken by KVM, without an exit to the VMM.
 const IA32_PAT: u32 = 0x277;
 
-pub fn run() -> Result<()> {
+pub(super) fn run() -> Result<()> {
     let dir = std::env::temp_dir().join(format!("fences-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
     let dir = dir.canonicalize()?;

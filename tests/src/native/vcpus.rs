@@ -11,7 +11,7 @@ use crate::harness::table::{Table, ms, percentile};
 const UPDATES: usize = 30;
 
 /// The vCPUs beyond the first wait for their SIPI: they cost an update what any other does.
-pub fn run() -> Result<()> {
+pub(super) fn run() -> Result<()> {
     let mut table = Table::new(["pause, ms", "p50", "p99 = max", "n", "floor, p50", "pause / floor"]);
     for cpus in [1, 4, 16] {
         let mut vm = bare(SMALL, cpus, "", false)?;

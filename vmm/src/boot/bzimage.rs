@@ -9,7 +9,7 @@ use super::{BootError, lowmem};
 
 const HEADER_START: usize = 0x1F1;
 /// End of the setup header as protocol 2.15 defines it.
-pub const HEADER_END: usize = HEADER_START + size_of::<setup_header>();
+pub(super) const HEADER_END: usize = HEADER_START + size_of::<setup_header>();
 const MAGIC_OFFSET: usize = 0x202;
 
 /// The first protocol with `xloadflags`, which says that there is a 64-bit entry.
@@ -21,11 +21,15 @@ const XLF_KERNEL_64: u16 = 1 << 0;
 /// The 64-bit entry lies this far into the loaded image.
 const ENTRY64_OFFSET: u64 = 0x200;
 
-pub fn matches(start: &[u8]) -> bool {
+pub(super) fn matches(start: &[u8]) -> bool {
     start.get(MAGIC_OFFSET..).is_some_and(|magic| magic.starts_with(b"HdrS"))
 }
 
-pub fn load(mem: &GuestMemoryMmap, kernel: &mut KernelFile, low_ram_end: u64) -> Result<LoadedKernel, BootError> {
+pub(super) fn load(
+    mem: &GuestMemoryMmap,
+    kernel: &mut KernelFile,
+    low_ram_end: u64,
+) -> Result<LoadedKernel, BootError> {
     let mut header = setup_header::default();
     kernel.read_at(HEADER_START as u64, header.as_mut_slice())?;
     check_header(kernel, &header)?;

@@ -33,7 +33,11 @@ struct Load {
     mem_size: u64,
 }
 
-pub fn load(mem: &GuestMemoryMmap, kernel: &mut KernelFile, low_ram_end: u64) -> Result<LoadedKernel, BootError> {
+pub(super) fn load(
+    mem: &GuestMemoryMmap,
+    kernel: &mut KernelFile,
+    low_ram_end: u64,
+) -> Result<LoadedKernel, BootError> {
     let (loads, rip) = read(kernel)?;
     let rip = rip.ok_or_else(|| {
         kernel.error(

@@ -8,7 +8,7 @@ use super::BootError;
 
 /// None if it is no regular file, and then it was not opened: a FIFO would wait for its other end, a tape would be
 /// rewound.
-pub fn open(path: &Path) -> Result<Option<(File, Metadata)>, BootError> {
+pub(super) fn open(path: &Path) -> Result<Option<(File, Metadata)>, BootError> {
     let error = |source| BootError::Open { path: path.into(), source };
     if !std::fs::metadata(path).map_err(error)?.is_file() {
         return Ok(None);

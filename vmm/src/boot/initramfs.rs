@@ -12,13 +12,13 @@ const PAGE: u64 = 0x1000;
 /// Where an initramfs lies; below 4 GiB, because that is how far 32-bit fields of both protocols and Linux' early
 /// mapping go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Initramfs {
+pub(super) struct Initramfs {
     pub addr: u32,
     pub size: u32,
 }
 
 /// Loads `path` at the top of `room`, page aligned.
-pub fn load(mem: &GuestMemoryMmap, path: &Path, room: Range<u64>) -> Result<Initramfs, BootError> {
+pub(super) fn load(mem: &GuestMemoryMmap, path: &Path, room: Range<u64>) -> Result<Initramfs, BootError> {
     let error = |reason: String| BootError::Initramfs { path: path.into(), reason };
     let Some((mut file, metadata)) = super::file::open(path)? else {
         return Err(BootError::NotAFile { path: path.into() });

@@ -8,7 +8,7 @@ use super::kernel_file::{KernelFile, LoadedKernel};
 use super::{BootError, bzimage, elf};
 
 /// Loads `path` into guest memory between 1 MiB and `low_ram_end`.
-pub fn load(mem: &GuestMemoryMmap, path: &Path, low_ram_end: u64) -> Result<LoadedKernel, BootError> {
+pub(super) fn load(mem: &GuestMemoryMmap, path: &Path, low_ram_end: u64) -> Result<LoadedKernel, BootError> {
     let Some((file, metadata)) = super::file::open(path)? else {
         return Err(BootError::NotAFile { path: path.into() });
     };

@@ -10,7 +10,7 @@ use super::BootError;
 
 /// A kernel in guest memory.
 #[derive(Debug)]
-pub struct LoadedKernel {
+pub(super) struct LoadedKernel {
     pub protocol: Protocol,
     /// First address that the kernel needs neither for its image nor for unpacking itself.
     pub end: u64,
@@ -21,25 +21,25 @@ pub struct LoadedKernel {
 }
 
 #[derive(Debug)]
-pub enum Protocol {
+pub(super) enum Protocol {
     Linux64 { rip: u64, setup_header: Box<setup_header> },
     Pvh { rip: u64 },
 }
 
 /// An opened kernel file, whose length was taken once.
-pub struct KernelFile<'a> {
+pub(super) struct KernelFile<'a> {
     pub path: &'a Path,
     pub file: File,
     pub len: u64,
 }
 
 impl KernelFile<'_> {
-    pub fn error(&self, reason: impl Into<String>) -> BootError {
+    pub(super) fn error(&self, reason: impl Into<String>) -> BootError {
         BootError::Kernel { path: self.path.into(), reason: reason.into() }
     }
 
     /// Bytes at `offset`, which must all be there.
-    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BootError> {
+    pub(super) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BootError> {
         if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.len) {
             let len = buffer.len();
             return Err(

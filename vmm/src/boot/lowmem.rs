@@ -12,23 +12,23 @@
 //!
 //! All but the ACPI tables and the reset vector is free for the kernel once it has read it.
 
-pub const GDT: u64 = 0x500;
-pub const START_INFO: u64 = 0x6000;
-pub const MODULES: u64 = 0x6100;
-pub const PVH_MEMORY_MAP: u64 = 0x6200;
-pub const ZERO_PAGE: u64 = 0x7000;
-pub const STACK_TOP: u64 = 0x9000;
-pub const PML4: u64 = 0x9000;
-pub const PDPT: u64 = 0xA000;
-pub const PAGE_DIRECTORIES: u64 = 0xB000;
-pub const CMDLINE: u64 = 0x2_0000;
+pub(super) const GDT: u64 = 0x500;
+pub(super) const START_INFO: u64 = 0x6000;
+pub(super) const MODULES: u64 = 0x6100;
+pub(super) const PVH_MEMORY_MAP: u64 = 0x6200;
+pub(super) const ZERO_PAGE: u64 = 0x7000;
+pub(super) const STACK_TOP: u64 = 0x9000;
+pub(super) const PML4: u64 = 0x9000;
+pub(super) const PDPT: u64 = 0xA000;
+pub(super) const PAGE_DIRECTORIES: u64 = 0xB000;
+pub(super) const CMDLINE: u64 = 0x2_0000;
 /// Bytes of command line that fit, without the NUL.
-pub const CMDLINE_MAX: usize = 0xFFFF;
-pub const EBDA: u64 = 0x9_FC00;
+pub(super) const CMDLINE_MAX: usize = 0xFFFF;
+pub(super) const EBDA: u64 = 0x9_FC00;
 /// End of conventional memory; beyond it is the hole of the VGA and of option ROMs.
-pub const CONVENTIONAL_END: u64 = 0xA_0000;
+pub(super) const CONVENTIONAL_END: u64 = 0xA_0000;
 /// Where a kernel without help looks for the RSDP (ACPI 6.5, 5.2.5.1).
-pub const ACPI: u64 = 0xE_0000;
+pub(super) const ACPI: u64 = 0xE_0000;
 /// F000:FFF0, the last 16 bytes below 1 MiB.
-pub const RESET_VECTOR: u64 = 0xF_FFF0;
-pub const HIGH_MEMORY: u64 = 0x10_0000;
+pub(super) const RESET_VECTOR: u64 = 0xF_FFF0;
+pub(super) const HIGH_MEMORY: u64 = 0x10_0000;

@@ -14,7 +14,7 @@ const VERSION: u32 = 1;
 const MEMORY_MAP_MAX: usize =
     (lowmem::ZERO_PAGE - lowmem::PVH_MEMORY_MAP) as usize / size_of::<hvm_memmap_table_entry>();
 
-pub fn write_start_info(
+pub(super) fn write_start_info(
     mem: &GuestMemoryMmap,
     initramfs: Option<Initramfs>,
     rsdp: u64,

@@ -26,6 +26,6 @@ fn code() -> [u8; 9] {
     ]
 }
 
-pub fn write(mem: &GuestMemoryMmap) -> Result<(), BootError> {
+pub(super) fn write(mem: &GuestMemoryMmap) -> Result<(), BootError> {
     super::write(mem, &code(), lowmem::RESET_VECTOR)
 }

@@ -10,7 +10,7 @@ use super::{BootError, lowmem};
 /// `type_of_loader` of a loader without an assigned id.
 const LOADER_UNDEFINED: u8 = 0xFF;
 
-pub fn write(
+pub(super) fn write(
     mem: &GuestMemoryMmap,
     setup_header: &setup_header,
     initramfs: Option<Initramfs>,

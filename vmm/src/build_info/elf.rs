@@ -9,7 +9,7 @@ use crate::build_info::{NOTE_KIND, NOTE_OWNER};
 use crate::elf::{Elf, ElfError};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub(crate) struct Found {
     /// Lower-case hex; empty if there is none.
     pub build_id: String,
     /// None if the file is not Theseus.
@@ -17,11 +17,11 @@ pub struct Found {
 }
 
 /// Reads the notes of an executable for this machine.
-pub fn inspect(path: &Path) -> Result<Found, ElfError> {
+pub(crate) fn inspect(path: &Path) -> Result<Found, ElfError> {
     inspect_file(&File::open(path)?)
 }
 
-pub fn inspect_file(file: &File) -> Result<Found, ElfError> {
+pub(crate) fn inspect_file(file: &File) -> Result<Found, ElfError> {
     let elf = Elf::open(file)?;
     let mut found = Found { build_id: String::new(), version: None };
     for segment in elf.segments()? {

@@ -1,7 +1,7 @@
 //! Which build this is, for people, for reports, and for the build that looks at this file before it hands a guest to
 //! it.
 
-pub mod elf;
+pub(crate) mod elf;
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -10,7 +10,7 @@ use theseus_api::types::BuildInfo;
 
 use crate::boot::cpuid::{Hidden, Register};
 
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// A second build of the same source must have another build id, and offer a freshly booted guest another machine: that
 /// is how the tests see that an update keeps the machine of the guest's boot.
@@ -21,13 +21,13 @@ const TAG: &str = match option_env!("THESEUS_BUILD_TAG") {
 
 /// Build B writes the section `machine` as a later release would, one version on and with a field that A has never
 /// heard of: every update between the two goes over a step of the saved state, there and back.
-pub const IS_LATER: bool = cfg!(later_build);
+pub(crate) const IS_LATER: bool = cfg!(later_build);
 
 /// Revision register of the host bridge at a guest's boot.
-pub const HOST_BRIDGE_REVISION: u8 = IS_LATER as u8;
+pub(crate) const HOST_BRIDGE_REVISION: u8 = IS_LATER as u8;
 
 /// CPUID features that this build does not show to a guest it boots: for build B, MOVBE (leaf 1, ECX bit 22).
-pub const HIDDEN_CPUID: &[Hidden] =
+pub(crate) const HIDDEN_CPUID: &[Hidden] =
     if IS_LATER { &[Hidden { function: 1, index: 0, register: Register::Ecx, bits: 1 << 22 }] } else { &[] };
 
 /// An ELF note by which a build is told to be Theseus without running it (owner "Theseus", type 1, the version as
@@ -41,8 +41,8 @@ struct Note {
     description: [u8; 32],
 }
 
-pub const NOTE_OWNER: &[u8] = b"Theseus";
-pub const NOTE_KIND: u32 = 1;
+pub(crate) const NOTE_OWNER: &[u8] = b"Theseus";
+pub(crate) const NOTE_KIND: u32 = 1;
 
 #[used]
 #[unsafe(link_section = ".note.theseus")]
@@ -71,7 +71,7 @@ const fn describe() -> [u8; 32] {
 }
 
 /// This build. The build id is the linker's, read once from the running file.
-pub fn this() -> &'static BuildInfo {
+pub(crate) fn this() -> &'static BuildInfo {
     static THIS: OnceLock<BuildInfo> = OnceLock::new();
     THIS.get_or_init(|| {
         let build_id = match elf::inspect(Path::new("/proc/self/exe")) {

@@ -28,7 +28,7 @@ use crate::timeline::NotPassed;
 const LAST_WAIT: Duration = Duration::from_secs(1);
 
 /// Who wants to know what becomes of a boot.
-pub enum Wish {
+pub(crate) enum Wish {
     CommandLine,
     Boot(ReplyTo),
     Reboot(ReplyTo),
@@ -52,13 +52,13 @@ impl Wish {
 type Built = Result<(Machine, VmConfig), MachineError>;
 
 /// See the module.
-pub struct Booting {
+pub(crate) struct Booting {
     wish: Wish,
     under_way: UnderWay,
 }
 
 /// The thread's part of it.
-pub struct UnderWay {
+pub(crate) struct UnderWay {
     given_up: Arc<AtomicBool>,
     built: Receiver<Built>,
 }
@@ -74,7 +74,7 @@ impl UnderWay {
     }
 
     /// At the end of the process.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         self.given_up.store(true, Ordering::SeqCst);
         if let Ok(Ok((machine, _))) = self.built.recv_timeout(LAST_WAIT) {
             machine.shut_down();
@@ -83,14 +83,14 @@ impl UnderWay {
 }
 
 impl Booting {
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         self.under_way.end();
     }
 }
 
 impl Control {
     /// Begins to boot `config`; the VM stays as it is until that has been done.
-    pub fn start_boot(&mut self, config: VmConfig, wish: Wish) {
+    pub(crate) fn start_boot(&mut self, config: VmConfig, wish: Wish) {
         let given_up = Arc::new(AtomicBool::new(false));
         let (sender, built) = channel();
         let (host, wake, stop) = (self.host.clone(), self.inbox.wake.clone(), given_up.clone());

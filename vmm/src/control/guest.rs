@@ -13,7 +13,7 @@ use super::{Control, RESET, Vm, Wish};
 /// How often a guest that resets itself is booted anew: often enough for any that means it, and a guest that does
 /// nothing else takes neither all of a host's CPU nor its disk (each boot is three events, and some lines of a verbose
 /// log).
-pub struct Resets {
+pub(crate) struct Resets {
     rate: Rate,
     timer: Option<TimerFd>,
 }

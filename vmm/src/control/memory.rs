@@ -12,14 +12,14 @@ use crate::memory_errors;
 /// A host that has lost more has other worries.
 const KNOWN_MAX: usize = 1024;
 
-pub struct LostPages {
+pub(crate) struct LostPages {
     wake: EventFd,
     /// Since this image was started.
     known: BTreeSet<u64>,
 }
 
 impl LostPages {
-    pub fn new(wake: EventFd) -> Self {
+    pub(crate) fn new(wake: EventFd) -> Self {
         Self { wake, known: BTreeSet::new() }
     }
 

@@ -26,15 +26,15 @@ use crate::main_thread::MainThread;
 use crate::sandbox::Confinement;
 use crate::signals::Signals;
 use crate::supervisor::Supervisor;
-pub use boot::{Booting, UnderWay, Wish};
-pub use guest::Resets;
-pub use memory::LostPages;
-pub use queue::{Inbox, Queue, queue};
-pub use update::Updating;
-pub use vm::Vm;
+pub(crate) use boot::{Booting, UnderWay, Wish};
+pub(crate) use guest::Resets;
+pub(crate) use memory::LostPages;
+pub(crate) use queue::{Inbox, Queue, queue};
+pub(crate) use update::Updating;
+pub(crate) use vm::Vm;
 
 /// See the module.
-pub struct Control {
+pub(crate) struct Control {
     pub host: Host,
     pub keeper: Arc<Keeper>,
     pub main: MainThread,
@@ -64,7 +64,7 @@ pub struct Control {
 
 impl Control {
     /// The control thread's life.
-    pub fn run(self) {
+    pub(crate) fn run(self) {
         let main = self.main.clone();
         let code = match self.serve() {
             Ok(code) => code,
@@ -151,7 +151,7 @@ impl Control {
 
 /// A serial console in the event loop: by an fd of its own, since the device's may be closed, and its number used
 /// again, before this is taken out.
-pub struct WatchedConsole {
+pub(crate) struct WatchedConsole {
     /// Tells the devices apart: an allocation that this refers to is not used again.
     device: Weak<Mutex<SerialDevice>>,
     poll: OwnedFd,

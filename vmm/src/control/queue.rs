@@ -42,11 +42,11 @@ impl Latch {
 }
 
 /// An API request, and the way back to its caller.
-pub type Call = (Request, ReplyTo);
+pub(super) type Call = (Request, ReplyTo);
 
 /// The senders' side.
 #[derive(Clone)]
-pub struct Queue {
+pub(crate) struct Queue {
     calls: Sender<Call>,
     guest: Arc<Latch>,
     wake: Arc<EventFd>,
@@ -54,7 +54,7 @@ pub struct Queue {
 }
 
 /// The control thread's side.
-pub struct Inbox {
+pub(crate) struct Inbox {
     calls: Receiver<Call>,
     guest: Arc<Latch>,
     pub wake: Arc<EventFd>,
@@ -62,7 +62,7 @@ pub struct Inbox {
     pub updating: Arc<AtomicBool>,
 }
 
-pub fn queue() -> std::io::Result<(Queue, Inbox)> {
+pub(crate) fn queue() -> std::io::Result<(Queue, Inbox)> {
     let (sender, calls) = channel();
     let guest = Arc::new(Latch::default());
     let wake = Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
@@ -108,21 +108,21 @@ impl GuestRequests for Queue {
 }
 
 impl Inbox {
-    pub fn call(&self) -> Option<Call> {
+    pub(crate) fn call(&self) -> Option<Call> {
         self.calls.try_recv().ok()
     }
 
-    pub fn guest_has_asked(&self) -> bool {
+    pub(crate) fn guest_has_asked(&self) -> bool {
         self.guest.set.load(Ordering::SeqCst)
     }
 
     /// The guest's request while it waits.
-    pub fn guest_request(&self) -> Option<GuestRequest> {
+    pub(crate) fn guest_request(&self) -> Option<GuestRequest> {
         self.guest.lock().clone()
     }
 
     /// It is acted on, or the guest that has asked is gone: the next one may ask.
-    pub fn forget_guest(&self) {
+    pub(crate) fn forget_guest(&self) {
         self.guest.take();
     }
 }

@@ -26,7 +26,7 @@ use crate::update::{self, NotUpdated, Order, Ready, UpdateContext};
 type Outcome = Result<Ready, NotUpdated>;
 
 /// An update that is being made ready.
-pub struct Updating {
+pub(crate) struct Updating {
     reply: ReplyTo,
     deadline: Duration,
     given_up: Arc<AtomicBool>,
@@ -46,7 +46,7 @@ impl Updating {
     }
 
     /// The guest wants its end, and not an update.
-    pub fn give_up(&self) {
+    pub(crate) fn give_up(&self) {
         self.given_up.store(true, Ordering::SeqCst);
     }
 }

@@ -8,7 +8,7 @@ use crate::machine::Machine;
 ///   None --create--> Created --boot--> Booted (Running or Paused) --shutdown--> ShutDown --boot--> Booted
 ///     ^                 '----delete-------+--------------------------------------'
 /// ```
-pub enum Vm {
+pub(crate) enum Vm {
     None,
     Created(VmConfig),
     Booted { machine: Box<Machine>, config: VmConfig },
@@ -16,15 +16,15 @@ pub enum Vm {
 }
 
 impl Vm {
-    pub fn machine(&self) -> Option<&Machine> {
+    pub(crate) fn machine(&self) -> Option<&Machine> {
         if let Self::Booted { machine, .. } = self { Some(machine) } else { None }
     }
 
-    pub fn machine_mut(&mut self) -> Option<&mut Machine> {
+    pub(crate) fn machine_mut(&mut self) -> Option<&mut Machine> {
         if let Self::Booted { machine, .. } = self { Some(machine) } else { None }
     }
 
-    pub fn config(&self) -> Option<&VmConfig> {
+    pub(crate) fn config(&self) -> Option<&VmConfig> {
         match self {
             Self::None => None,
             Self::Created(config) | Self::ShutDown(config) | Self::Booted { config, .. } => Some(config),
@@ -32,7 +32,7 @@ impl Vm {
     }
 
     /// None where there is no VM.
-    pub fn state(&self) -> Option<VmState> {
+    pub(crate) fn state(&self) -> Option<VmState> {
         match self {
             Self::None => None,
             Self::Created(_) => Some(VmState::Created),

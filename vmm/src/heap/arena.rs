@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use theseus_resources::mapping;
 
-pub struct Arena {
+pub(super) struct Arena {
     /// Address of the mapping; 0: there is none.
     start: AtomicUsize,
     size: AtomicUsize,
@@ -15,12 +15,12 @@ pub struct Arena {
 }
 
 impl Arena {
-    pub const fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Self { start: AtomicUsize::new(0), size: AtomicUsize::new(0), used: AtomicUsize::new(0) }
     }
 
     /// Once, before anybody takes. It costs no memory until then.
-    pub fn map(&self, size: usize) -> std::io::Result<()> {
+    pub(super) fn map(&self, size: usize) -> std::io::Result<()> {
         let start = mapping::for_ever(size)?;
         self.size.store(size, Ordering::Relaxed);
         self.start.store(start.as_ptr() as usize, Ordering::Relaxed);
@@ -28,7 +28,7 @@ impl Arena {
     }
 
     /// Null where there is not that much left.
-    pub fn take(&self, layout: Layout) -> *mut u8 {
+    pub(super) fn take(&self, layout: Layout) -> *mut u8 {
         let (start, size) = (self.start.load(Ordering::Relaxed), self.size.load(Ordering::Relaxed));
         if start == 0 {
             return std::ptr::null_mut();
@@ -45,7 +45,7 @@ impl Arena {
 
     /// Makes the last that was taken longer or shorter, where it is: a buffer that grows would otherwise take twice its
     /// length. False: it is not the last one, or there is not that much left.
-    pub fn resize(&self, memory: *mut u8, layout: Layout, new_size: usize) -> bool {
+    pub(super) fn resize(&self, memory: *mut u8, layout: Layout, new_size: usize) -> bool {
         let Some(at) = (memory as usize).checked_sub(self.start.load(Ordering::Relaxed)) else { return false };
         let (old, new) = (at.checked_add(layout.size()), at.checked_add(new_size));
         let (Some(old), Some(new)) = (old, new.filter(|new| *new <= self.size.load(Ordering::Relaxed))) else {
@@ -57,12 +57,12 @@ impl Arena {
     }
 
     /// Bytes that are used, and that there are.
-    pub fn used(&self) -> (usize, usize) {
+    pub(super) fn used(&self) -> (usize, usize) {
         (self.used.load(Ordering::Relaxed), self.size.load(Ordering::Relaxed))
     }
 
     #[cfg(test)]
-    pub fn range(&self) -> Range<usize> {
+    pub(super) fn range(&self) -> Range<usize> {
         let start = self.start.load(Ordering::Relaxed);
         start..start + self.size.load(Ordering::Relaxed)
     }

@@ -9,13 +9,13 @@ use super::signals::Signals;
 use super::{Keeper, Vmm, pidfd};
 
 /// Whom a fork returns to.
-pub enum Fork {
+pub(super) enum Fork {
     Parent(Vmm, OwnedFd),
     Child(Keeper),
 }
 
 /// Starts a VMM, with a link to this process.
-pub fn fork() -> std::io::Result<Fork> {
+pub(super) fn fork() -> std::io::Result<Fork> {
     let (ours, theirs) = Channel::pair()?;
     let keeper = std::process::id();
     // SAFETY: this process has one thread, so the child's memory is whole: it may do whatever this one may.
@@ -43,7 +43,7 @@ pub fn fork() -> std::io::Result<Fork> {
 
 /// A child that has ended, if there is one, and its status. Of whomever's: as PID 1 of a container this process
 /// inherits strangers.
-pub fn next_end() -> Option<(libc::pid_t, libc::c_int)> {
+pub(super) fn next_end() -> Option<(libc::pid_t, libc::c_int)> {
     let mut status = 0;
     loop {
         // SAFETY: the kernel fills in one status.
@@ -57,12 +57,12 @@ pub fn next_end() -> Option<(libc::pid_t, libc::c_int)> {
 }
 
 /// Waits for a signal: a child has closed its link, and is ending.
-pub fn await_end(signals: &Signals) {
+pub(super) fn await_end(signals: &Signals) {
     let _ = rustix::event::poll(&mut [PollFd::new(&signals.as_fd(), PollFlags::IN)], None);
 }
 
 /// Ends a child, and waits until it has given everything back.
-pub fn kill(pid: libc::pid_t) {
+pub(super) fn kill(pid: libc::pid_t) {
     // SAFETY: a child that was not reaped: its number is its own.
     unsafe {
         libc::kill(pid, libc::SIGKILL);
@@ -73,7 +73,7 @@ pub fn kill(pid: libc::pid_t) {
 }
 
 /// The keeper ends as its VMM has.
-pub fn end_as(status: libc::c_int) -> ! {
+pub(super) fn end_as(status: libc::c_int) -> ! {
     if libc::WIFSIGNALED(status) {
         let signal = libc::WTERMSIG(status);
         // SAFETY: our own disposition and mask; no thread is left that could mind.

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 static PID: AtomicU32 = AtomicU32::new(0);
 
 /// The PID that everybody knows this VMM by: its keeper's, where it has one.
-pub fn pid() -> u32 {
+pub(crate) fn pid() -> u32 {
     match PID.load(Ordering::Relaxed) {
         0 => std::process::id(),
         pid => pid,
@@ -25,13 +25,13 @@ pub fn pid() -> u32 {
 }
 
 /// Whether this process's keeper still is there.
-pub fn is_there() -> bool {
+pub(crate) fn is_there() -> bool {
     // SAFETY: has no arguments and cannot fail.
     unsafe { libc::getppid() }.unsigned_abs() == PID.load(Ordering::Relaxed)
 }
 
 /// From now on this VMM is known by its own.
-pub fn is_gone() {
+pub(crate) fn is_gone() {
     PID.store(0, Ordering::Relaxed);
 }
 
@@ -63,7 +63,7 @@ pub(super) enum Answer {
 }
 
 /// A VMM's end of the socket to its keeper.
-pub struct Keeper {
+pub(crate) struct Keeper {
     channel: Channel,
     asked: AtomicU32,
 }
@@ -81,7 +81,7 @@ pub enum KeeperError {
 }
 
 /// Why a keeper is not what it was asked to become.
-pub enum NotBecome {
+pub(crate) enum NotBecome {
     /// It is what it was: nothing has happened.
     Refused(KeeperError),
     /// It is another program, or nobody knows what.
@@ -95,7 +95,7 @@ impl Keeper {
         Self { channel, asked: AtomicU32::new(0) }
     }
 
-    pub fn notify(&self, text: &str) {
+    pub(crate) fn notify(&self, text: &str) {
         if let Err(error) = talk::send(&self.channel, &Ask::Notify(text.to_owned()), &[]) {
             log::warn!("systemd cannot be notified: {error}");
         }
@@ -103,7 +103,7 @@ impl Keeper {
 
     /// Has the keeper become `program`, which starts a VMM of its own: that one gets `channel` and `page`. Returns a
     /// pidfd of it.
-    pub fn update(
+    pub(crate) fn update(
         &self,
         program: BorrowedFd<'_>,
         channel: Channel,
@@ -114,7 +114,7 @@ impl Keeper {
     }
 
     /// Has the keeper become `program` around this VMM.
-    pub fn become_again(&self, program: BorrowedFd<'_>) -> Result<(), KeeperError> {
+    pub(crate) fn become_again(&self, program: BorrowedFd<'_>) -> Result<(), KeeperError> {
         match self.become_other(false, &[program]) {
             Ok(_) => Ok(()),
             Err(NotBecome::Refused(reason) | NotBecome::Half(reason)) => Err(reason),

@@ -13,9 +13,9 @@
 mod children;
 mod link;
 mod program;
-pub mod settings;
+pub(crate) mod settings;
 mod signals;
-pub mod watch;
+pub(crate) mod watch;
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags};
 use theseus_resources::Channel;
 use theseus_resources::channel::ChannelError;
 
-pub use link::{Keeper, KeeperError, NotBecome, is_gone, is_there, pid};
+pub(crate) use link::{Keeper, KeeperError, NotBecome, is_gone, is_there, pid};
 
 use crate::seams::untouched;
 use crate::talk;
@@ -35,13 +35,13 @@ use program::Inherited;
 use signals::Signals;
 
 /// A VMM as its keeper knows it.
-pub struct Vmm {
+pub(crate) struct Vmm {
     pub pid: libc::pid_t,
     pub link: Channel,
 }
 
 /// What a process is to do that was started as this program.
-pub enum Role {
+pub(crate) enum Role {
     /// By its command line: it becomes a keeper, in [`start`], if that asks for a guest.
     Beginner,
     /// A new VMM in an update.
@@ -49,7 +49,7 @@ pub enum Role {
 }
 
 /// What a new VMM has.
-pub struct Newcomer {
+pub(crate) struct Newcomer {
     pub keeper: Keeper,
     /// To the old VMM.
     pub channel: Channel,
@@ -73,7 +73,7 @@ struct Life {
 }
 
 /// First of all in `main`. Does not return in a keeper.
-pub fn role() -> std::io::Result<Role> {
+pub(crate) fn role() -> std::io::Result<Role> {
     let Some(Inherited { vmm, id, update }) = Inherited::from_env()? else { return Ok(Role::Beginner) };
     let signals = Signals::block()?;
     let Some((channel, page)) = update else {
@@ -108,7 +108,7 @@ fn begin(page: &OwnedFd) -> std::io::Result<(Fork, Timeline)> {
 
 /// Starts a VMM and keeps it. Returns in the VMM only. To be called before there are other threads, or anything that a
 /// keeper must not have.
-pub fn start() -> std::io::Result<Keeper> {
+pub(crate) fn start() -> std::io::Result<Keeper> {
     let signals = Signals::block()?;
     match fork()? {
         Fork::Child(keeper) => {

@@ -14,7 +14,7 @@ use super::Vmm;
 const VARIABLE: &str = "THESEUS_KEEPER";
 
 /// What the program before has left to the keeper.
-pub struct Inherited {
+pub(super) struct Inherited {
     pub vmm: Vmm,
     /// Of the VMM's request that this is the answer to.
     pub id: u32,
@@ -56,7 +56,7 @@ impl Numbers {
 impl Inherited {
     /// None where this program was not started by a keeper that became it. An error is one that cannot go on: it would
     /// start another guest.
-    pub fn from_env() -> std::io::Result<Option<Self>> {
+    pub(super) fn from_env() -> std::io::Result<Option<Self>> {
         let Some(text) = std::env::var_os(VARIABLE) else { return Ok(None) };
         let left = text.to_str().and_then(Numbers::parse).and_then(Self::take);
         let wrong = || std::io::Error::other(format!("{VARIABLE} is {text:?}: it is set by an update only"));
@@ -87,7 +87,7 @@ fn is_open(fd: RawFd) -> bool {
 
 /// Becomes the file that `program` is open on, with `link` to the VMM and what an `update` needs. Returns only if that
 /// failed.
-pub fn exec(
+pub(super) fn exec(
     program: BorrowedFd<'_>,
     id: u32,
     vmm: &Vmm,

@@ -9,7 +9,7 @@ const LIMITS: libc::__rlimit_resource_t = libc::RLIMIT_RTTIME + 1;
 
 /// Before a guest is booted: cgroup, limits, affinity, scheduling policy and nice value. The threads of this process
 /// have them then, and so will those of the vCPUs.
-pub fn take_over() {
+pub(crate) fn take_over() {
     let keeper = super::pid();
     if keeper == std::process::id() {
         return;
@@ -30,7 +30,7 @@ pub fn take_over() {
 }
 
 /// Before an update too: the new VMM will have them.
-pub fn take_over_limits() {
+pub(crate) fn take_over_limits() {
     let keeper = super::pid() as libc::pid_t;
     for resource in 0..LIMITS {
         let mut both = [libc::rlimit { rlim_cur: 0, rlim_max: 0 }; 2];

@@ -12,7 +12,7 @@ use crate::signals::{is_ignored, read_all};
 const FORWARDED: [libc::c_int; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGABRT, libc::SIGUSR1, libc::SIGUSR2];
 
-pub struct Signals {
+pub(super) struct Signals {
     fd: OwnedFd,
     /// The mask of whoever started this process.
     before: libc::sigset_t,
@@ -20,7 +20,7 @@ pub struct Signals {
 
 impl Signals {
     /// Blocks them. exec keeps that, and what has come meanwhile.
-    pub fn block() -> std::io::Result<Self> {
+    pub(super) fn block() -> std::io::Result<Self> {
         let set = set_of(FORWARDED.iter().filter(|signal| !is_ignored(**signal)).chain([&libc::SIGCHLD]));
         let mut before = set_of([]);
         // SAFETY: valid sets, and constant signal numbers.
@@ -39,7 +39,7 @@ impl Signals {
 
     /// In the VMM, which sets up its own: the mask is as it was before, but nothing that is fatal is blocked. It would
     /// be in an update, where what was before is the mask of the keeper that has become this program.
-    pub fn give_back(self) {
+    pub(super) fn give_back(self) {
         let Self { fd: _, mut before } = self;
         // SAFETY: a set that pthread_sigmask gave us, and constant signal numbers.
         unsafe {
@@ -51,7 +51,7 @@ impl Signals {
     }
 
     /// The signals that have come since the last call.
-    pub fn read(&self) -> Vec<libc::c_int> {
+    pub(super) fn read(&self) -> Vec<libc::c_int> {
         read_all(self.fd.as_fd())
     }
 }

@@ -17,16 +17,16 @@ static ALONE: AtomicBool = AtomicBool::new(false);
 static FOR_EVER: AtomicBool = AtomicBool::new(false);
 
 /// While it lives, the end of the keeper is not the end of this VMM.
-pub struct MayBeAlone(());
+pub(crate) struct MayBeAlone(());
 
 impl MayBeAlone {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         ALONE.store(true, Ordering::SeqCst);
         Self(())
     }
 
     /// For ever: the keeper is gone, and this VMM is on its own.
-    pub fn stay(self) {
+    pub(crate) fn stay(self) {
         FOR_EVER.store(true, Ordering::SeqCst);
     }
 }
@@ -41,7 +41,7 @@ impl Drop for MayBeAlone {
 }
 
 /// Starts the thread that waits for the end of the keeper. `end`: what to do then.
-pub fn start(end: impl Fn() + Send + 'static) -> std::io::Result<()> {
+pub(crate) fn start(end: impl Fn() + Send + 'static) -> std::io::Result<()> {
     let keeper = super::pid();
     Ok(threads::spawn(Role::KeeperWatch, move || watch(keeper, end)).map(drop)?)
 }

@@ -19,7 +19,7 @@ use crate::vcpus::{Start, Vcpus};
 impl Machine {
     /// A machine that is ready to run its first instruction; its vCPUs are stopped.
     /// `given_up`: nobody wants it any more.
-    pub fn build(spec: &MachineSpec, host: &Host, given_up: &AtomicBool) -> Result<Self, MachineError> {
+    pub(crate) fn build(spec: &MachineSpec, host: &Host, given_up: &AtomicBool) -> Result<Self, MachineError> {
         let go_on = || match given_up.load(Ordering::SeqCst) {
             true => Err(MachineError::Config("the boot was given up".into())),
             false => Ok(()),

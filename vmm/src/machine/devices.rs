@@ -13,13 +13,13 @@ use super::glue::Pin;
 use super::{Host, MachineError};
 
 /// At the guest's boot.
-pub fn boot(spec: &Spec, vm: &Arc<Vm>, host: &Host, buses: &Buses) -> Result<DeviceSet, MachineError> {
+pub(super) fn boot(spec: &Spec, vm: &Arc<Vm>, host: &Host, buses: &Buses) -> Result<DeviceSet, MachineError> {
     let pin = |gsi| pin(vm, gsi);
     Ok(DeviceSet::boot(spec, &surroundings(&pin, host, buses), buses.clone())?)
 }
 
 /// The interrupt controllers must be restored before: see [`DecodedSet::restore`].
-pub fn restore(
+pub(super) fn restore(
     state: DecodedSet,
     vm: &Arc<Vm>,
     host: &Host,

@@ -92,7 +92,7 @@ fn mib(bytes: u64) -> u64 {
 }
 
 /// Whether it can be had. What may become a problem is logged.
-pub fn check(spec: &MachineSpec) -> Result<(), FitError> {
+pub(super) fn check(spec: &MachineSpec) -> Result<(), FitError> {
     let at_once = match spec {
         _ if !spec.passthrough.is_empty() => Some("the devices may do DMA to all of it"),
         _ if spec.memory.prefault => Some("prefault=on touches all of it"),

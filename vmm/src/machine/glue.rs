@@ -13,7 +13,7 @@ use theseus_resources::rate::Rate;
 static LOST: Rate = Rate::new(10, Duration::from_secs(60));
 
 /// An IOAPIC pin.
-pub struct Pin {
+pub(super) struct Pin {
     pub vm: Arc<Vm>,
     pub gsi: u32,
 }
@@ -26,7 +26,7 @@ impl IrqLine for Pin {
     }
 }
 
-pub struct VmInterrupts(pub Arc<Vm>);
+pub(super) struct VmInterrupts(pub Arc<Vm>);
 
 fn io(error: Error) -> std::io::Error {
     match error {
@@ -104,7 +104,7 @@ impl IoEvents for VmInterrupts {
     }
 }
 
-pub struct VmMemslots(pub Arc<Vm>);
+pub(super) struct VmMemslots(pub Arc<Vm>);
 
 impl Memslots for VmMemslots {
     unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32> {

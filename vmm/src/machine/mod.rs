@@ -7,9 +7,9 @@ mod fits;
 mod glue;
 mod passthrough;
 mod populate;
-pub mod restore;
-pub mod spec;
-pub mod state;
+pub(crate) mod restore;
+pub(crate) mod spec;
+pub(crate) mod state;
 #[cfg(test)]
 mod survivor_tests;
 
@@ -75,7 +75,7 @@ pub enum MachineError {
 
 /// What outlives every machine of this process.
 #[derive(Clone)]
-pub struct Host {
+pub(crate) struct Host {
     pub hypervisor: Arc<Hypervisor>,
     pub fd_store: FdStore,
     pub requests: Arc<dyn theseus_devices::interrupt::GuestRequests>,
@@ -90,7 +90,7 @@ impl Host {
 }
 
 /// Fields are dropped in this order: vCPU threads end before what they use goes away.
-pub struct Machine {
+pub(crate) struct Machine {
     /// [`MACHINE_VERSION`](crate::boot::MACHINE_VERSION) of the build that the guest was booted in.
     version: u32,
     pub vcpus: Vcpus,
@@ -125,12 +125,12 @@ impl Drop for Stopped<'_> {
 
 impl Machine {
     /// The number of bytes of RAM that the guest has.
-    pub fn memory_size(&self) -> u64 {
+    pub(crate) fn memory_size(&self) -> u64 {
         self.ram.size()
     }
 
     /// Why `operation` cannot be now, each with its remedy. Empty if it can.
-    pub fn blockers(&self, operation: Operation) -> Vec<String> {
+    pub(crate) fn blockers(&self, operation: Operation) -> Vec<String> {
         let mut reasons = self.devices.blockers(operation);
         if operation == Operation::Update {
             reasons.extend(self.passthrough.blockers());
@@ -140,7 +140,7 @@ impl Machine {
 
     /// Stops the vCPUs, and then what devices do by themselves; all of it or, on an error, nothing. Where a vCPU does
     /// not come, the error names the devices that are being accessed.
-    pub fn pause(&mut self, within: Duration) -> Result<(), MachineError> {
+    pub(crate) fn pause(&mut self, within: Duration) -> Result<(), MachineError> {
         let ran = self.vcpus.is_running();
         let held = |source| MachineError::Stuck { source, held: self.passthrough.held() };
         self.vcpus.pause(within).map_err(held)?;
@@ -151,7 +151,7 @@ impl Machine {
     }
 
     /// The guest goes on. What the host has refused before is tried again first.
-    pub fn resume(&mut self) -> Result<(), MachineError> {
+    pub(crate) fn resume(&mut self) -> Result<(), MachineError> {
         self.passthrough.settle(&self.vm);
         self.devices.resume();
         Ok(self.vcpus.resume()?)
@@ -159,7 +159,7 @@ impl Machine {
 
     /// In a pause, so that another VMM may have the guest: from now on interrupts wait in their eventfds. Undone by
     /// [`Self::activate`].
-    pub fn quiesce(&self) -> Result<(), MachineError> {
+    pub(crate) fn quiesce(&self) -> Result<(), MachineError> {
         // What has come to stand in the way since it was asked before.
         let reasons = self.devices.blockers(Operation::Update);
         if !reasons.is_empty() {
@@ -169,17 +169,17 @@ impl Machine {
     }
 
     /// No DMA address of this process is valid any more; what was mapped goes on. Undone by dropping it.
-    pub fn invalidate(&self) -> Result<Option<Invalidated>, MachineError> {
+    pub(crate) fn invalidate(&self) -> Result<Option<Invalidated>, MachineError> {
         self.passthrough.invalidate()
     }
 
     /// In the new VMM: the DMA addresses are those of this process from now on.
-    pub fn remap(&self) -> Result<(), MachineError> {
+    pub(crate) fn remap(&self) -> Result<(), MachineError> {
         self.passthrough.remap(&self.memory.blocks(), &self.vm)
     }
 
     /// In the one VMM that has the guest: interrupts arrive again, and if it is to run, it does.
-    pub fn activate(&mut self, running: bool) -> Result<(), MachineError> {
+    pub(crate) fn activate(&mut self, running: bool) -> Result<(), MachineError> {
         self.passthrough.resume(&self.vm);
         if running {
             self.devices.resume();
@@ -189,29 +189,29 @@ impl Machine {
     }
 
     /// Of the devices that were passed through.
-    pub fn passthrough_ids(&self) -> Vec<String> {
+    pub(crate) fn passthrough_ids(&self) -> Vec<String> {
         self.passthrough.ids()
     }
 
     /// Of their DMA containers.
-    pub fn container_names(&self) -> Vec<String> {
+    pub(crate) fn container_names(&self) -> Vec<String> {
         self.passthrough.container_names()
     }
 
     /// Fills what is missing of this process's page tables, in the background.
-    pub fn populate(&mut self) {
+    pub(crate) fn populate(&mut self) {
         if self.unfilled {
             self.populating = Populating::start(self.ram.clone());
         }
     }
 
     /// An NMI to every vCPU, as a button on the front panel would give.
-    pub fn nmi(&self) -> Result<(), MachineError> {
+    pub(crate) fn nmi(&self) -> Result<(), MachineError> {
         Ok(self.vm.broadcast_nmi()?)
     }
 
     /// Ends the guest and gives its devices back.
-    pub fn shut_down(self) {
+    pub(crate) fn shut_down(self) {
         let Self { version: _, vcpus, passthrough, devices, memory, vm, ram, clock: _, unfilled: _, populating } = self;
         drop(populating);
         // Nothing may touch the devices any more before they are released.
@@ -221,7 +221,7 @@ impl Machine {
     }
 
     /// What is on the guest's buses, for vm.info.
-    pub fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
+    pub(crate) fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
         let serial = self.serial().map(|_| DeviceNode {
             id: "serial".into(),
             resources: vec![Resource::PioAddressRange { base: layout::SERIAL_PORT, size: serial::SERIAL_SIZE as u16 }],
@@ -231,16 +231,16 @@ impl Machine {
         self.passthrough.tree().into_iter().chain(serial).map(|node| (node.id.clone(), node)).collect()
     }
 
-    pub fn serial(&self) -> Option<Arc<Mutex<SerialDevice>>> {
+    pub(crate) fn serial(&self) -> Option<Arc<Mutex<SerialDevice>>> {
         self.devices.get(serial::NAME)
     }
 
-    pub fn power_management(&self) -> Option<Arc<Mutex<Pm>>> {
+    pub(crate) fn power_management(&self) -> Option<Arc<Mutex<Pm>>> {
         self.devices.get(pm::NAME)
     }
 
     /// The terminal that the serial port has made.
-    pub fn pty(&self) -> Option<PathBuf> {
+    pub(crate) fn pty(&self) -> Option<PathBuf> {
         self.serial()?.lock().pty_path().map(Path::to_path_buf)
     }
 }

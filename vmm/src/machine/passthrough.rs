@@ -49,7 +49,7 @@ impl Plugged {
     }
 }
 
-pub struct PassthroughDevices {
+pub(super) struct PassthroughDevices {
     /// Before `registry`: devices hold their groups.
     plugged: Vec<Plugged>,
     registry: Passthrough,
@@ -60,19 +60,19 @@ pub struct PassthroughDevices {
 
 /// What the other sections of passed-through devices hang on.
 #[derive(Serialize, Deserialize)]
-pub struct Layout {
+pub(super) struct Layout {
     window64: (u64, u64),
     /// (PCI slot, id), one for each section `vfio-pci/ID`.
     devices: Vec<(u8, String)>,
 }
 
-pub const LAYOUT: Format = Format::new("vfio-layout", 1);
+pub(super) const LAYOUT: Format = Format::new("vfio-layout", 1);
 
 /// The name of containers and groups.
 const REGISTRY: &str = "vfio";
 
 /// Decoded; nothing is claimed yet.
-pub struct PassthroughState {
+pub(crate) struct PassthroughState {
     layout: Layout,
     registry: PassthroughHandles,
     devices: Vec<Saved<VfioPci>>,
@@ -96,7 +96,7 @@ fn wiring(vm: &Arc<Vm>, buses: &Buses, fd_store: &FdStore) -> Wiring {
 
 impl PassthroughDevices {
     /// At the guest's boot.
-    pub fn build(
+    pub(super) fn build(
         specs: &[PassthroughSpec],
         window64: Range<u64>,
         vm: &Arc<Vm>,
@@ -125,16 +125,16 @@ impl PassthroughDevices {
     }
 
     /// Why the containers could not be carried through an update; empty if they could.
-    pub fn blockers(&self) -> Vec<String> {
+    pub(super) fn blockers(&self) -> Vec<String> {
         self.registry.blockers()
     }
 
-    pub fn ids(&self) -> Vec<String> {
+    pub(super) fn ids(&self) -> Vec<String> {
         self.plugged.iter().map(|plugged| plugged.id.clone()).collect()
     }
 
     /// The devices that somebody is in an access to, and for how long.
-    pub fn held(&self) -> Vec<String> {
+    pub(super) fn held(&self) -> Vec<String> {
         let held = |plugged: &Plugged| {
             let held = plugged.device.held().or_else(|| plugged.msix.held())?;
             Some(format!("device '{}': {held}", plugged.id))
@@ -142,12 +142,12 @@ impl PassthroughDevices {
         self.plugged.iter().filter_map(held).collect()
     }
 
-    pub fn container_names(&self) -> Vec<String> {
+    pub(super) fn container_names(&self) -> Vec<String> {
         self.registry.domains().iter().map(|domain| domain.name().to_owned()).collect()
     }
 
     /// For vm.info.
-    pub fn tree(&self) -> Vec<DeviceNode> {
+    pub(super) fn tree(&self) -> Vec<DeviceNode> {
         let node = |plugged: &Plugged| {
             // Without them where a vCPU is in an access that does not end: an answer all the same.
             let device = plugged.device.lock_first(A_MOMENT);
@@ -164,7 +164,7 @@ impl PassthroughDevices {
 
     /// vCPUs are stopped: from now on interrupts wait in their eventfds, and the old VM is off the groups, so that its
     /// late release does not clear their VM pointer under the new one. Undone by [`Self::resume`].
-    pub fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
+    pub(super) fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
         self.settle(vm);
         for plugged in &self.plugged {
             let device = plugged.device.lock();
@@ -174,7 +174,7 @@ impl PassthroughDevices {
     }
 
     /// Tries again what the host has refused before: see [`VfioPci::settle`].
-    pub fn settle(&self, vm: &Vm) {
+    pub(super) fn settle(&self, vm: &Vm) {
         if let Err(error) = self.tell_kvm(vm) {
             log::error!("{error}");
         }
@@ -183,7 +183,7 @@ impl PassthroughDevices {
 
     /// Attaches all irqfds, in the one VMM that has the guest, before its vCPUs run. What the host refuses is logged
     /// and tried again: see [`Self::settle`].
-    pub fn resume(&self, vm: &Vm) {
+    pub(super) fn resume(&self, vm: &Vm) {
         if self.seams.attaches_irqfds() {
             for plugged in &self.plugged {
                 let device = plugged.device.lock();
@@ -200,7 +200,7 @@ impl PassthroughDevices {
     }
 
     /// None where there is nothing to invalidate.
-    pub fn invalidate(&self) -> Result<Option<Invalidated>, MachineError> {
+    pub(super) fn invalidate(&self) -> Result<Option<Invalidated>, MachineError> {
         if self.plugged.is_empty() {
             return Ok(None);
         }
@@ -208,7 +208,7 @@ impl PassthroughDevices {
     }
 
     /// Takes a later state of the same guest, while none of it is in use.
-    pub fn mend(&self, state: PassthroughState, claims: &mut Claims) -> Result<(), MachineError> {
+    pub(super) fn mend(&self, state: PassthroughState, claims: &mut Claims) -> Result<(), MachineError> {
         let PassthroughState { layout, registry, devices } = state;
         self.registry.mend(registry).map_err(failed)?;
         let here = self.plugged.iter().map(|plugged| (plugged.slot, &plugged.id));
@@ -227,7 +227,7 @@ impl PassthroughDevices {
 
     /// In the new VMM, after the routes are set: addresses for the DMA mappings, and groups for KVM. Interrupts come
     /// after the word: [`Self::resume`].
-    pub fn remap(&self, ram: &[RamBlock], vm: &Vm) -> Result<(), MachineError> {
+    pub(super) fn remap(&self, ram: &[RamBlock], vm: &Vm) -> Result<(), MachineError> {
         let bar_vaddr = |id: &str, region, offset, size| {
             let plugged = self.plugged.iter().find(|plugged| plugged.id == id)?;
             plugged.device.lock().bar_vaddr(region, offset, size)
@@ -239,7 +239,7 @@ impl PassthroughDevices {
     }
 
     /// The orderly end: devices quiet and given back.
-    pub fn release(&self, vm: &Vm) {
+    pub(super) fn release(&self, vm: &Vm) {
         let mut windows = self.windows.lock();
         for plugged in &self.plugged {
             plugged.device.lock().release(&mut windows);
@@ -252,7 +252,7 @@ impl PassthroughDevices {
         self.registry.release();
     }
 
-    pub fn save(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
+    pub(super) fn save(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
         let Self { plugged, registry, window64, windows: _, seams: _ } = self;
         let layout = Layout {
             window64: (window64.start, window64.end),
@@ -272,7 +272,7 @@ impl PassthroughDevices {
 
     /// Touches neither VFIO nor the interrupts: see [`Self::remap`]. The BARs' memslots come before the interrupt
     /// controllers.
-    pub fn restore(
+    pub(super) fn restore(
         state: PassthroughState,
         vm: &BareVm,
         buses: &Buses,
@@ -319,7 +319,7 @@ fn section(id: &str) -> String {
 }
 
 impl PassthroughState {
-    pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
+    pub(crate) fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
         let (_, layout): (_, Layout) = reader.take("vfio-layout", &LAYOUT)?;
         let registry = PassthroughHandles::take(reader, REGISTRY)?;
         let devices = layout

@@ -9,14 +9,14 @@ use theseus_resources::threads::{self, Role};
 
 /// Ends the thread when dropped: it must not keep the RAM of a machine that is gone, whose fd the next update would
 /// find in the fd store.
-pub struct Populating {
+pub(super) struct Populating {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Populating {
     /// None where no thread can be started, which costs only speed.
-    pub fn start(ram: Arc<GuestRam>) -> Option<Self> {
+    pub(super) fn start(ram: Arc<GuestRam>) -> Option<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let body = move || {

@@ -49,7 +49,7 @@ fn may_fill(ram: &GuestRam, pinned: bool) -> bool {
 }
 
 /// A machine that waits for its guest. Fields are dropped in this order, as those of [`Machine`] are.
-pub struct Prewarmed {
+pub(crate) struct Prewarmed {
     vcpus: Vcpus,
     passthrough: PassthroughDevices,
     memory: Arc<MemoryListeners>,
@@ -62,7 +62,7 @@ pub struct Prewarmed {
 impl Prewarmed {
     /// From the state of a dry run. Order matters: memslots, those of BARs too, before the interrupt controllers
     /// (cost), these before vCPUs.
-    pub fn new(state: MachineState, host: &Host, claims: &mut Claims) -> Result<Self, MachineError> {
+    pub(crate) fn new(state: MachineState, host: &Host, claims: &mut Claims) -> Result<Self, MachineError> {
         let MachineState {
             version: _,
             running: _,
@@ -95,18 +95,18 @@ impl Prewarmed {
     }
 
     /// Its state is about to come.
-    pub fn awake(&self) {
+    pub(crate) fn awake(&self) {
         self.vcpus.awake();
     }
 
     /// The vCPUs' part of the state of the paused guest, which their threads begin with. Then [`Prewarmed::restore`].
-    pub fn begin(&self, vcpus: Vec<EncodedVcpu>) -> Result<(), MachineError> {
+    pub(crate) fn begin(&self, vcpus: Vec<EncodedVcpu>) -> Result<(), MachineError> {
         Ok(self.vcpus.restore_early(vcpus)?)
     }
 
     /// From the rest of the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock
     /// MSRs, all LAPICs and then the IRQ chip before routes, routes before irqfds.
-    pub fn restore(
+    pub(crate) fn restore(
         self,
         state: MachineState,
         host: &Host,

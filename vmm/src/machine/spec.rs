@@ -15,7 +15,7 @@ use super::MachineError;
 
 /// See the module.
 #[derive(Debug, PartialEq, Eq)]
-pub struct MachineSpec {
+pub(crate) struct MachineSpec {
     pub vcpus: u32,
     /// The host's CPUs that the threads of these vCPUs are to run on.
     pub affinity: Vec<(u32, Vec<u32>)>,
@@ -26,7 +26,7 @@ pub struct MachineSpec {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub struct MemorySpec {
+pub(crate) struct MemorySpec {
     /// In bytes.
     pub size: u64,
     pub pages: Pages,
@@ -35,14 +35,14 @@ pub struct MemorySpec {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub struct PayloadSpec {
+pub(crate) struct PayloadSpec {
     pub kernel: PathBuf,
     pub initramfs: Option<PathBuf>,
     pub cmdline: String,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub struct PassthroughSpec {
+pub(crate) struct PassthroughSpec {
     /// In sysfs.
     pub path: PathBuf,
     pub id: String,
@@ -51,7 +51,7 @@ pub struct PassthroughSpec {
 
 impl MachineSpec {
     /// Of a valid configuration ([`VmConfig::validate`]) that is settled.
-    pub fn of(config: &VmConfig) -> Result<Self, MachineError> {
+    pub(crate) fn of(config: &VmConfig) -> Result<Self, MachineError> {
         let VmConfig { cpus, memory, payload, serial, devices, landlock_enable: _, landlock_rules: _ } = config;
         let CpusConfig { boot_vcpus, max_vcpus: _, affinity } = cpus;
         let PayloadConfig { kernel, initramfs, cmdline } = payload;
@@ -74,7 +74,7 @@ impl MachineSpec {
     }
 
     /// Where the thread of this vCPU is to run, if not where the VMM does.
-    pub fn host_cpus(&self, index: u32) -> Option<Vec<u32>> {
+    pub(crate) fn host_cpus(&self, index: u32) -> Option<Vec<u32>> {
         self.affinity.iter().find(|(vcpu, _)| *vcpu == index).map(|(_, host_cpus)| host_cpus.clone())
     }
 }

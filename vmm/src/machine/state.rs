@@ -27,7 +27,7 @@ const VCPU: Format = Format::new("vcpu", 1);
 const VCPU_HANDLES: Format = Format::new("vcpu-handles", 1);
 
 /// Of the sections that are not a device's.
-pub const KINDS: &[Kind] = &[
+pub(crate) const KINDS: &[Kind] = &[
     Kind::of::<MachineSection>(MACHINE),
     Kind::of::<MachineHandles>(MACHINE_HANDLES),
     Kind::of::<RamState>(RAM),
@@ -65,7 +65,7 @@ struct MachineHandles {
 
 /// Everything decoded but the vCPUs, nothing claimed or created yet: what `--check-update` tries, and what a new VMM
 /// starts from.
-pub struct MachineState {
+pub(crate) struct MachineState {
     pub version: u32,
     pub running: bool,
     pub ram: RamState,
@@ -79,7 +79,7 @@ pub struct MachineState {
 }
 
 /// How much of the machine is saved.
-pub enum SaveScope<'a> {
+pub(crate) enum SaveScope<'a> {
     /// No vCPU states, as the guest is running, but where and how each vCPU's thread is scheduled.
     DryRun(Vec<Placement>),
     /// With those that are being saved. A save that [`crate::vcpus::Vcpus::begin_save_alone`] has begun needs no other
@@ -89,7 +89,12 @@ pub enum SaveScope<'a> {
 
 impl Machine {
     /// Pure. `was_running`: whether the guest is to run again.
-    pub fn save(&self, writer: &mut StateWriter, depth: SaveScope<'_>, was_running: bool) -> Result<(), MachineError> {
+    pub(crate) fn save(
+        &self,
+        writer: &mut StateWriter,
+        depth: SaveScope<'_>,
+        was_running: bool,
+    ) -> Result<(), MachineError> {
         let Self { version, vcpus, passthrough, devices, memory: _, vm, ram, clock, unfilled: _, populating: _ } = self;
         let (saving, shapes, placements) = match depth {
             SaveScope::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
@@ -129,7 +134,7 @@ impl Machine {
 }
 
 /// The sections of vCPUs, in order of their index.
-pub fn take_vcpus(reader: &mut StateReader<'_>) -> Result<Vec<EncodedVcpu>, MachineError> {
+pub(crate) fn take_vcpus(reader: &mut StateReader<'_>) -> Result<Vec<EncodedVcpu>, MachineError> {
     let mut vcpus = Vec::new();
     loop {
         let name = saved::section(vcpus.len());
@@ -144,7 +149,7 @@ pub fn take_vcpus(reader: &mut StateReader<'_>) -> Result<Vec<EncodedVcpu>, Mach
 
 impl MachineState {
     /// `vcpus`: how many [`take_vcpus`] has found.
-    pub fn decode(reader: &mut StateReader<'_>, vcpus: usize) -> Result<Self, MachineError> {
+    pub(crate) fn decode(reader: &mut StateReader<'_>, vcpus: usize) -> Result<Self, MachineError> {
         let (_, section): (_, MachineSection) = reader.take("machine", &MACHINE)?;
         let MachineSection { machine_version: version, running, vcpus: count, shapes, .. } = section;
         let (_, handles) = reader.take(&handles_name("machine"), &MACHINE_HANDLES)?;

@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::CapabilitySet;
 
 /// What it was.
-pub struct Ended {
+pub(crate) struct Ended {
     pub status: ExitStatus,
     /// The effective ones that it had: what the kernel has given to its program at exec, as no program that we run
     /// gives up any.
@@ -30,7 +30,7 @@ fn ends_within(pid: libc::pid_t, patience: Duration) -> std::io::Result<bool> {
 }
 
 /// Runs `command` to its end, or kills it when `patience` is over (`None`). On the main thread, which has no filters.
-pub fn run_child(mut command: Command, patience: Duration) -> std::io::Result<Option<Ended>> {
+pub(crate) fn run_child(mut command: Command, patience: Duration) -> std::io::Result<Option<Ended>> {
     let mut child = command.spawn()?;
     let ended = ends_within(child.id() as libc::pid_t, patience)?;
     if !ended {

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-pub use child::{Ended, run_child};
+pub(crate) use child::{Ended, run_child};
 
 enum Order {
     Spawn(Box<Command>, Duration, Sender<std::io::Result<Option<Ended>>>),
@@ -18,11 +18,11 @@ enum Order {
 
 /// The other threads' way to the main thread.
 #[derive(Clone)]
-pub struct MainThread(Sender<Order>);
+pub(crate) struct MainThread(Sender<Order>);
 
 impl MainThread {
     /// Runs a child to its end; `None` if it was killed because it took too long.
-    pub fn spawn(&self, command: Command, patience: Duration) -> std::io::Result<Option<Ended>> {
+    pub(crate) fn spawn(&self, command: Command, patience: Duration) -> std::io::Result<Option<Ended>> {
         let (sender, receiver) = channel();
         let gone = |_| std::io::Error::other("the main thread has ended");
         self.0.send(Order::Spawn(Box::new(command), patience, sender)).map_err(|_| gone(()))?;
@@ -30,26 +30,26 @@ impl MainThread {
     }
 
     /// Ends the process with this exit code.
-    pub fn quit(&self, code: i32) {
+    pub(crate) fn quit(&self, code: i32) {
         // A main thread that has ended has ended the process.
         let _ = self.0.send(Order::Quit(code));
     }
 }
 
-pub struct Orders {
+pub(crate) struct Orders {
     orders: Receiver<Order>,
     environment: Option<(OsString, OsString)>,
 }
 
 /// `environment`: what each child has in its own, whatever else it has or has not.
-pub fn orders(environment: Option<(OsString, OsString)>) -> (MainThread, Orders) {
+pub(crate) fn orders(environment: Option<(OsString, OsString)>) -> (MainThread, Orders) {
     let (sender, orders) = channel();
     (MainThread(sender), Orders { orders, environment })
 }
 
 impl Orders {
     /// The main thread's life. Returns the exit code.
-    pub fn serve(self) -> i32 {
+    pub(crate) fn serve(self) -> i32 {
         for order in &self.orders {
             match order {
                 Order::Spawn(mut command, patience, answer) => {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
 /// docs/theseus@.service has the same.
-pub const DENIED: [(&str, libc::c_long); 43] = [
+pub(crate) const DENIED: [(&str, libc::c_long); 43] = [
     // Another view of the file system, past what confines this one.
     ("chroot", libc::SYS_chroot),
     ("fsconfig", libc::SYS_fsconfig),
@@ -66,7 +66,7 @@ const X32: libc::c_long = 0x4000_0000;
 const X32_ALONE: [libc::c_long; 4] = [521, 528, 539, 540];
 
 #[derive(Debug, thiserror::Error)]
-pub enum CeilingError {
+pub(crate) enum CeilingError {
     #[error("--ceiling: the filter cannot be made: {0}")]
     NotMade(#[from] BackendError),
     #[error(
@@ -86,7 +86,7 @@ fn program() -> Result<BpfProgram, BackendError> {
 
 /// For this process, which has one thread, and all that it will start, for life. Another ABI, that of 32 bits, ends who
 /// uses it.
-pub fn install() -> Result<(), CeilingError> {
+pub(crate) fn install() -> Result<(), CeilingError> {
     Ok(apply_filter(&program()?)?)
 }
 

@@ -5,7 +5,7 @@
 //! then: what a VMM that is not root's has to do there (oom_score_adj) comes before.
 
 /// From now on.
-pub fn forbid() {
+pub(crate) fn forbid() {
     // SAFETY: of this process; takes a number.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
 }

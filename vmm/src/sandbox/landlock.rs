@@ -22,7 +22,7 @@ const SCOPES: ABI = ABI::V6;
 
 /// What becomes of a place that the command line names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
+pub(crate) enum Use {
     /// A folder whose programs are run.
     Runs,
     /// A file that is read, again at each boot.
@@ -41,14 +41,14 @@ pub enum Use {
 
 /// What is named, and by which option.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub(crate) struct Place {
     pub option: &'static str,
     pub path: PathBuf,
     pub will: Use,
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum LandlockError {
+pub(crate) enum LandlockError {
     #[error(
         "--landlock: this kernel {0}: leave --landlock out, or boot it with landlock in its list lsm= (from 5.13 on, \
          with CONFIG_SECURITY_LANDLOCK)"
@@ -155,13 +155,13 @@ fn own_cgroup() -> Option<PathBuf> {
 }
 
 /// Standard input and output, where they are terminals: a boot opens them anew.
-pub fn terminals() -> impl Iterator<Item = PathBuf> {
+pub(crate) fn terminals() -> impl Iterator<Item = PathBuf> {
     let link = |fd| std::fs::read_link(format!("/proc/self/fd/{fd}")).ok();
     (0..=1).filter_map(link).filter(|path| path.as_os_str().as_bytes().starts_with(OsStr::new("/dev/").as_bytes()))
 }
 
 /// Whether what `rule` asks for is in one of `rules`.
-pub fn covers(rules: &[LandlockConfig], rule: &LandlockConfig) -> bool {
+pub(crate) fn covers(rules: &[LandlockConfig], rule: &LandlockConfig) -> bool {
     let Some((reads, writes)) = rule.accesses() else { return false };
     let of = |wide: &LandlockConfig| wide.accesses().filter(|_| rule.path.starts_with(&wide.path));
     let all = rules.iter().filter_map(of).fold((false, false), |all, one| (all.0 || one.0, all.1 || one.1));
@@ -175,7 +175,7 @@ fn rights_of(rule: &LandlockConfig) -> BitFlags<AccessFs> {
 }
 
 /// Confines this process, which has one thread, and all that it will start. Returns what the log has to say.
-pub fn restrict(places: &[Place], rules: &[LandlockConfig]) -> Result<Vec<String>, LandlockError> {
+pub(crate) fn restrict(places: &[Place], rules: &[LandlockConfig]) -> Result<Vec<String>, LandlockError> {
     let mut granted = always();
     for place in places {
         granted.extend(place.granted()?);

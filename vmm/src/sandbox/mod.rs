@@ -2,19 +2,19 @@
 //! keeper and VMM are inside, and all that they fork or exec later. No other image puts anything on again: layers of
 //! the kernel add up, and 16 of Landlock are the most that it allows.
 
-pub mod ceiling;
-pub mod dumps;
-pub mod landlock;
-pub mod seccomp;
+pub(crate) mod ceiling;
+pub(crate) mod dumps;
+pub(crate) mod landlock;
+pub(crate) mod seccomp;
 
 use serde::{Deserialize, Serialize};
 use theseus_api::types::{LandlockConfig, VmConfig};
 
-pub use landlock::{Place, Use};
+pub(crate) use landlock::{Place, Use};
 
 /// What this VMM was started with; goes over with every update, for nobody could ask the kernel later.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Confinement {
+pub(crate) struct Confinement {
     /// The rules of the command line, where Landlock is on.
     pub landlock: Option<Vec<LandlockConfig>>,
     pub ceiling: bool,
@@ -25,33 +25,33 @@ pub struct Confinement {
 /// [`Confinement`] in the saved state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct ConfinementHandles {
+pub(crate) struct ConfinementHandles {
     landlock: Option<Vec<LandlockConfig>>,
     ceiling: bool,
     core_dumps: bool,
 }
 
 impl Confinement {
-    pub fn save(&self) -> ConfinementHandles {
+    pub(crate) fn save(&self) -> ConfinementHandles {
         let Self { landlock, ceiling, core_dumps } = self.clone();
         ConfinementHandles { landlock, ceiling, core_dumps }
     }
 
-    pub fn restore(handles: ConfinementHandles) -> Self {
+    pub(crate) fn restore(handles: ConfinementHandles) -> Self {
         let ConfinementHandles { landlock, ceiling, core_dumps } = handles;
         Self { landlock, ceiling, core_dumps }
     }
 
     /// At the start, or once the guest of an update is this VMM's: all that a new VMM has to write in /proc/self is
     /// written then.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         if !self.core_dumps {
             dumps::forbid();
         }
     }
 
     /// Why a guest cannot have what its configuration asks of Landlock; every reason.
-    pub fn refusals(&self, config: &VmConfig) -> Vec<String> {
+    pub(crate) fn refusals(&self, config: &VmConfig) -> Vec<String> {
         let wanted = config.landlock_rules.as_deref().unwrap_or_default();
         let Some(rules) = &self.landlock else {
             let reason = "landlock_enable: this VMM was started without --landlock, and its threads and its keeper \
@@ -71,7 +71,7 @@ impl Confinement {
     }
 
     /// What may be the matter where something was refused, and what to do.
-    pub fn remedy(&self, error: &str) -> Option<String> {
+    pub(crate) fn remedy(&self, error: &str) -> Option<String> {
         let denied = error.contains("(os error 13)") && self.landlock.is_some();
         let remedy = "it may be outside of what --landlock lets this VMM do: start it with --landlock-rules \
                       path=FOLDER,access=r or rw";

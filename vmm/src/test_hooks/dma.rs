@@ -8,7 +8,7 @@ use theseus_devices::vfio::{DmaDomain, DmaError, DmaMap, MapSource};
 use theseus_resources::StoredFd;
 use theseus_resources::memory_listener::{MemoryListener, RamBlock, Rank, Refusal};
 
-pub struct DmaFaults {
+pub(super) struct DmaFaults {
     /// The domain that is busy.
     pub busy: Option<u32>,
     /// The mapping that nobody finds, counted over all domains.
@@ -16,7 +16,7 @@ pub struct DmaFaults {
 }
 
 impl DmaFaults {
-    pub fn over(self, domains: Vec<Arc<dyn DmaDomain>>) -> Vec<Arc<dyn DmaDomain>> {
+    pub(super) fn over(self, domains: Vec<Arc<dyn DmaDomain>>) -> Vec<Arc<dyn DmaDomain>> {
         let Self { busy, refused } = self;
         let left = refused.map(|refused| Arc::new(AtomicU32::new(refused)));
         let wrap = |(number, domain)| -> Arc<dyn DmaDomain> {

@@ -10,7 +10,7 @@ use crate::sandbox::ceiling::DENIED;
 /// LANDLOCK_MAX_NUM_LAYERS (security/landlock/limits.h)
 const MAX_LAYERS: i32 = 16;
 
-pub fn answer(questions: &Path) {
+pub(super) fn answer(questions: &Path) {
     let Ok(text) = std::fs::read_to_string(questions) else { return };
     let answers: String = text.lines().map(|question| format!("{question}: {}\n", answer_to(question))).collect();
     let _ = std::fs::write(questions.with_file_name("probed"), answers);

@@ -18,7 +18,7 @@ mod word;
 /// The moments that are written down; each names the phase that it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
-pub enum Phase {
+pub(crate) enum Phase {
     /// The request was taken up. Ends nothing.
     Start,
     Prepare,
@@ -62,7 +62,7 @@ const PHASES: [(Phase, &str); 15] = [
 ];
 
 impl Phase {
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         PHASES[self as usize].1
     }
 }
@@ -81,7 +81,7 @@ pub enum NotPassed {
 /// All zero at the start. Two builds read it: what is there stays where it is, and what is new comes last. Atomics
 /// only: it is shared with processes that may be killed at any moment.
 #[repr(C)]
-pub struct Page {
+pub(crate) struct Page {
     word: Word,
     cause_len: AtomicU32,
     /// CLOCK_MONOTONIC, ns; 0 before the guest is paused.
@@ -97,21 +97,21 @@ const SIZE: usize = 4096;
 const _: () = assert!(size_of::<Page>() <= SIZE);
 
 /// See the module.
-pub struct Timeline {
+pub(crate) struct Timeline {
     page: Mapping,
     seams: Arc<dyn Seams>,
 }
 
 impl Timeline {
     /// A new page, and the fd by which others get at it.
-    pub fn new(seams: Arc<dyn Seams>) -> std::io::Result<(Self, OwnedFd)> {
+    pub(crate) fn new(seams: Arc<dyn Seams>) -> std::io::Result<(Self, OwnedFd)> {
         let fd = rustix::fs::memfd_create("update-timeline", MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&fd, SIZE as u64)?;
         Ok((Self::map(&fd, seams)?, fd))
     }
 
     /// Fails unless the fd is of a file of that size: an access behind its end would be a SIGBUS.
-    pub fn map(fd: impl AsFd, seams: Arc<dyn Seams>) -> std::io::Result<Self> {
+    pub(crate) fn map(fd: impl AsFd, seams: Arc<dyn Seams>) -> std::io::Result<Self> {
         if rustix::fs::fstat(&fd)?.st_size != SIZE as i64 {
             return Err(std::io::ErrorKind::InvalidData.into());
         }
@@ -123,21 +123,21 @@ impl Timeline {
         unsafe { self.page.start().cast::<Page>().as_ref() }
     }
 
-    pub fn word(&self) -> &Word {
+    pub(crate) fn word(&self) -> &Word {
         &self.page().word
     }
 
-    pub fn seams(&self) -> &Arc<dyn Seams> {
+    pub(crate) fn seams(&self) -> &Arc<dyn Seams> {
         &self.seams
     }
 
     /// Right before the keeper is asked to become the new image.
-    pub fn become_other(&self) -> Result<(), NotPassed> {
+    pub(crate) fn become_other(&self) -> Result<(), NotPassed> {
         Ok(self.seams.at("become")?)
     }
 
     /// The guest is this VMM's, the new one, unless it is late or the old one has taken it back. Whether it is.
-    pub fn commit(&self) -> Result<bool, NotPassed> {
+    pub(crate) fn commit(&self) -> Result<bool, NotPassed> {
         self.check(Phase::Commit)?;
         self.seams.at("word")?;
         if !self.word().commit() {
@@ -147,24 +147,24 @@ impl Timeline {
         Ok(true)
     }
 
-    pub fn stamp(&self, phase: Phase) {
+    pub(crate) fn stamp(&self, phase: Phase) {
         self.stamp_at(phase, now_ns());
     }
 
     /// `at`: see [`now_ns`].
-    pub fn stamp_at(&self, phase: Phase, at: u64) {
+    pub(crate) fn stamp_at(&self, phase: Phase, at: u64) {
         self.page().stamps[phase as usize].store(at, Ordering::Relaxed);
     }
 
     /// The end of `phase`, which fails if the update has taken too long by now.
-    pub fn pass(&self, phase: Phase) -> Result<(), NotPassed> {
+    pub(crate) fn pass(&self, phase: Phase) -> Result<(), NotPassed> {
         self.check(phase)?;
         self.stamp(phase);
         Ok(())
     }
 
     /// [`Timeline::pass`] for a phase that is not over yet.
-    pub fn check(&self, phase: Phase) -> Result<(), NotPassed> {
+    pub(crate) fn check(&self, phase: Phase) -> Result<(), NotPassed> {
         self.seams.at(phase.name())?;
         let (deadline, now) = (self.page().deadline.load(Ordering::Relaxed), now_ns());
         if deadline == 0 || now < deadline {
@@ -176,23 +176,23 @@ impl Timeline {
     }
 
     /// From now on the update has `patience`.
-    pub fn start_deadline(&self, patience: Duration) {
+    pub(crate) fn start_deadline(&self, patience: Duration) {
         let ns = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX);
         self.page().patience.store(ns, Ordering::Relaxed);
         self.page().deadline.store(now_ns().saturating_add(ns), Ordering::Relaxed);
     }
 
     /// How much is left of it.
-    pub fn left(&self) -> Duration {
+    pub(crate) fn left(&self) -> Duration {
         Duration::from_nanos(self.page().deadline.load(Ordering::Relaxed).saturating_sub(now_ns()))
     }
 
-    pub fn patience(&self) -> Duration {
+    pub(crate) fn patience(&self) -> Duration {
         Duration::from_nanos(self.page().patience.load(Ordering::Relaxed))
     }
 
     /// Why the new VMM gives up, for the old one, which answers the caller.
-    pub fn set_cause(&self, cause: &str) {
+    pub(crate) fn set_cause(&self, cause: &str) {
         let page = self.page();
         let bytes = cause.bytes().take(CAUSE);
         page.cause_len.store(bytes.len() as u32, Ordering::SeqCst);
@@ -200,7 +200,7 @@ impl Timeline {
     }
 
     /// What the new VMM said of why it gave up; empty if it had no time to.
-    pub fn cause(&self) -> String {
+    pub(crate) fn cause(&self) -> String {
         let page = self.page();
         let bytes: Vec<u8> = page.cause.iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
         let said = bytes.get(..page.cause_len.load(Ordering::SeqCst) as usize).unwrap_or_default();
@@ -212,14 +212,14 @@ impl Timeline {
     }
 
     /// The phase that is not over yet.
-    pub fn current(&self) -> Phase {
+    pub(crate) fn current(&self) -> Phase {
         let reached = PHASES.iter().rposition(|(phase, _)| *phase != Phase::Failed && self.at(*phase).is_some());
         let mut rest = PHASES[reached.map_or(0, |last| last + 1)..].iter().map(|(phase, _)| *phase);
         rest.find(|phase| *phase != Phase::Failed).unwrap_or(Phase::Commit)
     }
 
     /// The time between each moment and the one before it, for those that were reached, in µs.
-    pub fn phases(&self) -> Vec<PhaseTime> {
+    pub(crate) fn phases(&self) -> Vec<PhaseTime> {
         let mut last = None;
         let mut phases = Vec::new();
         for (phase, name) in PHASES {
@@ -233,13 +233,13 @@ impl Timeline {
     }
 
     /// vCPUs stopped to vCPUs running, in µs.
-    pub fn pause_us(&self) -> Option<u64> {
+    pub(crate) fn pause_us(&self) -> Option<u64> {
         Some(self.at(Phase::Commit)?.saturating_sub(self.at(Phase::Freeze)?) / 1000)
     }
 }
 
 /// CLOCK_MONOTONIC, ns.
-pub fn now_ns() -> u64 {
+pub(crate) fn now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
 }

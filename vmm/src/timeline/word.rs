@@ -16,7 +16,7 @@ const TAKEN: u32 = 2;
 
 /// See the module. All zero is the start of an update.
 #[repr(transparent)]
-pub struct Word(AtomicU32);
+pub(crate) struct Word(AtomicU32);
 
 impl Word {
     fn set(&self, to: u32) -> bool {
@@ -25,17 +25,17 @@ impl Word {
 
     /// The guest is the new VMM's. False: it is not, for ever.
     #[must_use]
-    pub fn commit(&self) -> bool {
+    pub(crate) fn commit(&self) -> bool {
         self.set(COMMITTED)
     }
 
     /// The guest is not the new VMM's. False: it is.
     #[must_use]
-    pub fn take(&self) -> bool {
+    pub(crate) fn take(&self) -> bool {
         self.set(TAKEN) || !self.is_committed()
     }
 
-    pub fn is_committed(&self) -> bool {
+    pub(crate) fn is_committed(&self) -> bool {
         self.0.load(Ordering::SeqCst) == COMMITTED
     }
 }

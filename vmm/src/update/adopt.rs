@@ -30,7 +30,7 @@ use crate::supervisor::Supervisor;
 use crate::timeline::{Phase, Timeline};
 
 /// The running guest in its new VMM, and what is left to do outside of its pause.
-pub struct Adopted {
+pub(crate) struct Adopted {
     pub host: Host,
     pub machine: Option<Machine>,
     pub config: Option<VmConfig>,
@@ -42,7 +42,7 @@ pub struct Adopted {
     pub events: EventStream,
 }
 
-pub struct AdoptedApi {
+pub(crate) struct AdoptedApi {
     pub listener: UnixListener,
     pub connections: Vec<KeptConnection>,
 }
@@ -67,7 +67,7 @@ impl Inbox<'_> {
 
 /// Takes the guest over from the old VMM. On an error the guest has not been touched, and is the old one's.
 /// `started`: CLOCK_MONOTONIC at the start of main.
-pub fn adopt(
+pub(crate) fn adopt(
     channel: &Channel,
     timeline: &Timeline,
     requests: Arc<dyn GuestRequests>,
@@ -142,7 +142,7 @@ fn open(bytes: &[u8]) -> Result<Opened<'_>, UpdateError> {
 }
 
 /// Tells the old VMM why this one ends, before it has touched anything.
-pub fn give_up(channel: &Channel, timeline: &Timeline, cause: String) {
+pub(crate) fn give_up(channel: &Channel, timeline: &Timeline, cause: String) {
     timeline.set_cause(&cause);
     // One that is gone hears of nothing.
     let _ = Incoming::new(channel, &**timeline.seams()).say(&ToOld::Failed(cause));

@@ -9,7 +9,7 @@ const PATH: &str = "/proc/self/oom_score_adj";
 const FIRST: i16 = 1000;
 
 /// This process is the OOM killer's first choice for as long as this lives.
-pub struct Dispensable {
+pub(super) struct Dispensable {
     /// Opened once: it is in the pause.
     file: File,
     /// What it was before. To lower it again needs no privilege, as it is not lower than what a privileged process gave
@@ -19,7 +19,7 @@ pub struct Dispensable {
 
 impl Dispensable {
     /// None where that cannot be had: the update goes on without.
-    pub fn new() -> Option<Self> {
+    pub(super) fn new() -> Option<Self> {
         let file = File::options().read(true).write(true).open(PATH).ok()?;
         let mut text = [0; 16];
         let len = file.read_at(&mut text, 0).ok()?;

@@ -66,7 +66,7 @@ impl UpdateError {
 /// An update that was undone, and in which phase it was.
 #[derive(Debug, thiserror::Error)]
 #[error("phase {}: {source}", phase.name())]
-pub struct Undone {
+pub(crate) struct Undone {
     pub phase: Phase,
     pub source: UpdateError,
 }

@@ -11,7 +11,7 @@
 //! Each phase consumes the one before. Dropping one puts back all that was done so far, and the guest runs on in this
 //! VMM, which was never changed: a way back restores nothing.
 
-pub mod adopt;
+pub(crate) mod adopt;
 mod dispensable;
 mod error;
 mod pause;
@@ -19,10 +19,10 @@ mod preflight;
 mod prepare;
 mod rehearsed;
 mod rights;
-pub mod saved;
+pub(crate) mod saved;
 mod sealed;
 mod standby;
-pub mod target;
+pub(crate) mod target;
 mod transport;
 mod words;
 
@@ -43,17 +43,17 @@ use crate::panics::panic_text;
 use crate::sandbox::Confinement;
 use crate::supervisor::Supervisor;
 use crate::timeline::{Phase, Timeline};
-pub use error::{Undone, UpdateError};
+pub(crate) use error::{Undone, UpdateError};
 use pause::Paused;
 use prepare::WayBack;
-pub use prepare::{Order, Ready};
+pub(crate) use prepare::{Order, Ready};
 
 /// From the pause to the guest's next instruction, unless the request says otherwise. After that it goes on in this
 /// VMM.
-pub const DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// What an update works on.
-pub struct UpdateContext<'a> {
+pub(crate) struct UpdateContext<'a> {
     pub host: &'a Host,
     pub keeper: &'a Arc<Keeper>,
     pub main: &'a MainThread,
@@ -71,7 +71,7 @@ pub struct UpdateContext<'a> {
 }
 
 /// Why the guest is still in this VMM. A success never comes back here.
-pub struct NotUpdated {
+pub(crate) struct NotUpdated {
     pub outcome: UpdateOutcome,
     pub to: Option<BuildInfo>,
     pub reasons: Vec<String>,
@@ -79,11 +79,11 @@ pub struct NotUpdated {
 }
 
 impl NotUpdated {
-    pub fn refused(to: Option<BuildInfo>, reasons: Vec<String>) -> Self {
+    pub(crate) fn refused(to: Option<BuildInfo>, reasons: Vec<String>) -> Self {
         Self { outcome: UpdateOutcome::Refused, to, reasons, timeline: None }
     }
 
-    pub fn report(self, machine: Option<&Machine>) -> UpdateReport {
+    pub(crate) fn report(self, machine: Option<&Machine>) -> UpdateReport {
         UpdateReport {
             outcome: self.outcome,
             from: build_info::this().clone(),
@@ -102,7 +102,7 @@ impl NotUpdated {
 
 /// The end of an update's story in the old VMM: the guest goes over to the new one, which is ready. Returns only if
 /// that failed.
-pub fn hand_over(
+pub(crate) fn hand_over(
     mut subject: UpdateContext<'_>,
     ready: Ready,
     caller: Option<ConnId>,

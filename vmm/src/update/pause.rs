@@ -21,7 +21,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 
 /// The guest's vCPUs are stopped with nothing pending, its interrupts wait in their eventfds, and the API stands still.
 /// Dropped in the order of the fields: the new VMM ends first, then the guest runs again, then the log and the API.
-pub struct Paused<'a> {
+pub(super) struct Paused<'a> {
     new: Standby,
     guest: Option<StoppedGuest<'a>>,
     _held: Held,
@@ -48,7 +48,7 @@ impl Drop for StoppedGuest<'_> {
 }
 
 impl<'a> Paused<'a> {
-    pub fn new(
+    pub(super) fn new(
         subject: &'a mut UpdateContext<'_>,
         target: PathBuf,
         timeline: Arc<Timeline>,
@@ -102,7 +102,7 @@ impl<'a> Paused<'a> {
     }
 
     /// Pure: the guest and its devices stay as they are.
-    pub fn save(self) -> Result<Saved<'a>, UpdateError> {
+    pub(super) fn save(self) -> Result<Saved<'a>, UpdateError> {
         let mut writer = StateWriter::new(&build_info::this().build_id);
         // A new VMM that has not heard it only takes a little longer.
         let soon = || drop(self.new.soon());
@@ -140,13 +140,13 @@ fn keep_api(frozen: &Frozen<'_>, fd_store: &FdStore, kept: &mut Vec<StoredFd>) -
 }
 
 /// The state is in its memfd.
-pub struct Saved<'a> {
+pub(super) struct Saved<'a> {
     paused: Paused<'a>,
 }
 
 impl<'a> Saved<'a> {
     /// All DMA addresses of all containers; the DMA itself goes on.
-    pub fn invalidate(self) -> Result<Invalidated<'a>, UpdateError> {
+    pub(super) fn invalidate(self) -> Result<Invalidated<'a>, UpdateError> {
         let containers = match &self.paused.guest {
             Some(guest) => guest.machine.invalidate()?,
             None => None,
@@ -159,7 +159,7 @@ impl<'a> Saved<'a> {
 
 /// No DMA address of this process is valid any more; DMA that was mapped goes on. Dropping it ends the new VMM, and
 /// maps them back.
-pub struct Invalidated<'a> {
+pub(super) struct Invalidated<'a> {
     _containers: Option<theseus_devices::vfio::Invalidated>,
     saved: Saved<'a>,
 }
@@ -173,7 +173,7 @@ impl Drop for Invalidated<'_> {
 
 impl Invalidated<'_> {
     /// The guest goes over to the new VMM, and this one ends. Returns only if that failed, with the reason.
-    pub fn hand_over(mut self) -> UpdateError {
+    pub(super) fn hand_over(mut self) -> UpdateError {
         let fds = std::mem::take(&mut self.saved.paused.fds);
         match self.saved.paused.new.hand_over(fds) {
             End::Committed => crate::ending::retire(),

@@ -20,7 +20,7 @@ const STATE: u64 = 16 << 20;
 
 /// What the guest makes an update need.
 #[derive(Clone, Debug, Default)]
-pub struct Requirements {
+pub(super) struct Requirements {
     /// Of each vCPU's thread.
     pub placements: Vec<Placement>,
     /// Bytes of RAM, and whether it is in pages of 4 KiB.
@@ -39,7 +39,7 @@ struct Limits {
 }
 
 /// Every reason against an update; empty if there is none.
-pub fn reasons(needs: &Requirements) -> Vec<String> {
+pub(super) fn reasons(needs: &Requirements) -> Vec<String> {
     match Limits::of_this_process() {
         Ok(limits) => judge(needs, limits),
         Err(error) => vec![format!("the limits of this process cannot be read: {error}: {}", remedy(&error))],
@@ -47,7 +47,7 @@ pub fn reasons(needs: &Requirements) -> Vec<String> {
 }
 
 /// What helps where a file of this process's own could not be opened.
-pub fn remedy(error: &io::Error) -> &'static str {
+pub(super) fn remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EMFILE) => "raise RLIMIT_NOFILE (prlimit --nofile)",
         Some(libc::EFBIG) => "raise RLIMIT_FSIZE (prlimit --fsize)",

@@ -31,7 +31,7 @@ use crate::supervisor::Supervisor;
 use crate::timeline::{Phase, Timeline};
 
 /// An update that was asked for, with all that is to be known of the machine.
-pub struct Order {
+pub(crate) struct Order {
     request: UpdateRequest,
     keeper: Arc<Keeper>,
     main: MainThread,
@@ -49,7 +49,7 @@ pub struct Order {
 }
 
 /// What there is to go back to.
-pub struct WayBack {
+pub(crate) struct WayBack {
     pub keeper: Arc<Keeper>,
     pub supervisor: Supervisor,
     /// The running program: the keeper can become it again even if its file is replaced or deleted.
@@ -59,7 +59,7 @@ pub struct WayBack {
 }
 
 /// The new VMM waits for the guest.
-pub struct Ready {
+pub(crate) struct Ready {
     pub to: BuildInfo,
     pub target: PathBuf,
     pub timeline: Arc<Timeline>,
@@ -69,7 +69,7 @@ pub struct Ready {
 
 impl Order {
     /// `given_up`: see there.
-    pub fn new(
+    pub(crate) fn new(
         subject: &UpdateContext<'_>,
         request: &UpdateRequest,
         given_up: Arc<AtomicBool>,
@@ -109,7 +109,7 @@ impl Order {
     }
 
     /// Refuses with every reason there is, or has the keeper become the new image and the new VMM make itself ready.
-    pub fn carry_out(self) -> Result<Ready, NotUpdated> {
+    pub(crate) fn carry_out(self) -> Result<Ready, NotUpdated> {
         let program = File::open("/proc/self/exe").map_err(cannot_prepare)?;
         let Self { request, keeper, main, supervisor, events, timeline, page, mut reasons, needs, rehearsed, given_up } =
             self;

@@ -15,7 +15,7 @@ use crate::machine::MachineError;
 use crate::machine::state::SaveScope;
 
 /// What the target is rehearsed with, and the new VMM makes itself ready with.
-pub struct Rehearsed {
+pub(crate) struct Rehearsed {
     pub state: OwnedFd,
     pub bytes: Vec<u8>,
     /// For the true state, in bytes, about.
@@ -26,7 +26,7 @@ pub struct Rehearsed {
 
 /// Why the state of the running guest cannot be had.
 #[derive(Debug, thiserror::Error)]
-pub enum NotRehearsed {
+pub(super) enum NotRehearsed {
     #[error("the present state cannot be saved: {0}")]
     Machine(#[from] MachineError),
     #[error("the present state cannot be saved: {0}")]
@@ -39,7 +39,7 @@ pub enum NotRehearsed {
 const VCPU: usize = 16 << 10;
 
 /// The state as it is now, with the guest running: all of it but the vCPUs.
-pub fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Rehearsed, NotRehearsed> {
+pub(super) fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Rehearsed, NotRehearsed> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
     if let Some(machine) = &subject.machine {
         machine.save(&mut writer, SaveScope::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;

@@ -22,7 +22,7 @@ const INITIAL_USER_NAMESPACE: &str = "user:[4026531837]";
 
 /// A program that the update leads to.
 #[derive(Clone, Debug)]
-pub struct Image {
+pub(super) struct Image {
     /// "the new image", "the old binary on a way back".
     pub called: &'static str,
     pub path: PathBuf,
@@ -32,7 +32,7 @@ pub struct Image {
 }
 
 impl Image {
-    pub fn new(called: &'static str, path: &Path, file: impl AsFd, capabilities: CapabilitySet) -> Self {
+    pub(super) fn new(called: &'static str, path: &Path, file: impl AsFd, capabilities: CapabilitySet) -> Self {
         let flags = rustix::fs::fstatvfs(file).map(|stat| stat.f_flag);
         let nosuid = flags.is_ok_and(|flags| flags.contains(StatVfsMountFlags::NOSUID));
         let elsewhere =
@@ -54,7 +54,7 @@ impl Image {
 
 /// What is asked of them.
 #[derive(Clone, Debug)]
-pub struct Wants<'a> {
+pub(super) struct Wants<'a> {
     /// Bytes that are pinned for DMA now, and will be charged to the new image.
     pub locked: u64,
     /// RLIMIT_MEMLOCK
@@ -68,7 +68,7 @@ pub struct Wants<'a> {
 }
 
 impl<'a> Wants<'a> {
-    pub fn of_this_process(placements: &'a [Placement]) -> io::Result<Self> {
+    pub(super) fn of_this_process(placements: &'a [Placement]) -> io::Result<Self> {
         let status = std::fs::read_to_string("/proc/self/status")?;
         let locked = field(&status, "VmLck:").and_then(|kib| kib.parse::<u64>().ok());
         Ok(Self {
@@ -81,7 +81,7 @@ impl<'a> Wants<'a> {
     }
 
     /// Every reason against an update that leads to these images; a lack that both have is told of the first.
-    pub fn reasons(&self, images: &[Image]) -> Vec<String> {
+    pub(super) fn reasons(&self, images: &[Image]) -> Vec<String> {
         let without = |capability| images.iter().find(|image| !image.capabilities.contains(capability));
         let mut reasons = Vec::new();
         // vfio_iommu_type1 charges what is pinned to the new address space (vfio_change_dma_owner).

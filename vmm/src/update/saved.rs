@@ -22,7 +22,7 @@ const HANDOVER: Format = Format::new("handover", 3);
 
 /// What the new VMM needs beside the machine: all of it this host's.
 #[derive(Serialize, Deserialize)]
-pub struct Handover {
+pub(crate) struct Handover {
     /// Every stored fd.
     pub fd_store: Vec<Record>,
     pub from: BuildHandles,
@@ -66,7 +66,7 @@ impl From<BuildHandles> for BuildInfo {
 }
 
 #[derive(Serialize, Deserialize)]
-pub struct ApiSlots {
+pub(crate) struct ApiSlots {
     pub listener: Slot,
     /// Connections that stand between two requests.
     pub idle: Vec<Slot>,
@@ -75,17 +75,17 @@ pub struct ApiSlots {
 }
 
 /// Of every section that this build writes.
-pub fn kinds() -> Vec<Kind> {
+pub(crate) fn kinds() -> Vec<Kind> {
     let devices = theseus_devices::catalogue::kinds();
     [Kind::of::<Handover>(HANDOVER)].into_iter().chain(state::KINDS.iter().copied()).chain(devices).collect()
 }
 
-pub fn formats() -> Vec<Format> {
+pub(crate) fn formats() -> Vec<Format> {
     kinds().into_iter().map(|kind| kind.format).collect()
 }
 
 /// A saved state as this build takes it: every section read and written again.
-pub fn reread(reader: &StateReader<'_>) -> Result<Vec<u8>, StateError> {
+pub(crate) fn reread(reader: &StateReader<'_>) -> Result<Vec<u8>, StateError> {
     let kinds = kinds();
     let mut writer = StateWriter::new(reader.build_id());
     for section in reader.sections() {
@@ -96,14 +96,14 @@ pub fn reread(reader: &StateReader<'_>) -> Result<Vec<u8>, StateError> {
     writer.finish()
 }
 
-pub struct Saved {
+pub(crate) struct Saved {
     pub handover: Handover,
     pub config: Option<VmConfig>,
     pub machine: Option<MachineState>,
 }
 
 impl Handover {
-    pub fn new(
+    pub(crate) fn new(
         subject: &UpdateContext<'_>,
         target: Option<PathBuf>,
         fd_store: Vec<Record>,
@@ -135,7 +135,7 @@ impl Handover {
         Ok(config)
     }
 
-    pub fn encode(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
+    pub(crate) fn encode(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
         Ok(writer.add("handover", &HANDOVER, self)?)
     }
 }
@@ -145,25 +145,25 @@ fn wrong_config(error: impl std::fmt::Display) -> StateError {
 }
 
 /// A state whose vCPUs can go ahead of the rest, as they are on the longest way.
-pub struct Opened<'a> {
+pub(crate) struct Opened<'a> {
     reader: StateReader<'a>,
     vcpus: Vec<EncodedVcpu>,
     count: usize,
 }
 
 impl<'a> Opened<'a> {
-    pub fn new(mut reader: StateReader<'a>) -> Result<Self, MachineError> {
+    pub(crate) fn new(mut reader: StateReader<'a>) -> Result<Self, MachineError> {
         let vcpus = state::take_vcpus(&mut reader)?;
         Ok(Self { reader, count: vcpus.len(), vcpus })
     }
 
     /// In order of their index; none the second time.
-    pub fn take_vcpus(&mut self) -> Vec<EncodedVcpu> {
+    pub(crate) fn take_vcpus(&mut self) -> Vec<EncodedVcpu> {
         std::mem::take(&mut self.vcpus)
     }
 
     /// Decodes everything else; nothing is claimed or created. A section that is left over is an error.
-    pub fn decode(self) -> Result<Saved, MachineError> {
+    pub(crate) fn decode(self) -> Result<Saved, MachineError> {
         let Self { mut reader, vcpus: _, count } = self;
         let (_, handover): (_, Handover) = reader.take("handover", &HANDOVER)?;
         let machine = handover.booted.then(|| MachineState::decode(&mut reader, count)).transpose()?;

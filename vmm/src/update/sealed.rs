@@ -10,11 +10,11 @@ use theseus_resources::state as envelope;
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::WRITE);
 
 /// A memfd for a state that is still to come, made before the pause: most of its cost is its pages.
-pub struct Blank(File);
+pub(crate) struct Blank(File);
 
 impl Blank {
     /// `name`: in /proc; `room`: how many bytes it will be, about.
-    pub fn new(name: &str, room: usize) -> std::io::Result<Self> {
+    pub(crate) fn new(name: &str, room: usize) -> std::io::Result<Self> {
         let memfd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         if room > 0 {
             rustix::fs::fallocate(&memfd, FallocateFlags::empty(), 0, room as u64)?;
@@ -24,7 +24,7 @@ impl Blank {
 
     /// With this state, that nobody can change any more. What room is left stays: to give it back takes longer than to
     /// read past it.
-    pub fn seal(&self, bytes: &[u8]) -> std::io::Result<()> {
+    pub(crate) fn seal(&self, bytes: &[u8]) -> std::io::Result<()> {
         self.0.write_all_at(bytes, 0)?;
         Ok(rustix::fs::fcntl_add_seals(&self.0, SEALS | SealFlags::SEAL)?)
     }
@@ -37,7 +37,7 @@ impl AsFd for Blank {
 }
 
 /// A memfd with these bytes.
-pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
+pub(super) fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
     let blank = Blank::new(name, bytes.len())?;
     blank.seal(bytes)?;
     Ok(blank.0.into())
@@ -45,7 +45,7 @@ pub fn seal(name: &str, bytes: &[u8]) -> std::io::Result<OwnedFd> {
 
 /// The state in a sealed memfd. Read rather than mapped: to unmap it would interrupt every CPU that runs a thread of
 /// this process. Refuses what is not sealed: its bytes could change, or end, under us.
-pub fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
+pub(super) fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
     if !rustix::fs::fcntl_get_seals(fd)?.contains(SEALS) {
         return Err(std::io::Error::other("its memfd is not sealed"));
     }

@@ -29,7 +29,7 @@ const PREWARM: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Ended, if it has not committed, when this is dropped: nothing of it is left then.
-pub struct Standby {
+pub(crate) struct Standby {
     transport: Outgoing,
     pidfd: OwnedFd,
     timeline: Arc<Timeline>,
@@ -40,7 +40,7 @@ pub struct Standby {
 }
 
 /// Why there is no new VMM.
-pub struct NotStarted {
+pub(crate) struct NotStarted {
     pub reason: UpdateError,
     /// Whether the keeper is still the program that it was.
     pub is_whole: bool,
@@ -48,7 +48,7 @@ pub struct NotStarted {
 
 /// What it said last.
 #[derive(Debug)]
-pub enum End {
+pub(crate) enum End {
     Committed,
     /// It has the guest not, unless the word says so.
     Failed(UpdateError),
@@ -56,7 +56,7 @@ pub enum End {
 
 impl Standby {
     /// The keeper becomes the new image, which starts the new VMM.
-    pub fn start(
+    pub(crate) fn start(
         keeper: &Keeper,
         program: BorrowedFd<'_>,
         page: BorrowedFd<'_>,
@@ -74,32 +74,32 @@ impl Standby {
     }
 
     /// Gives it the state of the running guest, and waits until it is ready for the true one.
-    pub fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), UpdateError> {
+    pub(crate) fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), UpdateError> {
         let sent = self.transport.send_state(&ToNew::Rehearsal, rehearsed.state.as_fd(), rehearsed.fds.clone());
         sent.map_err(|error| self.why(error))?;
         self.converse(Instant::now() + PREWARM, &ToOld::Ready)
     }
 
     /// See [`Outgoing::missing`]; for [`Standby::hand_over`].
-    pub fn missing(&self, fd_store: &FdStore) -> (Vec<Record>, Vec<StoredFd>) {
+    pub(crate) fn missing(&self, fd_store: &FdStore) -> (Vec<Record>, Vec<StoredFd>) {
         self.transport.missing(fd_store)
     }
 
     /// It is to wake up.
-    pub fn soon(&self) -> Result<(), UpdateError> {
+    pub(crate) fn soon(&self) -> Result<(), UpdateError> {
         self.transport.say(&ToNew::Soon).map_err(|error| self.why(error))
     }
 
     /// Stores the state of the guest that stands still. What is not whole is found here, before the guest's DMA is
     /// touched.
-    pub fn store(&self, mut state: Vec<u8>) -> Result<(), UpdateError> {
+    pub(crate) fn store(&self, mut state: Vec<u8>) -> Result<(), UpdateError> {
         self.timeline.seams().state("save", &mut state);
         envelope::check(&state)?;
         self.blank.seal(&state).map_err(UpdateError::os("cannot keep the state"))
     }
 
     /// Gives it the state that was stored, and waits for what becomes of it, until the update's deadline.
-    pub fn hand_over(&self, fds: Vec<StoredFd>) -> End {
+    pub(crate) fn hand_over(&self, fds: Vec<StoredFd>) -> End {
         let sent = self.transport.send_state(&ToNew::State, self.blank.as_fd(), fds).map_err(|error| self.why(error));
         let until = || Instant::now() + self.timeline.left();
         match sent.and_then(|()| self.converse(until(), &ToOld::Committed)) {
@@ -163,7 +163,7 @@ impl Standby {
 
     /// Kills it and waits until nothing of it is left, unless the guest is its own: then this process has nothing to do
     /// here any more.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         if self.ended.replace(true) {
             return;
         }

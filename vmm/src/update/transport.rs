@@ -47,7 +47,7 @@ pub enum TransportError {
 }
 
 /// The old VMM's end.
-pub struct Outgoing {
+pub(super) struct Outgoing {
     channel: Channel,
     /// What of the fd store has gone, or is about to.
     known: RefCell<BTreeSet<Slot>>,
@@ -57,26 +57,31 @@ pub struct Outgoing {
 
 impl Outgoing {
     /// And what the new VMM makes its own end of.
-    pub fn new() -> Result<(Self, Channel), TransportError> {
+    pub(super) fn new() -> Result<(Self, Channel), TransportError> {
         let (channel, theirs) = Channel::pair().map_err(TransportError::NoSocket)?;
         Ok((Self { channel, known: RefCell::default(), waiting: RefCell::default() }, theirs))
     }
 
     /// The fd store as it is now, for a state, and those of its descriptors that have not gone yet, for
     /// [`Outgoing::send_state`].
-    pub fn missing(&self, fd_store: &FdStore) -> (Vec<Record>, Vec<StoredFd>) {
+    pub(super) fn missing(&self, fd_store: &FdStore) -> (Vec<Record>, Vec<StoredFd>) {
         fd_store.offer(&self.known.borrow())
     }
 
     /// A sealed state, and what it names.
-    pub fn send_state(&self, word: &ToNew, state: BorrowedFd<'_>, fds: Vec<StoredFd>) -> Result<(), TransportError> {
+    pub(super) fn send_state(
+        &self,
+        word: &ToNew,
+        state: BorrowedFd<'_>,
+        fds: Vec<StoredFd>,
+    ) -> Result<(), TransportError> {
         self.known.borrow_mut().extend(fds.iter().map(StoredFd::slot));
         self.waiting.borrow_mut().extend(fds);
         self.send(word, Some(state))
     }
 
     /// A word alone.
-    pub fn say(&self, word: &ToNew) -> Result<(), TransportError> {
+    pub(super) fn say(&self, word: &ToNew) -> Result<(), TransportError> {
         talk::send(&self.channel, word, &[]).map_err(TransportError::ToNew)
     }
 
@@ -90,7 +95,7 @@ impl Outgoing {
     }
 
     /// What the new VMM has said, without a wait. None where that was a matter of this transport alone.
-    pub fn hear(&self) -> Result<Option<ToOld>, TransportError> {
+    pub(super) fn hear(&self) -> Result<Option<ToOld>, TransportError> {
         match talk::receive(&self.channel, Duration::ZERO).map_err(TransportError::ToNew)? {
             (ToOld::More, _) => self.send(&ToNew::Fds, None).map(|()| None),
             (word, _) => Ok(Some(word)),
@@ -106,20 +111,20 @@ impl AsFd for Outgoing {
 }
 
 /// The new VMM's end.
-pub struct Incoming<'a> {
+pub(super) struct Incoming<'a> {
     channel: &'a Channel,
     spin: Spin,
     seams: &'a dyn Seams,
 }
 
 /// A state, and as many of the descriptors that it names as came with it.
-pub struct Arrived {
+pub(super) struct Arrived {
     pub bytes: Vec<u8>,
     pub fds: Vec<OwnedFd>,
 }
 
 impl<'a> Incoming<'a> {
-    pub fn new(channel: &'a Channel, seams: &'a dyn Seams) -> Self {
+    pub(super) fn new(channel: &'a Channel, seams: &'a dyn Seams) -> Self {
         Self { channel, spin: Spin::of_threads(1), seams }
     }
 
@@ -144,7 +149,7 @@ impl<'a> Incoming<'a> {
     }
 
     /// The state that comes with `word`. `soon` is called when the old VMM says that it is about to come.
-    pub fn state(&self, word: ToNew, soon: impl Fn()) -> Result<Arrived, TransportError> {
+    pub(super) fn state(&self, word: ToNew, soon: impl Fn()) -> Result<Arrived, TransportError> {
         let is_last = word == ToNew::State;
         let mut came = self.hear(word, soon)?.into_iter();
         let state = came.next().ok_or(TransportError::NoState)?;
@@ -156,7 +161,7 @@ impl<'a> Incoming<'a> {
     }
 
     /// `fds`, and the others of the `named` descriptors that a state has named.
-    pub fn descriptors(&self, mut fds: Vec<OwnedFd>, named: usize) -> Result<Vec<OwnedFd>, TransportError> {
+    pub(super) fn descriptors(&self, mut fds: Vec<OwnedFd>, named: usize) -> Result<Vec<OwnedFd>, TransportError> {
         while fds.len() < named {
             self.say(&ToOld::More)?;
             let more = self.hear(ToNew::Fds, || ())?;
@@ -168,7 +173,7 @@ impl<'a> Incoming<'a> {
         Ok(fds)
     }
 
-    pub fn say(&self, word: &ToOld) -> Result<(), TransportError> {
+    pub(super) fn say(&self, word: &ToOld) -> Result<(), TransportError> {
         talk::send(self.channel, word, &[]).map_err(TransportError::ToOld)
     }
 }

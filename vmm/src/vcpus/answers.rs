@@ -34,7 +34,7 @@ pub(super) struct Answers {
 
 impl Answers {
     /// Of one thread. `all`: how many there are.
-    pub fn ready(&self, all: usize, within: Duration) -> Result<(), VcpuError> {
+    pub(super) fn ready(&self, all: usize, within: Duration) -> Result<(), VcpuError> {
         match self.spin.receive_until(&self.events, Instant::now() + within) {
             Ok(Event::Ready(result)) => result,
             Ok(Event::Paused | Event::Saved(..)) | Err(RecvTimeoutError::Disconnected) => Err(VcpuError::Gone),
@@ -43,7 +43,7 @@ impl Answers {
     }
 
     /// Waits for so many vCPUs to stop; the error is how many have not.
-    pub fn paused(&self, expected: usize, deadline: Instant) -> Result<(), usize> {
+    pub(super) fn paused(&self, expected: usize, deadline: Instant) -> Result<(), usize> {
         let mut done = 0;
         while done < expected {
             match self.spin.receive_until(&self.events, deadline) {
@@ -58,7 +58,7 @@ impl Answers {
 
     /// The states that `all` vCPUs have saved when they were asked for the `turn`th time, in order of their index.
     /// `soon` is called when no more than one is missing.
-    pub fn saved(
+    pub(super) fn saved(
         &self,
         turn: u64,
         all: usize,

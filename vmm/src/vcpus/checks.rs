@@ -29,19 +29,19 @@ impl Mailbox {
 pub(super) struct Checks(Vec<Mailbox>);
 
 impl Checks {
-    pub fn new(vcpus: usize) -> Self {
+    pub(super) fn new(vcpus: usize) -> Self {
         Self((0..vcpus).map(|_| Mailbox::default()).collect())
     }
 
     /// The vCPU `index` is this thread's.
-    pub fn introduce(&self, index: u32, tid: libc::pid_t, exit_flag: ExitFlag) {
+    pub(super) fn introduce(&self, index: u32, tid: libc::pid_t, exit_flag: ExitFlag) {
         if let Some(mailbox) = self.0.get(index as usize) {
             let _ = mailbox.wake.set((tid, exit_flag));
         }
     }
 
     /// To vCPU `index`, which takes it before its next instruction.
-    pub fn post(&self, index: u32, check: Check) {
+    pub(super) fn post(&self, index: u32, check: Check) {
         let Some(mailbox) = self.0.get(index as usize) else { return };
         let mut waiting = mailbox.lock();
         if waiting.len() < WAITING_MAX && !waiting.contains(&check) {
@@ -55,17 +55,17 @@ impl Checks {
     }
 
     /// To all but `index`.
-    pub fn post_others(&self, index: u32, check: Check) {
+    pub(super) fn post_others(&self, index: u32, check: Check) {
         (0..self.0.len() as u32).filter(|other| *other != index).for_each(|other| self.post(other, check));
     }
 
     /// What waits for vCPU `index`.
-    pub fn take(&self, index: u32) -> Vec<Check> {
+    pub(super) fn take(&self, index: u32) -> Vec<Check> {
         self.0.get(index as usize).map(|mailbox| std::mem::take(&mut *mailbox.lock())).unwrap_or_default()
     }
 
     /// The same, left where they are.
-    pub fn waiting(&self, index: u32) -> Vec<Check> {
+    pub(super) fn waiting(&self, index: u32) -> Vec<Check> {
         self.0.get(index as usize).map(|mailbox| look(&mailbox.waiting).clone()).unwrap_or_default()
     }
 }

@@ -8,9 +8,9 @@
 mod answers;
 mod checks;
 mod owed;
-pub mod placement;
+pub(crate) mod placement;
 mod processor;
-pub mod saved;
+pub(crate) mod saved;
 mod signal;
 mod thread;
 
@@ -40,7 +40,7 @@ use checks::Checks;
 use placement::{PinError, Placement};
 use processor::Processor;
 use saved::{EncodedVcpu, SavedVcpu};
-pub use signal::install_kick_handler;
+pub(crate) use signal::install_kick_handler;
 
 /// How long a vCPU thread may take for one command that it answers while stopped.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -76,7 +76,7 @@ pub enum VcpuError {
 }
 
 /// What a vCPU begins with.
-pub enum Start {
+pub(crate) enum Start {
     /// At the guest's boot. `entry` is where the boot processor starts; the others wait for its SIPI.
     Boot {
         cpuid: Vec<kvm_cpuid_entry2>,
@@ -92,7 +92,7 @@ pub enum Start {
 
 /// What all vCPU threads share.
 #[derive(Clone)]
-pub struct Shared {
+pub(crate) struct Shared {
     pub hypervisor: Arc<Hypervisor>,
     pub pio: Arc<Bus>,
     pub mmio: Arc<Bus>,
@@ -158,7 +158,7 @@ struct Newcomer {
 }
 
 /// vCPU threads on their way.
-pub struct Starting {
+pub(crate) struct Starting {
     waiting: Vec<Newcomer>,
     checks: Arc<Checks>,
     answers: Answers,
@@ -167,7 +167,7 @@ pub struct Starting {
 
 impl Starting {
     /// All vCPUs come into being, in parallel, and are stopped.
-    pub fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
+    pub(crate) fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
         let Self { waiting, checks, answers, commander } = self;
         for (index, newcomer) in (0u32..).zip(&waiting) {
             if let Some(placement) = newcomer.placement.as_ref().filter(|placement| placement.cgroup.is_some())
@@ -203,7 +203,7 @@ impl Starting {
     }
 }
 
-pub struct Vcpus {
+pub(crate) struct Vcpus {
     handles: Vec<Handle>,
     checks: Arc<Checks>,
     answers: Answers,
@@ -216,7 +216,7 @@ pub struct Vcpus {
 
 impl Vcpus {
     /// Starts a thread per vCPU. They get ready in parallel with the caller, until [`Starting::create`].
-    pub fn start(shared: &Shared, starts: Vec<Start>) -> Result<Starting, VcpuError> {
+    pub(crate) fn start(shared: &Shared, starts: Vec<Start>) -> Result<Starting, VcpuError> {
         let (event_sender, events) = channel();
         let checks = Arc::new(Checks::new(starts.len()));
         let spin = Spin::of_threads(starts.len());
@@ -260,7 +260,7 @@ impl Vcpus {
 
     /// Begins the first half of a restore, in parallel: `states` in order of their index, one for each vCPU. Then
     /// [`Vcpus::all_ready`].
-    pub fn restore_early(&self, states: Vec<EncodedVcpu>) -> Result<(), VcpuError> {
+    pub(crate) fn restore_early(&self, states: Vec<EncodedVcpu>) -> Result<(), VcpuError> {
         if states.len() != self.handles.len() {
             return Err(VcpuError::Count { states: states.len(), vcpus: self.handles.len() });
         }
@@ -271,17 +271,17 @@ impl Vcpus {
     }
 
     /// Waits for all to have done what they were told.
-    pub fn all_ready(&self) -> Result<(), VcpuError> {
+    pub(crate) fn all_ready(&self) -> Result<(), VcpuError> {
         self.handles.iter().try_for_each(|_| self.ready())
     }
 
     /// Begins the second half of a restore, in parallel, once the VM's clock is set. Then [`Vcpus::all_ready`].
-    pub fn restore_late(&self) -> Result<(), VcpuError> {
+    pub(crate) fn restore_late(&self) -> Result<(), VcpuError> {
         self.handles.iter().try_for_each(|handle| handle.send(Command::RestoreLate))
     }
 
     /// [`Vcpus::restore_early`] is about to come. Nothing where there is no CPU for each to wait on ([`Spin`]).
-    pub fn awake(&self) {
+    pub(crate) fn awake(&self) {
         if self.answers.spin.is_spinning() {
             // One that has ended is found by what follows.
             self.handles.iter().for_each(|handle| drop(handle.send(Command::Awake)));
@@ -289,12 +289,12 @@ impl Vcpus {
     }
 
     /// Tells the guest of a page that it has lost, and does not need just now.
-    pub fn memory_lost(&self, gpa: u64) {
+    pub(crate) fn memory_lost(&self, gpa: u64) {
         self.checks.post(0, Check::Optional(gpa));
     }
 
     /// Lets all vCPUs run.
-    pub fn resume(&mut self) -> Result<(), VcpuError> {
+    pub(crate) fn resume(&mut self) -> Result<(), VcpuError> {
         self.running = true;
         for handle in &self.handles {
             handle.send(Command::Run)?;
@@ -303,7 +303,7 @@ impl Vcpus {
     }
 
     /// Takes all vCPUs out of the guest, with nothing pending. If one does not come in time, all go on.
-    pub fn pause(&mut self, within: Duration) -> Result<(), VcpuError> {
+    pub(crate) fn pause(&mut self, within: Duration) -> Result<(), VcpuError> {
         if !self.running {
             return Ok(());
         }
@@ -329,7 +329,7 @@ impl Vcpus {
 
     /// Has all (paused) vCPUs save their states, in parallel with each other and with the caller. `soon` is called when
     /// no more than one is missing.
-    pub fn begin_save<'a>(&'a self, soon: &'a dyn Fn()) -> Result<Saving<'a>, VcpuError> {
+    pub(crate) fn begin_save<'a>(&'a self, soon: &'a dyn Fn()) -> Result<Saving<'a>, VcpuError> {
         let turn = self.saves.get() + 1;
         self.saves.set(turn);
         for handle in &self.handles {
@@ -340,7 +340,7 @@ impl Vcpus {
 
     /// The same, but the caller's thread will do it alone, in [`Saving::finish`].
     #[cfg_attr(not(test), expect(dead_code, reason = "for the rescue after a crash: docs/architecture.md"))]
-    pub fn begin_save_alone(&self) -> Saving<'_> {
+    pub(crate) fn begin_save_alone(&self) -> Saving<'_> {
         Saving { vcpus: self, how: How::Alone }
     }
 
@@ -369,41 +369,41 @@ impl Vcpus {
 
     /// How many threads have their vCPU locked.
     #[cfg(test)]
-    pub fn in_hand(&self) -> usize {
+    pub(crate) fn in_hand(&self) -> usize {
         self.handles.iter().filter(|handle| handle.processor.is_locked()).count()
     }
 
-    pub fn count(&self) -> u32 {
+    pub(crate) fn count(&self) -> u32 {
         self.handles.len() as u32
     }
 
     /// What KVM runs the guest's TSC at; 0 without a vCPU.
-    pub fn tsc_khz(&self) -> u32 {
+    pub(crate) fn tsc_khz(&self) -> u32 {
         self.handles.first().map_or(0, |handle| handle.tsc_khz)
     }
 
-    pub fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         self.running
     }
 
     /// In order of their index.
-    pub fn threads(&self) -> Vec<libc::pid_t> {
+    pub(crate) fn threads(&self) -> Vec<libc::pid_t> {
         self.handles.iter().map(|handle| handle.tid).collect()
     }
 
     /// What each vCPU is, in order of their index.
-    pub fn shapes(&self) -> Vec<VcpuShape> {
+    pub(crate) fn shapes(&self) -> Vec<VcpuShape> {
         self.handles.iter().map(|handle| handle.shape.clone()).collect()
     }
 
     /// Where and how each thread is scheduled now, as an operator may have changed it.
-    pub fn placements(&self) -> Vec<Placement> {
+    pub(crate) fn placements(&self) -> Vec<Placement> {
         self.handles.iter().map(|handle| Placement::of(handle.tid)).collect()
     }
 }
 
 /// States that are being saved.
-pub struct Saving<'a> {
+pub(crate) struct Saving<'a> {
     vcpus: &'a Vcpus,
     how: How<'a>,
 }
@@ -419,7 +419,7 @@ enum How<'a> {
 
 impl Saving<'_> {
     /// In order of their index.
-    pub fn finish(self) -> Result<Vec<SavedVcpu>, VcpuError> {
+    pub(crate) fn finish(self) -> Result<Vec<SavedVcpu>, VcpuError> {
         match self.how {
             How::ByThreads { turn, soon } => self.vcpus.answers.saved(turn, self.vcpus.handles.len(), ANSWER, soon),
             How::Alone => self.vcpus.save_alone(),

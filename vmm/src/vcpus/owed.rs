@@ -9,7 +9,7 @@ use theseus_hypervisor::vcpu::OwedWrite;
 pub(super) struct Owed(pub Vec<OwedWrite>);
 
 impl Owed {
-    pub fn write(&mut self, bus: &Bus, is_port: bool, address: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) {
+    pub(super) fn write(&mut self, bus: &Bus, is_port: bool, address: u64, data: &[u8], is_wanted: &dyn Fn() -> bool) {
         // One after the other, as the guest has made them.
         if !self.0.is_empty() || !bus.write_unless(address, data, is_wanted) {
             self.0.push(OwedWrite { is_port, address, data: data.to_vec() });
@@ -17,7 +17,7 @@ impl Owed {
     }
 
     /// Carries them out. False: the vCPU was wanted again before that.
-    pub fn pay(&mut self, pio: &Bus, mmio: &Bus, is_wanted: &dyn Fn() -> bool) -> bool {
+    pub(super) fn pay(&mut self, pio: &Bus, mmio: &Bus, is_wanted: &dyn Fn() -> bool) -> bool {
         while let Some(OwedWrite { is_port, address, data }) = self.0.first() {
             let bus = if *is_port { pio } else { mmio };
             if !bus.write_unless(*address, data, is_wanted) {

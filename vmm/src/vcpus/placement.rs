@@ -10,7 +10,7 @@ use rustix::process::Resource;
 /// What a thread could not be given.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {source}")]
-pub struct ScheduleError {
+pub(crate) struct ScheduleError {
     what: &'static str,
     source: io::Error,
 }
@@ -23,7 +23,7 @@ pub struct PinError {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Placement {
+pub(crate) struct Placement {
     /// The kernel's CPU mask, in bytes; empty if unknown.
     pub affinity: Vec<u8>,
     /// SCHED_*
@@ -40,7 +40,7 @@ const MASK_BYTES: usize = 1024;
 
 impl Placement {
     /// What cannot be read is left at its default, which [`Placement::apply`] does not touch.
-    pub fn of(tid: libc::pid_t) -> Self {
+    pub(crate) fn of(tid: libc::pid_t) -> Self {
         let mut affinity = vec![0u8; MASK_BYTES];
         // SAFETY: the kernel writes at most MASK_BYTES bytes and returns how many.
         let len = unsafe { libc::syscall(libc::SYS_sched_getaffinity, tid, MASK_BYTES, affinity.as_mut_ptr()) };
@@ -57,7 +57,7 @@ impl Placement {
 
     /// Puts a thread of this process into its cgroup, if it has one of its own: not the calling one, which may open no
     /// file. What cannot be done is logged, as by [`Placement::apply`].
-    pub fn join_cgroup(&self, tid: libc::pid_t, index: u32) {
+    pub(crate) fn join_cgroup(&self, tid: libc::pid_t, index: u32) {
         let Some(cgroup) = &self.cgroup else { return };
         let file = PathBuf::from("/sys/fs/cgroup").join(cgroup.trim_start_matches('/')).join("cgroup.threads");
         if let Err(error) = std::fs::write(&file, tid.to_string()) {
@@ -67,7 +67,7 @@ impl Placement {
 
     /// Schedules the calling thread so, if it is known how. What cannot be done is logged: a guest that runs on other
     /// CPUs is better than none.
-    pub fn apply(&self, index: u32) {
+    pub(crate) fn apply(&self, index: u32) {
         // The defaults too: main, of which this thread has inherited, may have been given something else.
         if let Err(error) = self.schedule(0) {
             log::warn!("vCPU {index}: cannot be scheduled as it was: {error}");
@@ -75,14 +75,14 @@ impl Placement {
     }
 
     /// Whether both say the same of affinity, policy, priority and nice value.
-    pub fn is_scheduled_as(&self, other: &Self) -> bool {
+    pub(crate) fn is_scheduled_as(&self, other: &Self) -> bool {
         let of = |it: &Self| (it.affinity.clone(), it.policy, it.priority, it.nice);
         of(self) == of(other)
     }
 
     /// Gives affinity, policy, priority and nice value to a thread of this process (0: the calling one), if they are
     /// known. The error names one thing that could not be had.
-    pub fn schedule(&self, tid: libc::pid_t) -> Result<(), ScheduleError> {
+    pub(crate) fn schedule(&self, tid: libc::pid_t) -> Result<(), ScheduleError> {
         if self.affinity.is_empty() {
             return Ok(());
         }
@@ -113,7 +113,7 @@ fn set_affinity(tid: libc::pid_t, mask: &[u8]) -> Result<(), ScheduleError> {
 }
 
 /// The calling thread runs on these CPUs of the host from now on.
-pub fn pin(cpus: &[u32]) -> Result<(), PinError> {
+pub(crate) fn pin(cpus: &[u32]) -> Result<(), PinError> {
     let mut mask = vec![0u8; MASK_BYTES];
     for cpu in cpus {
         if let Some(byte) = mask.get_mut(*cpu as usize / 8) {
@@ -125,7 +125,7 @@ pub fn pin(cpus: &[u32]) -> Result<(), PinError> {
 
 /// What a process may do with the scheduling of its own threads (sched(7), setpriority(2)).
 #[derive(Clone, Copy, Debug)]
-pub struct Rights {
+pub(crate) struct Rights {
     /// CAP_SYS_NICE: everything.
     pub sys_nice: bool,
     /// RLIMIT_RTPRIO
@@ -136,7 +136,7 @@ pub struct Rights {
 
 impl Rights {
     /// `sys_nice`: whether this process has that capability.
-    pub fn of_this_process(sys_nice: bool) -> Self {
+    pub(crate) fn of_this_process(sys_nice: bool) -> Self {
         let limit = |resource| rustix::process::getrlimit(resource).current.unwrap_or(u64::MAX);
         let by_limit = 20 - i32::try_from(limit(Resource::Nice).min(40)).unwrap_or(40);
         let main = Placement::of(std::process::id() as libc::pid_t);
@@ -144,7 +144,7 @@ impl Rights {
     }
 
     /// Why a new thread could not be put there; somebody with more rights has done it to the one there is.
-    pub fn lack_for(&self, placement: &Placement) -> Option<String> {
+    pub(crate) fn lack_for(&self, placement: &Placement) -> Option<String> {
         let Placement { affinity: _, policy, priority, nice, cgroup: _ } = placement;
         match *policy {
             libc::SCHED_DEADLINE => Some("SCHED_DEADLINE, which cannot be given to a new thread".into()),

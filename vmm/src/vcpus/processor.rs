@@ -16,7 +16,7 @@ pub(super) struct Processor {
 }
 
 impl Processor {
-    pub fn save(&self) -> Result<SavedVcpu, VcpuError> {
+    pub(super) fn save(&self) -> Result<SavedVcpu, VcpuError> {
         let index = self.index;
         let (mut state, handles) = self.vcpu.save().map_err(|source| VcpuError::Hypervisor { index, source })?;
         state.owed.clone_from(&self.owed.0);

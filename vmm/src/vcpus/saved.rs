@@ -9,13 +9,13 @@ use super::VcpuError;
 use super::placement::Placement;
 
 /// Encoded and decoded by the thread of the vCPU, in parallel with the others.
-pub struct EncodedVcpu {
+pub(crate) struct EncodedVcpu {
     pub state: Encoded<VcpuState>,
     pub handles: Encoded<VcpuHandles>,
 }
 
 impl EncodedVcpu {
-    pub fn new(index: u32, state: &VcpuState, handles: &VcpuHandles) -> Result<Self, VcpuError> {
+    pub(crate) fn new(index: u32, state: &VcpuState, handles: &VcpuHandles) -> Result<Self, VcpuError> {
         let name = section(index as usize);
         let failed = |source: StateError| VcpuError::State { index, source };
         let handles = Encoded::new(handles_name(&name), handles).map_err(failed)?;
@@ -23,14 +23,14 @@ impl EncodedVcpu {
     }
 
     /// Those of the vCPU of this index.
-    pub fn decode(&self, index: u32) -> Result<(VcpuState, VcpuHandles), VcpuError> {
+    pub(crate) fn decode(&self, index: u32) -> Result<(VcpuState, VcpuHandles), VcpuError> {
         let failed = |source| VcpuError::State { index, source };
         let (state, handles) = (self.state.decode().map_err(failed)?, self.handles.decode().map_err(failed)?);
         state.is_foreign(index).map_or(Ok((state, handles)), |reason| Err(VcpuError::Foreign { index, reason }))
     }
 }
 
-pub struct SavedVcpu {
+pub(crate) struct SavedVcpu {
     pub encoded: EncodedVcpu,
     /// As in the handles.
     pub tsc_offset: u64,
@@ -39,13 +39,13 @@ pub struct SavedVcpu {
 }
 
 /// The name of the section with the state.
-pub fn section(index: usize) -> String {
+pub(crate) fn section(index: usize) -> String {
     format!("vcpu{index}")
 }
 
 /// [`Placement`].
 #[derive(Serialize, Deserialize)]
-pub struct PlacementHandles {
+pub(crate) struct PlacementHandles {
     /// The kernel's CPU mask, in bytes; empty if unknown.
     #[serde(with = "serde_bytes")]
     affinity: Vec<u8>,
@@ -74,7 +74,7 @@ impl From<PlacementHandles> for Placement {
 
 /// Does what a save and a restore will do in the pause of an update, for the first time in this process: the code and
 /// the heap that it needs are there then.
-pub fn warm(vcpu: &Vcpu) {
+pub(crate) fn warm(vcpu: &Vcpu) {
     let warm = |(state, handles): &(Box<_>, _)| EncodedVcpu::new(vcpu.index(), state, handles)?.decode(vcpu.index());
     std::hint::black_box(vcpu.fresh().map(warm));
 }

@@ -9,10 +9,10 @@ const FIRST_ON_TERMINAL: Duration = Duration::from_secs(2);
 const EVERY: Duration = Duration::from_secs(10);
 
 /// Says that it still waits, until dropped.
-pub struct Patience(#[expect(dead_code, reason = "its end is what counts")] Sender<()>);
+pub(crate) struct Patience(#[expect(dead_code, reason = "its end is what counts")] Sender<()>);
 
 impl Patience {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let first = if std::io::stderr().is_terminal() { FIRST_ON_TERMINAL } else { EVERY };
         Self::with(first, EVERY, |line| {
             // Nobody to be told is no reason to end: `eprintln!` would.

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use theseus_api::types::{BuildInfo, UpdateOutcome, UpdateReport};
 
 /// The report for people, with a newline at the end.
-pub fn table(report: &UpdateReport) -> String {
+pub(crate) fn table(report: &UpdateReport) -> String {
     let UpdateReport { outcome, from, to, pid, pause_us, phases, devices, containers, .. } = report;
     let headline = match outcome {
         UpdateOutcome::Updated => "updated",

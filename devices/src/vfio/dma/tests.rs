@@ -106,7 +106,7 @@ fn unmap_forgets() {
 }
 
 /// A domain that no BAR can be mapped into; otherwise it is as its container.
-pub struct RamOnly(pub Arc<Container>);
+pub(crate) struct RamOnly(pub Arc<Container>);
 
 impl MemoryListener for RamOnly {
     fn describe(&self) -> String {

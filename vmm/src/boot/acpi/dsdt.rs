@@ -10,7 +10,7 @@ use theseus_resources::layout;
 
 use crate::boot::{BootError, MAX_VCPUS, MachineShape};
 
-pub fn definition_block(machine: &MachineShape) -> Result<Vec<u8>, BootError> {
+pub(super) fn definition_block(machine: &MachineShape) -> Result<Vec<u8>, BootError> {
     let mut aml = Vec::new();
     // Only the first element counts with a sleep control register; ACPICA wants two integers.
     let s5 = Package::new(vec![&SLEEP_TYPE_S5, &SLEEP_TYPE_S5, &ZERO, &ZERO]);

@@ -23,7 +23,7 @@ const LEVEL_CORE: u32 = 2;
 const SHARED_CACHE_LEVEL: u32 = 3;
 
 /// Describes all that is the same for each vCPU.
-pub fn describe(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u32) {
+pub(super) fn describe(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u32) {
     let amd = Vendor::of(entries) == Vendor::Amd;
     let max_leaf = find(entries, LEAF_VENDOR, 0).map_or(0, |leaf| leaf.eax);
     let max_extended = find(entries, LEAF_EXTENDED_MAX, 0).map_or(0, |leaf| leaf.eax);
@@ -63,7 +63,7 @@ pub fn describe(entries: &mut Vec<kvm_cpuid_entry2>, vcpus: u32) {
 }
 
 /// Puts the APIC id where leaves hold one.
-pub fn set_apic_id(entries: &mut [kvm_cpuid_entry2], apic_id: u32) {
+pub(super) fn set_apic_id(entries: &mut [kvm_cpuid_entry2], apic_id: u32) {
     for leaf in entries {
         match leaf.function {
             LEAF_FEATURES => leaf.ebx = (leaf.ebx & 0x00FF_FFFF) | apic_id << 24,

@@ -7,7 +7,7 @@ use super::ioctls;
 use super::rules::{Is, Rules};
 
 /// None: it has no filter, or another thread's. `pid`: of this process.
-pub fn of(role: Role, pid: u32) -> Option<Rules> {
+pub(super) fn of(role: Role, pid: u32) -> Option<Rules> {
     let mut rules = all(pid);
     match role {
         Role::Spawner | Role::Vcpu(_) => return None,

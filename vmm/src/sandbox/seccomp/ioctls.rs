@@ -6,7 +6,7 @@
 //! VFIO_DEVICE_PCI_HOT_RESET of a device.
 
 /// Which do `KVM_RUN` and what belongs to one vCPU or its exits. That one first, as it is by far the most frequent.
-pub const VCPU: &[u32] = &[
+pub(super) const VCPU: &[u32] = &[
     kvm(0x80), // KVM_RUN
     kvm(0x61), // KVM_IRQ_LINE
     kvm(0xa5), // KVM_SIGNAL_MSI, KVM_SET_XSAVE
@@ -56,7 +56,7 @@ pub const VCPU: &[u32] = &[
 ];
 
 /// Beside those: what a whole machine is made of, saved and restored by.
-pub const MACHINE: &[u32] = &[
+pub(super) const MACHINE: &[u32] = &[
     kvm(0x00), // KVM_GET_API_VERSION
     kvm(0x01), // KVM_CREATE_VM
     kvm(0x05), // KVM_GET_SUPPORTED_CPUID
@@ -81,7 +81,7 @@ pub const MACHINE: &[u32] = &[
 ];
 
 /// What kind of a file it is, and whose terminal.
-pub const LOOKED_AT: &[u32] = &[
+pub(super) const LOOKED_AT: &[u32] = &[
     0x5401, // TCGETS
     0x540f, // TIOCGPGRP
     0x5413, // TIOCGWINSZ
@@ -89,7 +89,7 @@ pub const LOOKED_AT: &[u32] = &[
 ];
 
 /// Of terminals (include/uapi/asm-generic/ioctls.h). Not TIOCSTI, which types into one.
-pub const TERMINAL: &[u32] = &[
+pub(super) const TERMINAL: &[u32] = &[
     0x5401, // TCGETS
     0x5402, // TCSETS
     0x5403, // TCSETSW
@@ -106,10 +106,10 @@ pub const TERMINAL: &[u32] = &[
 ];
 
 /// FIONBIO, by which a socket is told not to block.
-pub const NONBLOCK: &[u32] = &[0x5421];
+pub(super) const NONBLOCK: &[u32] = &[0x5421];
 
 /// Of the keeper's death: what a group's device holds is let go (KVM_DEV_VFIO_FILE_DEL).
-pub const ENDING: &[u32] = &[kvm(0xe1)];
+pub(super) const ENDING: &[u32] = &[kvm(0xe1)];
 
 const fn kvm(number: u32) -> u32 {
     0xae00 | number

@@ -13,7 +13,7 @@ mod ioctls;
 mod rules;
 #[cfg(test)]
 mod tests;
-pub mod trap;
+pub(crate) mod trap;
 
 use std::ffi::OsStr;
 use std::io;
@@ -28,7 +28,7 @@ const VARIABLE: &str = "THESEUS_SECCOMP";
 
 /// What becomes of a thread that calls what it may not, in the words of Cloud Hypervisor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Mode {
+pub(crate) enum Mode {
     /// The process dies by SIGSYS, with the call in its log.
     #[default]
     True,
@@ -58,7 +58,7 @@ impl Mode {
 
     /// From now on it is in force, whatever this process was started with. To be called before there are other threads
     /// or processes.
-    pub fn put_in_force(self) {
+    pub(crate) fn put_in_force(self) {
         // SAFETY: the caller's promise: nobody reads the environment meanwhile.
         unsafe { std::env::set_var(VARIABLE, self.name()) };
     }
@@ -73,7 +73,7 @@ impl Mode {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum SeccompError {
+pub(crate) enum SeccompError {
     #[error("the filter of '{role}': {source}")]
     Program { role: Role, source: seccompiler::Error },
     #[error(transparent)]
@@ -83,7 +83,7 @@ pub enum SeccompError {
 }
 
 /// On the main thread of a VMM, before there are others. From now on all are filtered.
-pub fn begin() -> Result<(), SeccompError> {
+pub(crate) fn begin() -> Result<(), SeccompError> {
     let Some(action) = Mode::in_force().action() else { return Ok(()) };
     trap::install().map_err(SeccompError::Handler)?;
     let pid = std::process::id();

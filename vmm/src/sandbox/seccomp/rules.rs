@@ -8,11 +8,11 @@ use seccompiler::{
 
 /// By number; empty: whatever the arguments are.
 #[derive(Clone, Default)]
-pub struct Rules(BTreeMap<i64, Vec<SeccompRule>>);
+pub(super) struct Rules(BTreeMap<i64, Vec<SeccompRule>>);
 
 /// What an argument has to be.
 #[derive(Clone, Copy)]
-pub enum Is {
+pub(super) enum Is {
     /// An int.
     Int(i32),
     /// All of its 64 bits.
@@ -22,14 +22,14 @@ pub enum Is {
 }
 
 impl Rules {
-    pub fn any(&mut self, calls: &[i64]) {
+    pub(super) fn any(&mut self, calls: &[i64]) {
         for call in calls {
             self.0.insert(*call, Vec::new());
         }
     }
 
     /// Where all of these arguments are so. The order of calls with the same number is that of the filter.
-    pub fn when(&mut self, call: i64, arguments: &[(u8, Is)]) {
+    pub(super) fn when(&mut self, call: i64, arguments: &[(u8, Is)]) {
         // None of this fails for a constant list that is not empty, of indices below 6; what did would allow nothing.
         let conditions: Option<Vec<_>> = arguments.iter().map(|(index, is)| is.condition(*index)).collect();
         let Some(Ok(rule)) = conditions.map(SeccompRule::new) else { return };
@@ -41,7 +41,7 @@ impl Rules {
     }
 
     /// All that the other allows, too.
-    pub fn and(&mut self, other: &Self) {
+    pub(super) fn and(&mut self, other: &Self) {
         for (call, rules) in &other.0 {
             match self.0.get_mut(call) {
                 Some(own) if own.is_empty() => {}
@@ -54,7 +54,11 @@ impl Rules {
         }
     }
 
-    pub fn program(self, other: SeccompAction, matching: SeccompAction) -> Result<BpfProgram, seccompiler::Error> {
+    pub(super) fn program(
+        self,
+        other: SeccompAction,
+        matching: SeccompAction,
+    ) -> Result<BpfProgram, seccompiler::Error> {
         let filter = SeccompFilter::new(self.0, other, matching, TargetArch::x86_64)?;
         Ok(filter.try_into()?)
     }

@@ -14,10 +14,10 @@ static UPDATE: AtomicPtr<Timeline> = AtomicPtr::new(ptr::null_mut());
 const BY_FILTER: libc::c_int = 1;
 
 /// Where the handler tells of a call, while it lives.
-pub struct Witness<'a>(#[expect(dead_code, reason = "is not to outlive it")] &'a Timeline);
+pub(crate) struct Witness<'a>(#[expect(dead_code, reason = "is not to outlive it")] &'a Timeline);
 
 impl<'a> Witness<'a> {
-    pub fn new(timeline: &'a Timeline) -> Self {
+    pub(crate) fn new(timeline: &'a Timeline) -> Self {
         UPDATE.store(ptr::from_ref(timeline).cast_mut(), Ordering::SeqCst);
         Self(timeline)
     }
@@ -29,7 +29,7 @@ impl Drop for Witness<'_> {
     }
 }
 
-pub fn install() -> io::Result<()> {
+pub(crate) fn install() -> io::Result<()> {
     // SAFETY: all zeroes is a sigaction; the handler is async-signal-safe, and stays.
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();

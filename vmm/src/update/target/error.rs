@@ -58,7 +58,7 @@ pub enum Reason {
 }
 
 /// What an older build takes, where the VMM allows one at all, and where not.
-pub fn back(allowed: bool) -> &'static str {
+pub(super) fn back(allowed: bool) -> &'static str {
     match allowed {
         true => "say allow_downgrade",
         false => "as it was started with --update-key, this VMM goes back only with --allow-downgrade as well",

@@ -59,7 +59,7 @@ fn runner(own: u32) -> String {
 
 /// What of a file decides who can change it.
 #[derive(Clone, Copy, Debug)]
-pub struct Facts {
+pub(super) struct Facts {
     pub owner: u32,
     pub mode: u32,
     /// Served by a program of a user, it seems: what is read of it may be something else each time, whoever is said to
@@ -68,7 +68,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    pub fn of(file: &File) -> io::Result<Self> {
+    pub(super) fn of(file: &File) -> io::Result<Self> {
         let stat = rustix::fs::fstat(file)?;
         // Mounts that users can make are nosuid (fusermount(1)); virtiofs, which has the same magic number, is the
         // host's and is not.
@@ -78,7 +78,7 @@ impl Facts {
     }
 
     /// Every reason against a file that the user `own` is to run.
-    pub fn reasons(self, own: u32) -> Vec<Unguarded> {
+    pub(super) fn reasons(self, own: u32) -> Vec<Unguarded> {
         let Self { owner, mode, fuse } = self;
         let mut reasons = Vec::new();
         if owner != 0 && owner != own {
@@ -101,13 +101,13 @@ impl Facts {
     }
 
     /// Whether who may write it is not enough: its owner is not root, and so it takes a lease.
-    pub fn wants_lease(self) -> bool {
+    pub(super) fn wants_lease(self) -> bool {
         self.owner != 0
     }
 }
 
 /// Takes a read lease, which lasts as long as the file is open here or in a process that has inherited it.
-pub fn lease(file: &File) -> Result<(), Unguarded> {
+pub(super) fn lease(file: &File) -> Result<(), Unguarded> {
     take(file).map_err(|error| match error.raw_os_error() {
         Some(libc::EAGAIN) => Unguarded::NotLeased,
         _ => Unguarded::NoLeases(error),
@@ -115,7 +115,7 @@ pub fn lease(file: &File) -> Result<(), Unguarded> {
 }
 
 /// Whether nobody has the file open for writing: of one that is root's by now, somebody else may. Only root may ask.
-pub fn nobody_writes(file: &File) -> Result<(), Unguarded> {
+pub(super) fn nobody_writes(file: &File) -> Result<(), Unguarded> {
     match take(file) {
         Ok(()) => Ok(fcntl(file, libc::F_SETLEASE, libc::F_UNLCK).map(drop)?),
         Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && !is_remote(file) => Err(Unguarded::OpenForWriting),
@@ -137,7 +137,7 @@ fn take(file: &File) -> io::Result<()> {
 
 /// Whether a lease that was taken is still there. What breaks it changes nothing as long as it is (lease-break-time, 45
 /// s by default).
-pub fn lease_holds(file: &File) -> Result<(), Unguarded> {
+pub(super) fn lease_holds(file: &File) -> Result<(), Unguarded> {
     match fcntl(file, libc::F_GETLEASE, 0) {
         Ok(libc::F_RDLCK) => Ok(()),
         Ok(_) => Err(Unguarded::Rewritten),

@@ -23,7 +23,7 @@ use crate::update::saved::{self, Opened};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Serialize, Deserialize)]
-pub struct Verdict {
+pub(super) struct Verdict {
     pub build_id: String,
     /// Why it cannot take this guest over; empty if it can.
     pub reasons: Vec<String>,
@@ -54,7 +54,7 @@ pub enum DryRunError {
 }
 
 /// What a dry run has shown.
-pub struct Rehearsal {
+pub(crate) struct Rehearsal {
     /// Every reason against the target; empty if there is none.
     pub reasons: Vec<Unfit>,
     /// Of the target after its exec. None if it did not get that far.
@@ -62,7 +62,7 @@ pub struct Rehearsal {
 }
 
 /// In the running image.
-pub fn ask(target: &Target, state: &[u8], main: &MainThread) -> Rehearsal {
+pub(crate) fn ask(target: &Target, state: &[u8], main: &MainThread) -> Rehearsal {
     let mut capabilities = None;
     let reasons = match converse(target, state, main, &mut capabilities) {
         Ok(verdict) => judge(target, verdict),
@@ -140,7 +140,7 @@ fn last_line(output: &mut File) -> String {
 }
 
 /// In the target, as `--check-update`: reads the state from standard input, prints the verdict.
-pub fn answer(seams: &dyn Seams) -> std::io::Result<()> {
+pub(crate) fn answer(seams: &dyn Seams) -> std::io::Result<()> {
     let mut state = Vec::new();
     std::io::stdin().read_to_end(&mut state)?;
     seams.state("check-update", &mut state);

@@ -18,12 +18,12 @@ use theseus_api::types::{BuildInfo, UpdateRequest};
 use crate::build_info::elf;
 use crate::supervisor::{Fence, Supervisor};
 
-pub use error::{Reason, Unfit};
+pub(crate) use error::{Reason, Unfit};
 use guard::Facts;
-pub use handshake::{Rehearsal, answer, ask};
-pub use named::{default_path, started_from};
+pub(crate) use handshake::{Rehearsal, answer, ask};
+pub(crate) use named::{default_path, started_from};
 
-pub struct Target {
+pub(crate) struct Target {
     pub path: PathBuf,
     /// What is checked here is what is executed: the path is not looked up again.
     pub file: File,
@@ -35,7 +35,11 @@ pub struct Target {
 impl Target {
     /// Opens and checks the file, without running any of it; on failure all the reasons that could be found.
     /// `supervisor`: what is run where the request names no file, where a file may be, and who must have signed it.
-    pub fn open(request: &UpdateRequest, running: &BuildInfo, supervisor: &Supervisor) -> Result<Self, Vec<Unfit>> {
+    pub(crate) fn open(
+        request: &UpdateRequest,
+        running: &BuildInfo,
+        supervisor: &Supervisor,
+    ) -> Result<Self, Vec<Unfit>> {
         let path = match &request.binary {
             Some(path) => path.clone(),
             None => default_path(supervisor.started_from())
@@ -117,7 +121,7 @@ impl Target {
     }
 
     /// Whether it still is what was checked.
-    pub fn unchanged(&self) -> Result<(), Unfit> {
+    pub(crate) fn unchanged(&self) -> Result<(), Unfit> {
         let held = if self.leased { guard::lease_holds(&self.file) } else { Ok(()) };
         held.map_err(|reason| Unfit { path: self.path.clone(), reason: reason.into() })
     }
@@ -168,7 +172,7 @@ fn older(a: &str, b: &str) -> Result<bool, semver::Error> {
 }
 
 /// For messages.
-pub fn describe(path: &Path, build: &BuildInfo) -> String {
+pub(crate) fn describe(path: &Path, build: &BuildInfo) -> String {
     format!("{} (version {}, build {})", path.display(), build.version, build.build_id)
 }
 

@@ -8,11 +8,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-pub const EXE: &str = "/proc/self/exe";
+pub(super) const EXE: &str = "/proc/self/exe";
 
 /// The name by which this process was started, absolute; to be asked at the start. None where it was started by a
 /// descriptor and no argument tells, either.
-pub fn started_from() -> Option<PathBuf> {
+pub(crate) fn started_from() -> Option<PathBuf> {
     // SAFETY: takes a number only.
     let executed = unsafe { libc::getauxval(libc::AT_EXECFN) } as *const libc::c_char;
     let executed = if executed.is_null() {
@@ -38,7 +38,7 @@ fn name_of(name: &Path) -> Option<PathBuf> {
 }
 
 /// What is now called as the running file was; where that name is not known, what is now in the file's place.
-pub fn default_path(started_from: Option<&Path>) -> io::Result<PathBuf> {
+pub(crate) fn default_path(started_from: Option<&Path>) -> io::Result<PathBuf> {
     if let Some(name) = started_from {
         return Ok(name.into());
     }

@@ -28,7 +28,7 @@ pub struct Unsigned {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum Reason {
+pub(super) enum Reason {
     #[error("{0}: sign the file (minisign -S), and put the signature there")]
     NotRead(#[from] small_file::SmallFileError),
     #[error("is not a signature of minisign, or not all of one ({0}): sign the file again, or copy it again")]
@@ -48,7 +48,7 @@ pub enum Reason {
 }
 
 /// Reads all of the open `file`. `version`: what that says of itself, if it says so.
-pub fn check(file: &File, keys: &[UpdateKey], version: Option<&str>) -> Result<(), Unsigned> {
+pub(super) fn check(file: &File, keys: &[UpdateKey], version: Option<&str>) -> Result<(), Unsigned> {
     let path = beside(file).map_err(|error| Unsigned { path: ".minisig".into(), reason: error.into() })?;
     verify(file, &path, keys, version).map_err(|reason| Unsigned { path, reason })
 }
