@@ -1,7 +1,7 @@
 //! The VMM process: machine, memory, vCPU threads, control loop, update.
 
 mod available_memory;
-pub mod boot;
+mod boot;
 mod build_info;
 mod cli;
 mod control;

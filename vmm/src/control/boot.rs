@@ -69,7 +69,7 @@ impl UnderWay {
         match self.built.try_recv() {
             Ok(built) => Some(built),
             Err(TryRecvError::Empty) => None,
-            Err(TryRecvError::Disconnected) => Some(Err(MachineError::Config("the boot has ended early".into()))),
+            Err(TryRecvError::Disconnected) => Some(Err(MachineError::BootLost)),
         }
     }
 
@@ -101,7 +101,7 @@ impl Control {
                 Ok((machine, config))
             });
             let built = catch_unwind(build)
-                .unwrap_or_else(|panic| Err(MachineError::Config(format!("the boot: {}", panic_text(&*panic)))));
+                .unwrap_or_else(|panic| Err(MachineError::BootPanicked(panic_text(&*panic))));
             // Nobody waits: the process is ending, and this machine with it.
             if let Err(unwanted) = sender.send(built)
                 && let Ok((machine, _)) = unwanted.0
@@ -113,7 +113,7 @@ impl Control {
         self.booting = Some(Booting { wish, under_way: UnderWay { given_up, built } });
         if let Err(error) = threads::spawn(Role::Boot, body) {
             // The thread's end of the channel is gone: this is all that will come of it.
-            self.boot_ended(Err(MachineError::Config(error.to_string())));
+            self.boot_ended(Err(error.into()));
         }
     }
 

@@ -21,7 +21,7 @@ impl Machine {
     /// `given_up`: nobody wants it any more.
     pub(crate) fn build(spec: &MachineSpec, host: &Host, given_up: &AtomicBool) -> Result<Self, MachineError> {
         let go_on = || match given_up.load(Ordering::SeqCst) {
-            true => Err(MachineError::Config("the boot was given up".into())),
+            true => Err(MachineError::GivenUp),
             false => Ok(()),
         };
         go_on()?;

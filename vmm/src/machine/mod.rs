@@ -3,6 +3,7 @@
 
 mod build;
 mod devices;
+mod error;
 mod fits;
 mod glue;
 mod passthrough;
@@ -25,53 +26,13 @@ use theseus_devices::legacy::{pm, pm::Pm, serial, serial::SerialDevice};
 use theseus_devices::set::DeviceSet;
 use theseus_devices::vfio::Invalidated;
 use theseus_hypervisor::{ClockAnchor, Hypervisor, ReadyVm};
-use theseus_resources::fd_store::FdStoreError;
-use theseus_resources::memory_listener::MemoryError;
-use theseus_resources::ram::RamError;
-use theseus_resources::state::StateError;
 use theseus_resources::{FdStore, GuestRam, MemoryListeners, layout};
 
-use crate::boot::BootError;
 use crate::seams::Seams;
-use crate::timeline::NotPassed;
-use crate::vcpus::{Shared, VcpuError, Vcpus};
-use fits::FitError;
+use crate::vcpus::{Shared, Vcpus};
+pub(crate) use error::MachineError;
 use passthrough::PassthroughDevices;
 use populate::Populating;
-
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    #[error("{0}")]
-    Config(String),
-    #[error(transparent)]
-    Fit(#[from] FitError),
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error(transparent)]
-    Ram(#[from] RamError),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Hypervisor(#[from] theseus_hypervisor::Error),
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
-    #[error(transparent)]
-    Devices(#[from] DeviceError),
-    #[error(transparent)]
-    State(#[from] StateError),
-    #[error(transparent)]
-    FdStore(#[from] FdStoreError),
-    #[error("{name}: {source}")]
-    Device { name: String, source: theseus_devices::migratable::MigrateError },
-    #[error("{0}")]
-    Passthrough(String),
-    #[error("{source}{}", held.iter().map(|held| format!("; {held}")).collect::<String>())]
-    Stuck { source: VcpuError, held: Vec<String> },
-    #[error(transparent)]
-    NotPassed(#[from] NotPassed),
-    #[error("no KVM would take the guest's state as it is: {0}: try again when the guest has gone on")]
-    Refused(String),
-}
 
 /// What outlives every machine of this process.
 #[derive(Clone)]

@@ -78,10 +78,6 @@ pub(crate) struct PassthroughState {
     devices: Vec<Saved<VfioPci>>,
 }
 
-fn failed(error: impl std::fmt::Display) -> MachineError {
-    MachineError::Passthrough(error.to_string())
-}
-
 fn wiring(vm: &Arc<Vm>, buses: &Buses, fd_store: &FdStore) -> Wiring {
     Wiring {
         fd_store: fd_store.clone(),
@@ -110,8 +106,8 @@ impl PassthroughDevices {
         let mut plugged: Vec<Plugged> = Vec::new();
         for PassthroughSpec { path, id, container } in specs {
             let config = vfio::DeviceConfig { path: path.clone(), id: id.clone(), container: container.clone() };
-            let device = registry.attach(&config, wiring(vm, buses, fd_store), &mut windows).map_err(failed)?;
-            let slot = buses.pci.add(None, device.clone()).map_err(failed)?;
+            let device = registry.attach(&config, wiring(vm, buses, fd_store), &mut windows)?;
+            let slot = buses.pci.add(None, device.clone())?;
             plugged.push(Plugged::new(slot, device));
         }
         let this = Self { plugged, registry, window64, windows: Mutex::new(windows), seams };
@@ -168,7 +164,8 @@ impl PassthroughDevices {
         self.settle(vm);
         for plugged in &self.plugged {
             let device = plugged.device.lock();
-            device.quiesce_irqfds().map_err(|error| failed(format!("{}: {error}", device.id())))?;
+            let failed = |source| MachineError::Interrupts { device: device.id().to_owned(), source };
+            device.quiesce_irqfds().map_err(failed)?;
         }
         self.registry.group_fds().iter().try_for_each(|group| Ok(vm.vfio_del(group.as_fd())?))
     }
@@ -204,16 +201,16 @@ impl PassthroughDevices {
         if self.plugged.is_empty() {
             return Ok(None);
         }
-        vfio::invalidate_all(&self.domains()).map(Some).map_err(failed)
+        Ok(Some(vfio::invalidate_all(&self.domains())?))
     }
 
     /// Takes a later state of the same guest, while none of it is in use.
     pub(super) fn mend(&self, state: PassthroughState, claims: &mut Claims) -> Result<(), MachineError> {
         let PassthroughState { layout, registry, devices } = state;
-        self.registry.mend(registry).map_err(failed)?;
+        self.registry.mend(registry).map_err(|source| MachineError::Device { name: REGISTRY.into(), source })?;
         let here = self.plugged.iter().map(|plugged| (plugged.slot, &plugged.id));
         if !here.eq(layout.devices.iter().map(|(slot, id)| (*slot, id))) {
-            return Err(failed("the guest has other devices than those that were made ready"));
+            return Err(MachineError::OtherDevices);
         }
         for (plugged, state) in self.plugged.iter().zip(devices) {
             let moved = plugged.device.lock().mend(state, claims);
@@ -235,7 +232,7 @@ impl PassthroughDevices {
         self.tell_kvm(vm)?;
         // SAFETY: the same memfd at the same offsets, and the same regions of the same device fds, as this machine
         // restored them.
-        unsafe { vfio::remap_all(&self.domains(), ram, bar_vaddr) }.map_err(failed)
+        Ok(unsafe { vfio::remap_all(&self.domains(), ram, bar_vaddr) }?)
     }
 
     /// The orderly end: devices quiet and given back.
@@ -262,7 +259,7 @@ impl PassthroughDevices {
         let mut sections = vec![registry.save().encode(REGISTRY)?];
         for (plugged, (_, id)) in plugged.iter().zip(&layout.devices) {
             let name = section(id);
-            let device = plugged.device.look().map_err(|held| failed(format!("device '{id}': {held}")))?;
+            let device = plugged.device.look().map_err(|held| MachineError::Held { device: id.clone(), held })?;
             let saved = SavedDevice::of(&*device, &name).map_err(|source| MachineError::Device { name, source })?;
             sections.extend([Some(saved.state), saved.handles]);
         }
@@ -297,7 +294,7 @@ impl PassthroughDevices {
             let device =
                 VfioPci::restore(state, parts).map_err(|source| MachineError::Device { name: section(&id), source })?;
             let device = Arc::new(Turn::new(device));
-            buses.pci.add(Some(slot), device.clone()).map_err(failed)?;
+            buses.pci.add(Some(slot), device.clone())?;
             plugged.push(Plugged::new(slot, device));
         }
         Ok(Self { plugged, registry, window64, windows: Mutex::new(windows), seams })

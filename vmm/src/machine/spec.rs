@@ -55,7 +55,7 @@ impl MachineSpec {
         let VmConfig { cpus, memory, payload, serial, devices, landlock_enable: _, landlock_rules: _ } = config;
         let CpusConfig { boot_vcpus, max_vcpus: _, affinity } = cpus;
         let PayloadConfig { kernel, initramfs, cmdline } = payload;
-        let kernel = kernel.clone().ok_or_else(|| MachineError::Config("no kernel: give payload.kernel".into()))?;
+        let kernel = kernel.clone().ok_or(MachineError::NoKernel)?;
         let pinned = |CpuAffinity { vcpu, host_cpus }: &CpuAffinity| (*vcpu, host_cpus.clone());
         let ids = ids(devices);
         let device = |(DeviceConfig { path, id: _, container }, id): (&DeviceConfig, String)| PassthroughSpec {
@@ -95,7 +95,7 @@ impl MemorySpec {
 fn console(config: &SerialConfig) -> Result<ConsoleConfig, MachineError> {
     let SerialConfig { mode, file, socket } = config;
     let path =
-        |path: &Option<PathBuf>| path.clone().ok_or_else(|| MachineError::Config("serial: a path is missing".into()));
+        |path: &Option<PathBuf>| path.clone().ok_or(MachineError::NoSerialPath);
     Ok(match mode {
         SerialMode::Off => ConsoleConfig::Off,
         SerialMode::Null => ConsoleConfig::Null,

@@ -157,13 +157,10 @@ impl MachineState {
         let mut placements = placements.into_iter().map(Placement::from);
         let count = count.unwrap_or(0);
         if vcpus != count as usize {
-            return Err(MachineError::Config(format!("the saved state is of {count} vCPUs, and holds {vcpus}")));
+            return Err(MachineError::SavedVcpus { said: count, found: vcpus });
         }
         if version > MACHINE_VERSION {
-            return Err(MachineError::Config(format!(
-                "the guest was booted as version {version} of the machine, this build knows those up to \
-                 {MACHINE_VERSION}: update to a later build"
-            )));
+            return Err(MachineError::MachineVersion(version));
         }
         // The guest's clocks go on from the anchor.
         let (_, _): (_, ClockState) = reader.take("clock", &CLOCK)?;
