@@ -10,8 +10,8 @@ use theseus_api::types::{CpusConfig, DeviceConfig, LandlockConfig, MemoryConfig,
 /// What a parser may make of a byte: a range of CPUs is a number for each.
 const NUMBERS: usize = 1 << 20;
 
-/// `parts` is each key with its value. A value with a bracket or quote that is not closed takes in all behind it, and so
-/// can only be the last: one of the orders has to do.
+/// `parts` is each key with its value. A value with a bracket or quote that is not closed takes in all behind it, and
+/// so can only be the last: one of the orders has to do.
 fn same<T: PartialEq + Debug, E: Display>(value: &T, parts: &[String], parse: impl Fn(&str) -> Result<T, E>) {
     let texts = (0..parts.len().max(1)).map(|last| {
         let mut parts = parts.to_vec();

@@ -1,5 +1,5 @@
-//! What the fuzzer has kept goes through its target again, by the normal compiler, and so do changes of it, the same ones
-//! each time: `THESEUS_FUZZ_CHANGES=100000` asks for more of them.
+//! What the fuzzer has kept goes through its target again, by the normal compiler, and so do changes of it, the same
+//! ones each time: `THESEUS_FUZZ_CHANGES=100000` asks for more of them.
 
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};

@@ -45,7 +45,8 @@ fn pause(cpus: u32) -> Result<()> {
     let packets = traffic.finish_clean(rig.agent()?)?;
     let rate = packets as f64 / 2.0 / started.elapsed().as_secs_f64();
     println!(
-        "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, {rate:.0} packets/s each way ({packets} packets, none lost)\n"
+        "### Pause of an update: {cpus} vCPU, 512 MiB, igb passed through, {rate:.0} packets/s each way ({packets} \
+         packets, none lost)\n"
     );
     println!("{}", phase_table(&reports));
     let (pause, floor) =
@@ -143,7 +144,8 @@ mod tests {
     #[test]
     fn phases_keep_their_order() {
         let report: Report = serde_json::from_str(
-            r#"{"outcome":"updated","from":{"version":"1","build_id":"a"},"to":{"version":"1","build_id":"b"},"pid":1,"pause_us":9000,
+            r#"{"outcome":"updated","from":{"version":"1","build_id":"a"},"to":{"version":"1","build_id":"b"},
+                "pid":1,"pause_us":9000,
                 "phases":[{"name":"prepare","us":5},{"name":"exec","us":4000}],"devices":[],"containers":[]}"#,
         )
         .unwrap();

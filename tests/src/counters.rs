@@ -129,7 +129,8 @@ mod tests {
 
     #[test]
     fn drops_by_reason_and_caller() {
-        let event = "kworker-7 [000] ..s1 1.0: kfree_skb: skbaddr=00000000f00 protocol=2048 location=00000000ba4 reason: QDISC_DROP\n\
+        let event = "kworker-7 [000] ..s1 1.0: kfree_skb: skbaddr=00000000f00 protocol=2048 location=00000000ba4 \
+                     reason: QDISC_DROP\n\
                      kworker-7 [000] ..s1 1.0: <stack trace>\n => kfree_skb_reason\n => fq_codel_dequeue\n";
         let expected = ("dropped: QDISC_DROP, kfree_skb_reason < fq_codel_dequeue".to_string(), 2);
         assert_eq!(drops_in(&format!("# tracer: nop\n{event}{event}")), [expected]);

@@ -43,7 +43,8 @@ pub fn run() -> Result<()> {
         rig.wires[0].guest
     );
     println!(
-        "Numbered packets go to the guest and others come back: {RATE} a second each way, or as many as this machine carries."
+        "Numbered packets go to the guest and others come back: {RATE} a second each way, or as many as this machine \
+         carries."
     );
 
     let traffic = rig.traffic()?;
@@ -115,7 +116,8 @@ pub fn run() -> Result<()> {
     let longest_wait = waits.map(|sent| sent.longest_wait_us).max().unwrap_or(0);
     if longest_wait > 0 {
         println!(
-            "A sender keeps {} packets ahead of its receiver at most; on this machine one has waited {} ms for that, which is part of a gap.\n",
+            "A sender keeps {} packets ahead of its receiver at most; on this machine one has waited {} ms for that, \
+             which is part of a gap.\n",
             rig.wires[0].window,
             ms(longest_wait)
         );

@@ -205,11 +205,13 @@ fn soak(updates: u32, what: &str, nics: &[(Nic, Option<&str>)]) -> Result<()> {
     let longer = last_against_first(&pauses) / last_against_first(&floors);
     let slope = slope(&pauses.iter().map(|us| *us as f64).collect::<Vec<_>>());
     println!(
-        "slope of the pause: {slope:+.3} us an update; p50 of the last quarter against the first, as multiples of an exec that makes such a VM: {longer:.2}"
+        "slope of the pause: {slope:+.3} us an update; p50 of the last quarter against the first, as multiples of an \
+         exec that makes such a VM: {longer:.2}"
     );
     let clock_error = errors.last().copied().unwrap_or(0.0);
     println!(
-        "clock error at the end {clock_error:+.1} us beyond the drift of {drift:+.3} us a second that it has without updates\n"
+        "clock error at the end {clock_error:+.1} us beyond the drift of {drift:+.3} us a second that it has without \
+         updates\n"
     );
 
     ensure!(

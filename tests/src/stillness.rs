@@ -87,7 +87,8 @@ mod tests {
 
     #[test]
     fn silent_interrupts_are_left_out() {
-        let all = "           CPU0       CPU1\n  24:          0          0   PCI-MSIX eth0\n 25:   0   7  PCI-MSIX eth0-TxRx-0\n";
+        let all = "           CPU0       CPU1\n  24:          0          0   PCI-MSIX eth0\n 25:   0   7  PCI-MSIX \
+                   eth0-TxRx-0\n";
         assert_eq!(interrupts(all), ["25: 0 7 PCI-MSIX eth0-TxRx-0"]);
     }
 }

@@ -54,8 +54,8 @@ pub(crate) struct Cli {
     /// The only folder (with those below it) that a build to update to may be in; default: where this program is.
     #[arg(long)]
     pub update_dir: Option<PathBuf>,
-    /// A public key of minisign: a build to update to must be signed by it (BINARY.minisig). Given several times, by any
-    /// of them.
+    /// A public key of minisign: a build to update to must be signed by it (BINARY.minisig). Given several times, by
+    /// any of them.
     #[arg(long, value_name = "FILE")]
     pub update_key: Vec<PathBuf>,
     /// An older build may be updated to in spite of --update-key, where the request says allow_downgrade.
@@ -64,8 +64,8 @@ pub(crate) struct Cli {
     /// What a guest's reset is: the guest is booted again in this process, or the process ends with exit code 3.
     #[arg(long, value_enum, default_value_t)]
     pub on_reset: OnReset,
-    /// What becomes of a thread that makes a system call which its role does not need: the VMM dies by SIGSYS, there are
-    /// no filters, or the kernel logs the call.
+    /// What becomes of a thread that makes a system call which its role does not need: the VMM dies by SIGSYS, there
+    /// are no filters, or the kernel logs the call.
     #[arg(long, value_enum, value_name = "true|false|log", default_value_t)]
     pub seccomp: seccomp::Mode,
     /// Refuses system calls to this image and all later ones that no build makes.

@@ -17,7 +17,7 @@ const NOTES_MAX: u64 = 1 << 20;
 
 /// Without the file's name.
 #[derive(Debug, thiserror::Error)]
-pub enum ElfError {
+pub(crate) enum ElfError {
     #[error("not an ELF file of 64 bits")]
     NotElf,
     #[error("for another kind of machine (ELF machine {0})")]

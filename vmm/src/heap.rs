@@ -90,9 +90,9 @@ unsafe impl GlobalAlloc for Heap {
 }
 
 /// One heap for all threads, which gives nothing back at once: what the dry run of an update (update/prepare.rs) has
-/// touched is there for the update itself, and a vCPU's thread makes no arena of its own in the middle of the pause. Nor
-/// does one have to open a file, which it may not: the C library asks /proc/sys/vm/overcommit_memory before it gives back
-/// a part of any heap but the first (malloc/arena.c, shrink_heap). To be called first of all.
+/// touched is there for the update itself, and a vCPU's thread makes no arena of its own in the middle of the pause.
+/// Nor does one have to open a file, which it may not: the C library asks /proc/sys/vm/overcommit_memory before it
+/// gives back a part of any heap but the first (malloc/arena.c, shrink_heap). To be called first of all.
 pub fn keep() {
     for (what, value) in [
         (libc::M_ARENA_MAX, 1),

@@ -69,14 +69,14 @@ use update::adopt::Adopted;
 use update_key::UpdateKey;
 
 /// The API or a signal asked the VMM to end.
-pub const EXIT_OK: i32 = 0;
+const EXIT_OK: i32 = 0;
 /// The guest has powered itself off.
-pub const EXIT_POWER_OFF: i32 = 0;
-pub const EXIT_FAILURE: i32 = 1;
+const EXIT_POWER_OFF: i32 = 0;
+const EXIT_FAILURE: i32 = 1;
 /// The guest has reset itself (or crashed so that a real machine would have), and the VMM was told to end then.
-pub const EXIT_RESET: i32 = 3;
+const EXIT_RESET: i32 = 3;
 /// The guest cannot go on, and did not ask for it: KVM or the VMM has failed it, or cannot boot it again after a reset.
-pub const EXIT_GUEST_FAILED: i32 = 4;
+const EXIT_GUEST_FAILED: i32 = 4;
 /// A new VMM that failed before it had the guest, which is the old one's; nobody but its keeper sees it.
 const EXIT_FAILED: i32 = 70;
 
@@ -84,6 +84,8 @@ const EXIT_FAILED: i32 = 70;
 const AGAIN: Duration = Duration::from_millis(100);
 static NO_THREAD: Rate = Rate::new(2, Duration::from_secs(60));
 
+/// What `theseus` is: reads the command line and becomes the keeper, or, in an update, one of its VMMs. Its exit
+/// status.
 pub fn main() -> ExitCode {
     let started = timeline::now_ns();
     signals::unblock_faults();
@@ -230,7 +232,7 @@ fn start(control: Control, if_none: IfNone) -> anyhow::Result<()> {
 
 /// Decodes a saved state as the dry run of an update does; the error says why it cannot be taken over. For tests and
 /// fuzzing.
-pub fn check_state(bytes: &[u8]) -> Result<(), update::UpdateError> {
+pub fn check_state(bytes: &[u8]) -> anyhow::Result<()> {
     let mut opened = update::saved::Opened::new(theseus_resources::StateReader::new(bytes)?)?;
     let vcpus = opened.take_vcpus();
     opened.decode()?;
@@ -239,7 +241,7 @@ pub fn check_state(bytes: &[u8]) -> Result<(), update::UpdateError> {
 }
 
 /// A saved state as this build takes it: what every section was decoded to, encoded again. For tests.
-pub fn reread_state(bytes: &[u8]) -> Result<Vec<u8>, update::UpdateError> {
+pub fn reread_state(bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
     Ok(update::saved::reread(&theseus_resources::StateReader::new(bytes)?)?)
 }
 

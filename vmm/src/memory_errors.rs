@@ -2,9 +2,10 @@
 //! world by an event, and the VMM lives.
 //!
 //! ```text
-//!   a vCPU needs the page      KVM_RUN returns -> handler -> `required` on that thread -> machine check, action required
-//!   the VMM needs the page     handler: an empty page takes its place in this mapping, until an update -> as below
-//!   nobody needs it yet        handler on main (PR_MCE_KILL_EARLY) -> control thread -> machine check to vCPU 0, action optional
+//!   a vCPU needs the page    KVM_RUN returns -> handler -> `required` on that thread -> machine check, action required
+//!   the VMM needs the page   handler: an empty page takes its place in this mapping, until an update -> as below
+//!   nobody needs it yet      handler on main (PR_MCE_KILL_EARLY) -> control thread -> machine check to vCPU 0,
+//!                            action optional
 //! ```
 //!
 //! The handler makes system calls and touches atomics, no more. A SIGBUS of another kind is the crash that it was, with

@@ -9,7 +9,7 @@ use theseus_devices::vfio::DmaDomain;
 /// What a test has asked for in place of success.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct Injected(pub String);
+pub(crate) struct Injected(pub String);
 
 /// Each of these does nothing, unless a test wants it to.
 pub(crate) trait Seams: Send + Sync {

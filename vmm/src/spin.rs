@@ -78,8 +78,8 @@ impl Commander {
         self.0.store(rustix::thread::sched_getcpu() + 1, Ordering::Relaxed);
     }
 
-    /// Moves the calling thread to another CPU if it is on the commander's, and may be on another. Whether it is, or was
-    /// moved: once is enough.
+    /// Moves the calling thread to another CPU if it is on the commander's, and may be on another. Whether it is, or
+    /// was moved: once is enough.
     fn keep_off(&self) -> bool {
         let here = rustix::thread::sched_getcpu();
         if self.0.load(Ordering::Relaxed) != here + 1 {

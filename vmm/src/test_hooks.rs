@@ -4,7 +4,7 @@
 //!
 //! | file | effect |
 //! |---|---|
-//! | `hold` | `PHASE`: at the end of that phase, before any fault, writes a line to the FIFO `held` and waits for one from the FIFO `release` |
+//! | `hold` | `PHASE`: at its end, before any fault, a line to the FIFO `held`, and waits for one from `release` |
 //! | `skip-irqfds` | the new image does not attach irqfds, so that a test can be seen to go red |
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
 //! | `skip-state-check` | state that KVM would not take is saved all the same |

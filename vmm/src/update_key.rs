@@ -14,7 +14,7 @@ const MOST: u64 = 4096;
 /// Of minisign (Ed25519).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct UpdateKey {
+pub(crate) struct UpdateKey {
     /// As in the second line of its file, as the key itself cannot be written again.
     text: String,
     key: PublicKey,
@@ -22,7 +22,7 @@ pub struct UpdateKey {
 
 #[derive(Debug, thiserror::Error)]
 #[error("--update-key {}: {reason}", path.display())]
-pub struct NotAKey {
+pub(crate) struct NotAKey {
     path: PathBuf,
     reason: Reason,
 }
@@ -41,11 +41,11 @@ pub(crate) enum Reason {
 
 #[derive(Debug, thiserror::Error)]
 #[error("is not a public key of minisign ({0})")]
-pub struct NoKey(minisign_verify::Error);
+pub(crate) struct NoKey(minisign_verify::Error);
 
 impl UpdateKey {
     /// From a file as minisign has them: a line of comment, and a line with the key.
-    pub fn read(path: &Path) -> Result<Self, NotAKey> {
+    pub(crate) fn read(path: &Path) -> Result<Self, NotAKey> {
         let text = small_file::read(path, MOST).map_err(Reason::from);
         text.and_then(|text| Self::parse(&text)).map_err(|reason| NotAKey { path: path.into(), reason })
     }
@@ -65,7 +65,7 @@ impl UpdateKey {
         if lines.next().is_some() { Err(Reason::Several) } else { Ok(key) }
     }
 
-    pub fn key(&self) -> &PublicKey {
+    pub(crate) fn key(&self) -> &PublicKey {
         &self.key
     }
 }

@@ -245,7 +245,8 @@ mod tests {
 
     #[test]
     fn interrupts_are_read() {
-        let text = "           CPU0       CPU1\n  4:  10  0  IO-APIC  4-edge  ttyS0\n 25:  3  4  PCI-MSIX-0000:00:03.0  1-edge  eth0-TxRx-0\nNMI:  0  0  Non-maskable interrupts\n";
+        let text = "           CPU0       CPU1\n  4:  10  0  IO-APIC  4-edge  ttyS0\n 25:  3  4  \
+                    PCI-MSIX-0000:00:03.0  1-edge  eth0-TxRx-0\nNMI:  0  0  Non-maskable interrupts\n";
         let vectors = parse_interrupts(text, "eth0-");
         assert_eq!(vectors, [Vector { irq: "25".into(), name: "eth0-TxRx-0".into(), count: 7 }]);
     }

@@ -68,9 +68,12 @@ mod tests {
     #[test]
     fn lines_are_read() {
         let irq = "          <idle>-0       [001] d.h1.   123.456789: irq_handler_entry: irq=25 name=eth0-TxRx-0";
-        let tick = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: function igb_watchdog_task [igb]";
-        let other = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: function vmstat_update";
-        let neighbour = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: function e1000_watchdog_task [e1000e]";
+        let tick = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: \
+                    function igb_watchdog_task [igb]";
+        let other = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: \
+                     function vmstat_update";
+        let neighbour = " kworker/0:1-10 [000] .....   124.000001: workqueue_execute_start: work struct 000000007c: \
+                         function e1000_watchdog_task [e1000e]";
         let parse = |line| parse(line, "igb");
         assert_eq!(parse(neighbour), None, "another NIC's");
         assert_eq!(parse(irq), Some(Traced { at_ns: 123_456_789_000, is_interrupt: true }));

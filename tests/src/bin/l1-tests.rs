@@ -10,7 +10,8 @@ const USAGE: &str = "usage: l1-tests test [FILTER]... [--hardware BDF [--peer IN
        l1-tests soak [updates] [thousand] [matrix] [faults] [SEED]
        l1-tests bench | demo | soak   [--hardware BDF --peer INTERFACE]
 
---hardware BDF      use this device (bound to vfio-pci) instead of the lab's; what needs more devices, or a wire where no peer is named, is skipped
+--hardware BDF      use this device (bound to vfio-pci) instead of the lab's; what needs more devices, or a wire
+                    where no peer is named, is skipped
 --peer INTERFACE    the interface of this machine that is wired to it";
 
 fn main() -> ExitCode {

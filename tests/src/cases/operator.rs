@@ -93,8 +93,9 @@ pub(super) fn ch_remote() -> Result<()> {
     ensure!(status.success(), "{status}");
     fs::remove_file(&installed)?;
     let told = vm.story()?;
-    let story = "vmm starting, vm created, vm booting, vm booted, vm pausing, vm paused, vm resuming, vm resumed, update ready, \
-                 update prepared, update updated, update refused, vm rebooting, vm rebooted, vm shutdown, vm deleted, vmm shutdown";
+    let story = "vmm starting, vm created, vm booting, vm booted, vm pausing, vm paused, vm resuming, vm resumed, \
+                 update ready, update prepared, update updated, update refused, vm rebooting, vm rebooted, \
+                 vm shutdown, vm deleted, vmm shutdown";
     ensure!(told.join(", ") == story, "the event stream tells {told:?}");
     Ok(())
 }

@@ -103,9 +103,9 @@ pub(super) fn unit_of_systemd() -> Result<()> {
     let group = Path::new("/dev/vfio").join(group.file_name().context("no group")?);
     give(&[folder.join("hooks"), "/dev/kvm".into(), "/dev/vfio/vfio".into(), group])?;
     let arguments = format!(
-        "ARGS=\"--kernel {FOLDER}/kernel --initramfs {FOLDER}/initramfs --cmdline '{CMDLINE}' --memory size=256M --device \
-         path={device} --serial socket={RUN}/serial --on-reset exit --landlock --landlock-rules path={FOLDER},access=rw \
-         {}\"\n",
+        "ARGS=\"--kernel {FOLDER}/kernel --initramfs {FOLDER}/initramfs --cmdline '{CMDLINE}' --memory size=256M \
+         --device path={device} --serial socket={RUN}/serial --on-reset exit \
+         --landlock --landlock-rules path={FOLDER},access=rw {}\"\n",
         lab::seccomp().join(" ")
     );
     fs::write(folder.join("one.args"), arguments)?;

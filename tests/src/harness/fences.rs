@@ -89,7 +89,8 @@ pub fn filters_in(status: &str) -> Result<u32> {
 /// How many filters hold each thread of a process, by its name.
 pub fn filters(pid: u32) -> Result<BTreeMap<String, u32>> {
     let mut filters = BTreeMap::new();
-    // But the kernel's own, which it makes of the thread that first needs them (virt/kvm/kvm_main.c, vhost_task_create).
+    // But the kernel's own, which it makes of the thread that first needs them (virt/kvm/kvm_main.c,
+    // vhost_task_create).
     for (tid, name) in proc::threads(pid)?.into_iter().filter(|(_, name)| !name.starts_with("kvm-")) {
         // One that has ended meanwhile has none.
         let Ok(status) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")) else { continue };

@@ -69,7 +69,8 @@ impl fmt::Display for Account {
         let Self { sent, got } = self;
         write!(
             f,
-            "sent {} (refused {}), lost {}, twice {}, reordered {}, foreign {}, longest gap {} us, longest wait for credit {} us",
+            "sent {} (refused {}), lost {}, twice {}, reordered {}, foreign {}, longest gap {} us, longest wait for \
+             credit {} us",
             sent.packets,
             sent.errors,
             got.lost_of(sent.packets),

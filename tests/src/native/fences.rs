@@ -1,5 +1,6 @@
 //! `l1-tests bench native fences`: what all that confines a VMM costs, on this machine's own KVM: in updates, on ways
-//! back, and at each exit of a vCPU. A VMM with all of it and one with nothing, in turns; the other's guest stands still.
+//! back, and at each exit of a vCPU. A VMM with all of it and one with nothing, in turns; the other's guest stands
+//! still.
 
 use std::{
     collections::BTreeMap,

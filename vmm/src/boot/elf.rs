@@ -41,7 +41,8 @@ pub(super) fn load(
     let (loads, rip) = read(kernel)?;
     let rip = rip.ok_or_else(|| {
         kernel.error(
-            "is an ELF file without a PVH entry note; boot the vmlinuz (bzImage) of the same kernel, or build it with CONFIG_PVH=y",
+            "is an ELF file without a PVH entry note; boot the vmlinuz (bzImage) of the same kernel, or build it with \
+             CONFIG_PVH=y",
         )
     })?;
 

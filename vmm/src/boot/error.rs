@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::{MAX_VCPUS, MIN_RAM};
 
 #[derive(Debug, thiserror::Error)]
-pub enum BootError {
+pub(crate) enum BootError {
     #[error("cannot open {}: {source}; give a file that exists and that the VMM may read", path.display())]
     Open { path: PathBuf, source: std::io::Error },
     #[error("cannot read {}: {source}; check the file and its file system", path.display())]

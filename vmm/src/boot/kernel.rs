@@ -30,7 +30,8 @@ fn unknown_format(start: &[u8]) -> &'static str {
     if COMPRESSED.iter().any(|magic| start.starts_with(magic)) {
         "is compressed as a whole; unpack it first (gzip -d, zstd -d, xz -d)"
     } else if start.starts_with(b"MZ") {
-        "is an EFI program without an x86 Linux header; give an x86-64 vmlinuz (a unified kernel image holds one in its .linux section)"
+        "is an EFI program without an x86 Linux header; give an x86-64 vmlinuz (a unified kernel image holds one in \
+         its .linux section)"
     } else {
         "is neither a bzImage nor an ELF file; give an x86-64 vmlinuz, or a vmlinux built with CONFIG_PVH=y"
     }

@@ -6,13 +6,13 @@ use super::lowmem;
 
 /// The numbers are the same in E820 and in PVH.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MemoryKind {
+pub(crate) enum MemoryKind {
     Ram = 1,
     Reserved = 2,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryRange {
+pub(crate) struct MemoryRange {
     pub addr: u64,
     pub size: u64,
     pub kind: MemoryKind,
@@ -23,7 +23,7 @@ const KVM_PRIVATE_SIZE: u64 = layout::TSS_ADDR + 0x3000 - layout::IDENTITY_MAP_A
 
 /// Ascending and without overlaps. Nothing reserved lies in a PCI window: Linux would cut it out of the host bridge's
 /// windows.
-pub fn memory_map(ram_size: u64) -> Vec<MemoryRange> {
+pub(crate) fn memory_map(ram_size: u64) -> Vec<MemoryRange> {
     let range = |addr, size, kind| MemoryRange { addr, size, kind };
     let mut map = vec![
         range(0, lowmem::EBDA, MemoryKind::Ram),

@@ -10,9 +10,9 @@
 //! GuestCpuid  CPUID of each vCPU
 //! ```
 
-pub mod acpi;
+pub(crate) mod acpi;
 mod bzimage;
-pub mod cpuid;
+pub(crate) mod cpuid;
 mod elf;
 mod error;
 mod file;
@@ -20,7 +20,7 @@ mod initramfs;
 mod kernel;
 mod kernel_file;
 mod lowmem;
-pub mod memory_map;
+pub(crate) mod memory_map;
 mod pvh;
 mod regs;
 mod reset_vector;
@@ -34,23 +34,23 @@ use std::path::Path;
 use theseus_resources::layout;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-pub use error::BootError;
+pub(crate) use error::BootError;
 use kernel_file::Protocol;
-pub use regs::{boot_msrs, boot_regs};
+pub(crate) use regs::{boot_msrs, boot_regs};
 
 /// APIC ids above 254 need x2APIC entries in the MADT, and the processor names in the DSDT have two digits.
-pub const MAX_VCPUS: u32 = theseus_api::types::MAX_VCPUS;
+pub(crate) const MAX_VCPUS: u32 = theseus_api::types::MAX_VCPUS;
 const _: () = assert!(MAX_VCPUS <= 100);
 /// What a guest is given at its boot, beside what its configuration says: addresses, ports, tables. It is saved with
 /// the guest. A build that changes any of it counts on, and a build that meets a number it does not know refuses the
 /// guest.
-pub const MACHINE_VERSION: u32 = 1;
+pub(crate) const MACHINE_VERSION: u32 = 1;
 /// Below this the kernel's early page tables and the decompressor have no room.
-pub const MIN_RAM: u64 = 32 << 20;
+pub(crate) const MIN_RAM: u64 = 32 << 20;
 
 /// What the memory map and the ACPI tables say about the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MachineShape {
+pub(crate) struct MachineShape {
     /// RAM in bytes; it lies in guest memory as `layout::ram_regions` says.
     pub ram_size: u64,
     /// vCPUs; their APIC ids are 0, 1, 2, ...
@@ -63,7 +63,7 @@ pub struct MachineShape {
 
 /// How the boot vCPU enters the kernel, in guest physical addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Entry {
+pub(crate) enum Entry {
     /// 64-bit Linux boot protocol: long mode, RSI = boot_params.
     Linux64 { rip: u64, boot_params: u64 },
     /// PVH: 32-bit protected mode without paging, EBX = hvm_start_info.
@@ -72,7 +72,7 @@ pub enum Entry {
 
 /// Puts everything a kernel needs at its start into `mem`, which must be fresh: zeroed, and laid out by
 /// `layout::ram_regions`.
-pub fn load(
+pub(crate) fn load(
     mem: &GuestMemoryMmap,
     kernel: &Path,
     initramfs: Option<&Path>,
@@ -105,7 +105,7 @@ pub fn load(
 
 /// Whether a file that a guest is to be made of is one and may be read, with the words that [`load`] would have. It is
 /// not opened: that of a FIFO would wait.
-pub fn look_at(path: &Path) -> Result<(), BootError> {
+pub(crate) fn look_at(path: &Path) -> Result<(), BootError> {
     use rustix::fs::{Access, AtFlags, CWD, accessat};
     let error = |source: std::io::Error| BootError::Open { path: path.into(), source };
     let metadata = path.metadata().map_err(error)?;

@@ -39,7 +39,7 @@ const MTRR_WRITE_BACK: u64 = 6;
 
 /// Writes the GDT (and page tables, for [`Entry::Linux64`]) into guest memory, changes in `sregs`, as KVM returned them
 /// for the new vCPU, what the entry asks for, and returns the general registers. The FPU stays as KVM made it.
-pub fn boot_regs(mem: &GuestMemoryMmap, entry: Entry, sregs: &mut kvm_sregs) -> Result<kvm_regs, BootError> {
+pub(crate) fn boot_regs(mem: &GuestMemoryMmap, entry: Entry, sregs: &mut kvm_sregs) -> Result<kvm_regs, BootError> {
     let long_mode = matches!(entry, Entry::Linux64 { .. });
     let code = flat_segment(CODE_SELECTOR, TYPE_CODE, long_mode);
     let data = flat_segment(DATA_SELECTOR, TYPE_DATA, false);
@@ -75,7 +75,7 @@ pub fn boot_regs(mem: &GuestMemoryMmap, entry: Entry, sregs: &mut kvm_sregs) -> 
 }
 
 /// MSRs that firmware would have set, for every vCPU: KVM starts with all memory uncached.
-pub fn boot_msrs() -> Vec<kvm_msr_entry> {
+pub(crate) fn boot_msrs() -> Vec<kvm_msr_entry> {
     let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     vec![
         msr(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING | MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE),

@@ -100,8 +100,8 @@ impl Control {
                 let machine = Machine::build(&MachineSpec::of(&config)?, &host, &stop)?;
                 Ok((machine, config))
             });
-            let built = catch_unwind(build)
-                .unwrap_or_else(|panic| Err(MachineError::BootPanicked(panic_text(&*panic))));
+            let built =
+                catch_unwind(build).unwrap_or_else(|panic| Err(MachineError::BootPanicked(panic_text(&*panic))));
             // Nobody waits: the process is ending, and this machine with it.
             if let Err(unwanted) = sender.send(built)
                 && let Ok((machine, _)) = unwanted.0
@@ -187,7 +187,8 @@ impl Control {
 
     /// Why nothing can be booted, or updated, for now: what the boot before has opened is not given back yet.
     pub(super) fn boot_still_ends(&self) -> Option<ApiError> {
-        let busy = "a boot that was given up has not ended yet: is one of its files on a server that is gone? Try again in a moment";
+        let busy = "a boot that was given up has not ended yet: is one of its files on a server that is gone? Try \
+                    again in a moment";
         self.unwanted.is_some().then(|| ApiError::busy(busy))
     }
 }

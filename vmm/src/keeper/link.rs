@@ -70,7 +70,7 @@ pub(crate) struct Keeper {
 
 /// What a keeper says, or why it says nothing.
 #[derive(Debug, thiserror::Error)]
-pub enum KeeperError {
+pub(crate) enum KeeperError {
     #[error("the keeper: {0}")]
     Channel(#[from] ChannelError),
     /// In its own words.

@@ -3,7 +3,7 @@
 //! ```text
 //!   keeper (PID of the VMM to the world)       start: fork --> VMM
 //!      |  hands on signals, passes notices on, waits for its children, ends as its VMM ends
-//!      '--exec: the new image, same PID--> keeper of the new build     fork --> new VMM      (the old one runs on meanwhile)
+//!      '--exec: the new image, same PID--> keeper of the new build   fork --> new VMM   (the old one runs on)
 //! ```
 //!
 //! It is single-threaded and holds neither guest memory nor descriptors of the machine, so an exec of it leaves the
@@ -146,8 +146,8 @@ fn tell(vmm: &Channel, id: u32, answer: Answer, fds: &[std::os::fd::BorrowedFd<'
 fn serve(mut life: Life) -> ! {
     // The name that tools look for (pgrep -x): exec leaves "fd N" or the file's old one.
     let _ = rustix::thread::set_name(c"theseus");
-    // Who gets into this process has the next VMM. And of a crash the VMM's own core is the one to look at: a handler in
-    // core_pattern looks at no limit. Behind the fork: a new VMM still has to write in its /proc/self.
+    // Who gets into this process has the next VMM. And of a crash the VMM's own core is the one to look at: a handler
+    // in core_pattern looks at no limit. Behind the fork: a new VMM still has to write in its /proc/self.
     crate::sandbox::dumps::forbid();
     loop {
         let links = [Some(&life.vmm), life.update.as_ref().map(|update| &update.new)];

@@ -37,7 +37,7 @@ struct Available {
 
 /// Why it cannot be had. Bytes.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Lack {
+pub(crate) enum Lack {
     #[error(
         "RLIMIT_FSIZE is {} MiB, and the guest's RAM is a file (in memory) of {} MiB: ulimit -f unlimited, or \
          LimitFSIZE=infinity",
@@ -45,7 +45,8 @@ pub enum Lack {
     )]
     FileSize { limit: u64, ram: u64 },
     #[error(
-        "RLIMIT_AS is {} MiB, less than the guest's {} MiB of RAM and the VMM: ulimit -v unlimited, or LimitAS=infinity",
+        "RLIMIT_AS is {} MiB, less than the guest's {} MiB of RAM and the VMM: ulimit -v unlimited, or \
+         LimitAS=infinity",
         mib(*limit), mib(*ram)
     )]
     AddressSpace { limit: u64, ram: u64 },
@@ -80,7 +81,7 @@ struct MayLack {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum FitError {
+pub(crate) enum FitError {
     #[error(transparent)]
     Lack(#[from] Lack),
     #[error("the host's memory cannot be read: {0}")]

@@ -2,7 +2,8 @@
 //! so that the state it came from stays true, and the old VMM can go on with it.
 //!
 //! ```text
-//!   prewarm   the guest runs in the old VMM: RAM, VM, memslots, interrupt controllers, vCPUs and their threads, devices as they were just now
+//!   prewarm   the guest runs in the old VMM: RAM, VM, memslots, interrupt controllers, vCPUs and their threads,
+//!             devices as they were just now
 //!   restore   it stands still: what only now is known
 //! ```
 

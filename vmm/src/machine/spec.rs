@@ -94,8 +94,7 @@ impl MemorySpec {
 
 fn console(config: &SerialConfig) -> Result<ConsoleConfig, MachineError> {
     let SerialConfig { mode, file, socket } = config;
-    let path =
-        |path: &Option<PathBuf>| path.clone().ok_or(MachineError::NoSerialPath);
+    let path = |path: &Option<PathBuf>| path.clone().ok_or(MachineError::NoSerialPath);
     Ok(match mode {
         SerialMode::Off => ConsoleConfig::Off,
         SerialMode::Null => ConsoleConfig::Null,

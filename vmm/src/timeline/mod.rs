@@ -71,7 +71,7 @@ const CAUSE: usize = 2048;
 
 /// Why a phase is the last of its update.
 #[derive(Debug, thiserror::Error)]
-pub enum NotPassed {
+pub(crate) enum NotPassed {
     #[error("the update has taken {late:.1?} longer than its deadline of {all:?} (deadline_ms)")]
     Late { late: Duration, all: Duration },
     #[error(transparent)]

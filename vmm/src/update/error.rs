@@ -15,7 +15,7 @@ use crate::vcpus::VcpuError;
 
 /// In the words that a caller reads; the guest goes on as it was.
 #[derive(Debug, thiserror::Error)]
-pub enum UpdateError {
+pub(crate) enum UpdateError {
     /// A deadline that was missed is [`NotPassed::Late`].
     #[error(transparent)]
     NotPassed(#[from] NotPassed),
@@ -58,7 +58,7 @@ pub enum UpdateError {
 }
 
 impl UpdateError {
-    pub fn os(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+    pub(crate) fn os(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Os { what, source }
     }
 }

@@ -1,11 +1,11 @@
 //! The update of the VMM under a running guest.
 //!
 //! ```text
-//!   old VMM   Running --order--> Order --carry out----------> Ready --hand over--> Paused --save--> Saved --invalidate--> Invalidated --hand over-->
-//!                ^                    |                          |                  |                |                       |        ends
-//!                '------ refused -----'--------------------------'------------------'--- guards drop in reverse order -------'
-//!   keeper                             becomes the new image, same PID, and starts
-//!   new VMM                              (the guest runs) ready         ...waits...                               restores, commits: see `adopt`
+//!   old VMM   Running -order-> Order -carry out-> Ready -pause-> Paused -save-> Saved -invalidate-> Invalidated
+//!                ^               |                  |              |              |                    |  hands over,
+//!                '--- refused ---'------------------'--------------'-------- guards drop in reverse ---'    ends
+//!   keeper               becomes the new image, same PID, and starts
+//!   new VMM                 (the guest runs) ready      ...waits...                  restores, commits: see `adopt`
 //! ```
 //!
 //! Each phase consumes the one before. Dropping one puts back all that was done so far, and the guest runs on in this

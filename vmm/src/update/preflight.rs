@@ -61,7 +61,8 @@ fn judge(needs: &Requirements, limits: Limits) -> Vec<String> {
     let mut reasons = Vec::new();
     if let Some(limit) = max_fds.filter(|limit| *limit < open_fds.saturating_add(MORE_FDS)) {
         reasons.push(format!(
-            "RLIMIT_NOFILE is {limit}, {open_fds} fds are open and an update takes up to {MORE_FDS} more: raise it (prlimit --nofile)"
+            "RLIMIT_NOFILE is {limit}, {open_fds} fds are open and an update takes up to {MORE_FDS} more: raise it \
+             (prlimit --nofile)"
         ));
     }
     if let Some(limit) = max_file.filter(|limit| *limit < STATE) {
@@ -85,7 +86,8 @@ fn judge(needs: &Requirements, limits: Limits) -> Vec<String> {
     let wanted = THREADS.saturating_add(needs.placements.len() as u64);
     if let Some(threads) = threads.filter(|threads| threads.free < wanted) {
         reasons.push(format!(
-            "{} has room for {} more threads, the new VMM has up to {wanted} while the old one is still there: raise pids.max",
+            "{} has room for {} more threads, the new VMM has up to {wanted} while the old one is still there: raise \
+             pids.max",
             threads.of, threads.free
         ));
     }

@@ -111,8 +111,9 @@ impl Order {
     /// Refuses with every reason there is, or has the keeper become the new image and the new VMM make itself ready.
     pub(crate) fn carry_out(self) -> Result<Ready, NotUpdated> {
         let program = File::open("/proc/self/exe").map_err(cannot_prepare)?;
-        let Self { request, keeper, main, supervisor, events, timeline, page, mut reasons, needs, rehearsed, given_up } =
+        let Self { request, keeper, main, supervisor, events, timeline, page, reasons, needs, rehearsed, given_up } =
             self;
+        let mut reasons = reasons;
         reasons.extend(preflight::reasons(&needs));
         reasons.extend(crate::logging::stands_still());
         let target = Target::open(&request, build_info::this(), &supervisor);

@@ -89,7 +89,8 @@ impl<'a> Wants<'a> {
             && let Some(limit) = self.memlock.filter(|limit| *limit < self.locked)
         {
             reasons.push(format!(
-                "RLIMIT_MEMLOCK is {} KiB, {} KiB are pinned for DMA and would be charged to {}, {}: raise it (prlimit --memlock, \
+                "RLIMIT_MEMLOCK is {} KiB, {} KiB are pinned for DMA and would be charged to {}, {}: raise it \
+                 (prlimit --memlock, \
                  LimitMEMLOCK=) or {}",
                 limit >> 10,
                 self.locked >> 10,

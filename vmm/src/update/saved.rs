@@ -41,8 +41,8 @@ pub(crate) struct Handover {
     pub api: Option<ApiSlots>,
     #[serde(default)]
     pub peers: PeersHandles,
-    /// The configuration of the VM, if there is one: JSON as the API has it, which reads its own of earlier builds anyway.
-    /// The machine does not know it.
+    /// The configuration of the VM, if there is one: JSON as the API has it, which reads its own of earlier builds
+    /// anyway. The machine does not know it.
     pub config: Option<String>,
     /// Whether there is a machine in this state.
     pub booted: bool,
@@ -53,7 +53,7 @@ pub(crate) struct Handover {
 /// Which build has written the state.
 #[derive(Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct BuildHandles {
+pub(crate) struct BuildHandles {
     pub version: String,
     pub build_id: String,
 }

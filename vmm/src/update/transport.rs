@@ -27,7 +27,7 @@ const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// Why the two do not get on.
 #[derive(Debug, thiserror::Error)]
-pub enum TransportError {
+pub(crate) enum TransportError {
     #[error("cannot make a socket: {0}")]
     NoSocket(io::Error),
     #[error("the new VMM: {0}")]

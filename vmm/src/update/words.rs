@@ -16,7 +16,7 @@
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ToNew {
+pub(crate) enum ToNew {
     Rehearsal,
     Fds,
     /// The state is nearly there: this is to wake the new VMM meanwhile.
@@ -25,7 +25,7 @@ pub enum ToNew {
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ToOld {
+pub(crate) enum ToOld {
     More,
     Ready,
     Failed(String),

@@ -46,7 +46,7 @@ pub(crate) use signal::install_kick_handler;
 const ANSWER: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
-pub enum VcpuError {
+pub(crate) enum VcpuError {
     #[error("vCPU {index}: {source}")]
     Hypervisor { index: u32, source: theseus_hypervisor::Error },
     #[error("vCPU {index}: {source}")]

@@ -17,7 +17,7 @@ pub(crate) struct ScheduleError {
 
 #[derive(Debug, thiserror::Error)]
 #[error("cpus.affinity {cpus:?}: {source}: are these CPUs online, and in the cpuset of the VMM?")]
-pub struct PinError {
+pub(crate) struct PinError {
     cpus: Vec<u32>,
     source: ScheduleError,
 }
@@ -150,7 +150,8 @@ impl Rights {
             libc::SCHED_DEADLINE => Some("SCHED_DEADLINE, which cannot be given to a new thread".into()),
             _ if self.sys_nice => None,
             libc::SCHED_FIFO | libc::SCHED_RR if u64::try_from(*priority).unwrap_or(0) > self.rtprio => Some(format!(
-                "realtime priority {priority}, and RLIMIT_RTPRIO is {}: raise it (prlimit --rtprio) or give CAP_SYS_NICE",
+                "realtime priority {priority}, and RLIMIT_RTPRIO is {}: raise it (prlimit --rtprio) or give \
+                 CAP_SYS_NICE",
                 self.rtprio
             )),
             _ if *nice < self.nice => Some(format!(

@@ -6,7 +6,8 @@ use crate::native::steps::*;
 /// Nothing that resets, switches off or sleeps, wherever it is written.
 const HARMLESS: u32 = 0x5555_5555;
 
-/// Ports in every size, one by one and in strings: all of the board's, and of the others some, as exits are slow in a lab.
+/// Ports in every size, one by one and in strings: all of the board's, and of the others some, as exits are slow in a
+/// lab.
 pub fn ports() -> Vec<Rogue> {
     let every = |first: u16, size: u32, times: u64, stride: u64| {
         [write_port(first, size, HARMLESS).over(times, stride), read_port(first, size).over(times, stride)]

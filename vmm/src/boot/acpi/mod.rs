@@ -26,7 +26,7 @@ use super::{BootError, MachineShape, lowmem};
 /// Of power management (ACPI 6.5, 4.8.3.7 and 4.8.3.8), one byte each; the timer's is four (4.8.3.3).
 const SLEEP_CONTROL_PORT: u16 = layout::PM_BASE + pm::SLEEP_CONTROL as u16;
 const SLEEP_STATUS_PORT: u16 = layout::PM_BASE + pm::SLEEP_STATUS as u16;
-pub const RESET_PORT: u16 = layout::PM_BASE + pm::RESET as u16;
+pub(crate) const RESET_PORT: u16 = layout::PM_BASE + pm::RESET as u16;
 const PM_TIMER_PORT: u16 = layout::PM_BASE + pm::TIMER as u16;
 
 const OEM_ID: [u8; 6] = *b"THESEU";
@@ -44,7 +44,7 @@ const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_ASPM: u16 = 1 << 4;
 
 /// Writes the tables below 1 MiB and returns the address of the RSDP.
-pub fn write_tables(mem: &GuestMemoryMmap, machine: &MachineShape) -> Result<u64, BootError> {
+pub(crate) fn write_tables(mem: &GuestMemoryMmap, machine: &MachineShape) -> Result<u64, BootError> {
     let rsdp = lowmem::ACPI;
     let mut next = rsdp + Rsdp::len() as u64;
     let mut place = |table: &[u8]| {

@@ -3,7 +3,7 @@
 //!
 //! References: Intel SDM volume 2, CPUID; AMD64 APM volume 3, appendix E; Linux, Documentation/virt/kvm/x86/cpuid.rst.
 
-pub mod timing;
+pub(crate) mod timing;
 mod topology;
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -48,10 +48,10 @@ const KVM_FEATURES: u32 = bits(&[
     24, // CLOCKSOURCE_STABLE
 ]);
 
-/// Requirements SGX memory from the VMM, or is host state that is not carried.
+/// Needs SGX memory from the VMM, or is host state that is not carried. SHSTK: its SSP is no MSR.
 const UNSUPPORTED: &[Hidden] = &[
     Hidden { function: 7, index: 0, register: Register::Ebx, bits: bits(&[2, 25]) }, // SGX, Intel PT
-    Hidden { function: 7, index: 0, register: Register::Ecx, bits: bits(&[7, 30]) }, // SHSTK (its SSP is no MSR), SGX_LC
+    Hidden { function: 7, index: 0, register: Register::Ecx, bits: bits(&[7, 30]) }, // SHSTK, SGX_LC
     Hidden { function: 7, index: 1, register: Register::Edx, bits: bits(&[18]) },    // CET_SSS
 ];
 const UNSUPPORTED_LEAVES: &[u32] = &[0x12, 0x14];
@@ -73,7 +73,7 @@ const AMX: &[Hidden] = &[
 const AMX_LEAVES: &[u32] = &[0x1D, 0x1E];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Register {
+pub(crate) enum Register {
     Eax,
     Ebx,
     Ecx,
@@ -82,7 +82,7 @@ pub enum Register {
 
 /// Bits that a guest does not get to see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Hidden {
+pub(crate) struct Hidden {
     pub function: u32,
     /// Subleaf; 0 for leaves without.
     pub index: u32,
@@ -91,7 +91,7 @@ pub struct Hidden {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub struct CpuidOptions<'a> {
+pub(crate) struct CpuidOptions<'a> {
     /// 1 to `MAX_VCPUS`: one socket of as many cores with one thread each.
     pub vcpus: u32,
     /// KVM_CAP_TSC_DEADLINE_TIMER: KVM leaves the bit out of what it supports because it needs the in-kernel LAPIC.
@@ -104,14 +104,13 @@ pub struct CpuidOptions<'a> {
 
 /// The CPUID of all vCPUs of a guest.
 #[derive(Debug, Clone)]
-pub struct GuestCpuid {
+pub(crate) struct GuestCpuid {
     common: Vec<kvm_cpuid_entry2>,
-    vcpus: u32,
 }
 
 impl GuestCpuid {
     /// `supported` is what KVM_GET_SUPPORTED_CPUID returned.
-    pub fn new(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Self {
+    pub(crate) fn new(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Self {
         let vcpus = options.vcpus.clamp(1, super::MAX_VCPUS);
         let mut common = supported.to_vec();
 
@@ -138,24 +137,20 @@ impl GuestCpuid {
         topology::describe(&mut common, vcpus);
         // Last, so that it holds for the bits set here too.
         hide(&mut common, options.hidden, &[]);
-        Self { common, vcpus }
+        Self { common }
     }
 
     /// For KVM_SET_CPUID2 of vCPU `index`, whose APIC id is `index`.
-    pub fn for_vcpu(&self, index: u32) -> Vec<kvm_cpuid_entry2> {
+    pub(crate) fn for_vcpu(&self, index: u32) -> Vec<kvm_cpuid_entry2> {
         let mut entries = self.common.clone();
         topology::set_apic_id(&mut entries, index);
         entries.sort_by_key(|leaf| (leaf.function, leaf.index));
         entries
     }
-
-    pub fn vcpus(&self) -> u32 {
-        self.vcpus
-    }
 }
 
 /// Bits of the guest physical addresses that KVM can map.
-pub fn phys_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
+pub(crate) fn phys_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
     find(entries, LEAF_ADDRESS_SIZES, 0).map_or(DEFAULT_PHYS_BITS, |leaf| {
         // Newer kernels put a second size at bits 16 to 23, for when the page tables of KVM reach less far than the
         // CPU.

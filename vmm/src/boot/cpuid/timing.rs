@@ -17,7 +17,7 @@ const CRYSTAL_KHZ: u32 = 1_000_000;
 const MAX_NUMERATOR: u32 = u32::MAX / CRYSTAL_KHZ;
 
 /// Adds the leaves to the CPUID of a guest that is about to boot. `tsc_khz`: 0 if unknown.
-pub fn describe(entries: &mut Vec<kvm_cpuid_entry2>, tsc_khz: u32) {
+pub(crate) fn describe(entries: &mut Vec<kvm_cpuid_entry2>, tsc_khz: u32) {
     if tsc_khz == 0 {
         return;
     }

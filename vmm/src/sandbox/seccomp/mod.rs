@@ -5,8 +5,8 @@
 //! has. Nor has the keeper, of which each later build is a child.
 //!
 //! The mode is the same for the life of a guest. It is in the environment of the keeper, which hands that on at each
-//! exec: the filters of a new VMM are there before it has heard anything of the old one, and no VMM, whatever has become
-//! of it, can have its successor run without.
+//! exec: the filters of a new VMM are there before it has heard anything of the old one, and no VMM, whatever has
+//! become of it, can have its successor run without.
 
 mod calls;
 mod ioctls;

@@ -11,13 +11,13 @@ use crate::elf::ElfError;
 /// In the words that a caller reads.
 #[derive(Debug, thiserror::Error)]
 #[error("binary {}: {reason}", path.display())]
-pub struct Unfit {
+pub(crate) struct Unfit {
     pub path: PathBuf,
     pub reason: Reason,
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum Reason {
+pub(crate) enum Reason {
     #[error("cannot be opened: {0}")]
     NotOpened(io::Error),
     #[error("is not a regular file")]

@@ -22,7 +22,7 @@ const F_SETSIG: libc::c_int = 10;
 
 /// Why somebody could change the file, or has.
 #[derive(Debug, thiserror::Error)]
-pub enum Unguarded {
+pub(crate) enum Unguarded {
     #[error("belongs to user {owner}, who could change it between check and exec: chown it to {}", runner(*own))]
     OfOthers { owner: u32, own: u32 },
     #[error("is writable by its group, or by others of its ACL: chmod g-w, or it could change between check and exec")]

@@ -35,12 +35,13 @@ pub(super) struct Verdict {
 
 /// Why a dry run says no, or nothing.
 #[derive(Debug, thiserror::Error)]
-pub enum DryRunError {
+pub(crate) enum DryRunError {
     #[error("cannot run it: {0}")]
     NotRun(std::io::Error),
     #[error("no verdict within {0:?}")]
     Late(Duration),
-    #[error("no verdict: it ended with {status}{}", if said.is_empty() { said.clone() } else { format!(", and said: {said}") })]
+    #[error("no verdict: it ended with {status}{}", if said.is_empty() { said.clone() } else { format!(", and said: \
+         {said}") })]
     NoVerdict { status: ExitStatus, said: String },
     #[error("it calls itself build {own}, its file says {note}")]
     OtherBuild { own: String, note: String },

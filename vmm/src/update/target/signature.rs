@@ -22,7 +22,7 @@ const TOLD: usize = 100;
 /// Without the target's name.
 #[derive(Debug, thiserror::Error)]
 #[error("its signature {}: {reason}", path.display())]
-pub struct Unsigned {
+pub(crate) struct Unsigned {
     path: PathBuf,
     reason: Reason,
 }
