@@ -21,6 +21,6 @@ mod tests {
             // SAFETY: has no arguments.
             unsafe { libc::prctl(libc::PR_GET_DUMPABLE) }
         });
-        assert_eq!(dumpable, Some(0));
+        assert_eq!(dumpable.code(), Some(0));
     }
 }

@@ -304,7 +304,7 @@ mod tests {
             ];
             checks.iter().position(|good| !good).map_or(0, |index| index as i32 + 2)
         };
-        assert_eq!(in_child(body), Some(0));
+        assert_eq!(in_child(body).code(), Some(0));
     }
 
     #[test]

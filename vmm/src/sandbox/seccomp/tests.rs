@@ -1,7 +1,10 @@
 use std::io::Read;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 
 use super::*;
+use crate::sandbox;
 use crate::seams::untouched;
 use crate::timeline::Timeline;
 
@@ -17,32 +20,22 @@ const FILTERED: [Role; 8] = [
 ];
 
 /// What becomes of a child of its own with the filters of `role`, and what it says.
-fn in_child(role: Role, action: &SeccompAction, act: impl Fn()) -> (libc::c_int, String) {
+fn fenced(role: Role, action: &SeccompAction, act: impl Fn()) -> (ExitStatus, String) {
     let (mut reader, writer) = std::io::pipe().unwrap();
-    // SAFETY: the child makes system calls, and allocates: nothing that it needs is locked by a thread that it has not,
-    // as the C library sees to that for its own.
-    match unsafe { libc::fork() } {
-        0 => {
-            // SAFETY: the child's own descriptors.
-            unsafe { libc::dup2(writer.as_raw_fd(), libc::STDERR_FILENO) };
-            crate::heap::keep();
-            let code = trap::install().is_err() || fence(role, action).is_err();
-            if !code {
-                act();
-            }
-            // SAFETY: the child's end.
-            unsafe { libc::_exit(i32::from(code)) }
+    let status = sandbox::in_child(|| {
+        // SAFETY: the child's own descriptors.
+        unsafe { libc::dup2(writer.as_raw_fd(), libc::STDERR_FILENO) };
+        let failed = trap::install().is_err() || fence(role, action).is_err();
+        if !failed {
+            act();
         }
-        child => {
-            drop(writer);
-            let mut said = String::new();
-            reader.read_to_string(&mut said).unwrap();
-            let mut status = 0;
-            // SAFETY: a child of ours, and the kernel fills in one number.
-            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-            (status, said)
-        }
-    }
+        i32::from(failed)
+    });
+    drop(writer);
+    // It has said a line or two, which the pipe holds.
+    let mut said = String::new();
+    reader.read_to_string(&mut said).unwrap();
+    (status, said)
 }
 
 fn fence(role: Role, action: &SeccompAction) -> Result<(), String> {
@@ -117,15 +110,15 @@ fn may(role: Role, wish: &str) -> bool {
 fn no_thread_does_what_it_need_not() {
     for role in FILTERED {
         for (name, act) in wishes() {
-            let (status, _) = in_child(role, &SeccompAction::Trap, &act);
-            let died = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSYS;
-            assert_eq!(died, !may(role, name), "{role}: {name}: {status:#x}");
+            let (status, _) = fenced(role, &SeccompAction::Trap, &act);
+            let died = status.signal() == Some(libc::SIGSYS);
+            assert_eq!(died, !may(role, name), "{role}: {name}: {status}");
         }
-        let logged = in_child(role, &SeccompAction::Log, || {
+        let logged = fenced(role, &SeccompAction::Log, || {
             // SAFETY: has no arguments.
             unsafe { libc::syscall(libc::SYS_getsid, 0) };
         });
-        assert_eq!(logged, (0, String::new()), "{role}");
+        assert_eq!((logged.0.code(), logged.1.as_str()), (Some(0), ""), "{role}");
     }
 }
 
@@ -133,7 +126,7 @@ fn no_thread_does_what_it_need_not() {
 #[test]
 fn what_every_thread_does_it_may() {
     for role in FILTERED {
-        let (status, said) = in_child(role, &SeccompAction::Trap, || {
+        let (status, said) = fenced(role, &SeccompAction::Trap, || {
             let blocks: Vec<_> = (0..64).map(|order| vec![1u8; 1 << (order % 20)]).collect();
             std::thread::yield_now();
             std::thread::sleep(std::time::Duration::from_nanos(1));
@@ -144,33 +137,33 @@ fn what_every_thread_does_it_may() {
                 libc::raise(libc::SIGURG);
             }
         });
-        assert_eq!(status, 0, "{role}: {said}");
-        let (aborted, _) = in_child(role, &SeccompAction::Trap, || std::process::abort());
-        assert!(libc::WIFSIGNALED(aborted) && libc::WTERMSIG(aborted) == libc::SIGABRT, "{role}: {aborted:#x}");
+        assert!(status.success(), "{role}: {said}");
+        let (aborted, _) = fenced(role, &SeccompAction::Trap, || std::process::abort());
+        assert_eq!(aborted.signal(), Some(libc::SIGABRT), "{role}");
     }
 }
 
 /// A vCPU's thread inherits the filters of the one that has started it, which starts threads, and no processes.
 #[test]
 fn the_spawner_of_vcpus_starts_threads() {
-    let (status, said) = in_child(Role::VcpuSpawner, &SeccompAction::Trap, || {
+    let (status, said) = fenced(Role::VcpuSpawner, &SeccompAction::Trap, || {
         let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(|| Vec::<u8>::with_capacity(1 << 20))).collect();
         threads.into_iter().for_each(|thread| drop(thread.join()));
     });
-    assert_eq!(status, 0, "{said}");
+    assert!(status.success(), "{said}");
     assert!(calls::of(Role::Vcpu(0), 1).is_none() && calls::of(Role::Spawner, 1).is_none());
 }
 
 #[test]
 fn who_was_stopped_says_by_what() {
     let (timeline, _page) = Timeline::new(untouched()).unwrap();
-    let (status, said) = in_child(Role::Populate, &SeccompAction::Trap, || {
+    let (status, said) = fenced(Role::Populate, &SeccompAction::Trap, || {
         let _witness = trap::Witness::new(&timeline);
         let _ = rustix::thread::set_name(c"populate");
         // SAFETY: a constant path.
         unsafe { libc::open(c"/etc/passwd".as_ptr(), 0) };
     });
-    assert_eq!(status & 0x7f, libc::SIGSYS, "{status:#x}: {said}");
+    assert_eq!(status.signal(), Some(libc::SIGSYS), "{said}");
     assert_eq!(
         timeline.cause(),
         "the thread 'populate' has called system call 257 (ausyscall 257), which its seccomp filter does not allow"
