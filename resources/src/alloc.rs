@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use crate::layout;
 
+/// Why [`Window::reserve`] has not taken a range.
 #[derive(Debug, thiserror::Error)]
 #[error("{start:#x}+{size:#x} is outside {window:#x?} or already taken")]
 pub struct Taken {
@@ -23,10 +24,12 @@ pub struct Window {
 }
 
 impl Window {
+    /// All of `range` is free.
     pub fn new(range: Range<u64>) -> Self {
         Self { range, taken: BTreeMap::new() }
     }
 
+    /// All of it, free or not.
     pub fn range(&self) -> Range<u64> {
         self.range.clone()
     }
@@ -73,9 +76,11 @@ impl Window {
 /// The windows a host bridge decodes.
 #[derive(Debug)]
 pub struct Windows {
+    /// [`layout::PCI_WINDOW32`].
     pub mmio32: Window,
     /// Empty where the guest has no address bits for it.
     pub mmio64: Window,
+    /// [`layout::PCI_IO_WINDOW`]: ports.
     pub io: Window,
 }
 

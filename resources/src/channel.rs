@@ -22,14 +22,19 @@ const WORD: usize = 16 << 10;
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
 
+/// Why a message was not sent or has not come.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
+    /// Its end was closed, as at its process' end.
     #[error("the other side is gone")]
     Gone,
+    /// [`Channel::receive`] has waited so long.
     #[error("the other side has said nothing within {0:?}")]
     Silent(Duration),
+    /// To be sent, or come: then its descriptors are closed.
     #[error("a message of more than {WORD} bytes, or {FDS} descriptors")]
     TooLong,
+    /// What the kernel says of a call for it.
     #[error("the socket between the processes: {0}")]
     Os(#[from] io::Error),
 }
@@ -56,7 +61,8 @@ impl Channel {
         Self(fd)
     }
 
-    /// Never waits: a message is far smaller than the buffer of a socket, and no more than a few are under way.
+    /// Never waits: a message is far smaller than the buffer of a socket, and no more than a few are under way. One
+    /// without bytes and descriptors would be read as the other side's end.
     pub fn send(&self, word: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         if word.len() > WORD || fds.len() > FDS {
             return Err(ChannelError::TooLong);

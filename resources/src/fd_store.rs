@@ -17,17 +17,29 @@ use crate::survivor::look;
 /// What an fd is for: named in errors, and checked when a slot is claimed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FdKind {
+    /// The memfd of the guest's RAM.
     GuestMemory,
+    /// `/dev/vfio/vfio`, opened: a DMA domain.
     VfioContainer,
+    /// `/dev/vfio/N` of an IOMMU group.
     VfioGroup,
+    /// What VFIO_GROUP_GET_DEVICE_FD gave.
     VfioDevice,
+    /// An eventfd that carries interrupts.
     Interrupt,
+    /// What the serial port's text comes from and goes to. May be a file of the user's.
     Console,
+    /// The event stream. May be a file of the user's.
     Log,
+    /// The socket on which the API listens.
     ApiListener,
+    /// A client's connection to the API.
     ApiConnection,
+    /// `/dev/kvm` itself, of no VM.
     Kvm,
+    /// In tests alone.
     State,
+    /// Of nothing that this build keeps.
     Binary,
 }
 
@@ -62,26 +74,58 @@ impl<'de> Deserialize<'de> for Slot {
 /// How one stored fd is described to the next VMM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
+    /// By which the saved state names it.
     pub slot: Slot,
+    /// For messages.
     pub name: String,
+    /// Compared when the slot is claimed.
     pub kind: FdKind,
     /// `st_dev`, `st_ino` and `st_rdev` when it was kept: an fd that came in another one's place is caught. Zeros if
     /// unknown.
     pub identity: (u64, u64, u64),
 }
 
+/// Why fds that came do not fit what is said of them.
 #[derive(Debug, thiserror::Error)]
 pub enum FdStoreError {
+    /// Its identity is not that of its [`Record`].
     #[error("stored fd '{name}' ({kind:?}): what came is another file than the one that was kept")]
-    OtherFile { name: String, kind: FdKind },
+    OtherFile {
+        /// As it was kept.
+        name: String,
+        /// As it was kept.
+        kind: FdKind,
+    },
+    /// As many fds are needed as records name that are not here yet.
     #[error("{fds} fds came, and the saved state names {named} that are not here")]
-    Count { fds: usize, named: usize },
+    Count {
+        /// How many came.
+        fds: usize,
+        /// How many were to come.
+        named: usize,
+    },
+    /// Nothing waits there to be claimed.
     #[error("slot {slot} ({kind:?}) is not in the fd store: claimed twice, or never kept")]
-    NoSlot { slot: u32, kind: FdKind },
+    NoSlot {
+        /// Its number.
+        slot: u32,
+        /// What it was to be.
+        kind: FdKind,
+    },
+    /// It goes on waiting.
     #[error("stored fd '{name}' is a {found:?}, not a {wanted:?}")]
-    WrongKind { name: String, found: FdKind, wanted: FdKind },
+    WrongKind {
+        /// As it was kept.
+        name: String,
+        /// What it was kept as.
+        found: FdKind,
+        /// What it was to be.
+        wanted: FdKind,
+    },
+    /// Two records are of one slot.
     #[error("the saved state names a slot twice")]
     Twice,
+    /// Their names, at the end of a restore.
     #[error("stored fds that nothing claimed: {0}")]
     Unclaimed(String),
 }
@@ -99,10 +143,12 @@ struct Entry {
 pub struct StoredFd(Arc<Entry>);
 
 impl StoredFd {
+    /// What a saved state calls it, good for [`Claims::claim`] in the next VMM.
     pub fn slot(&self) -> Slot {
         self.0.slot
     }
 
+    /// As it was kept, for messages: need not be unique.
     pub fn name(&self) -> &str {
         &self.0.name
     }
@@ -148,6 +194,7 @@ impl Inner {
 pub struct FdStore(Arc<Mutex<Inner>>);
 
 impl FdStore {
+    /// With nothing in keeping.
     pub fn new() -> Self {
         Self::default()
     }
@@ -238,6 +285,10 @@ pub struct Claims {
 }
 
 impl Claims {
+    /// Hands `slot` to its owner, once. Dropped, it is closed.
+    ///
+    /// # Errors
+    /// Nothing waits there, or it is of another kind: then it goes on waiting.
     pub fn claim(&mut self, slot: Slot, kind: FdKind) -> Result<StoredFd, FdStoreError> {
         let kept = self.waiting.remove(&slot).ok_or(FdStoreError::NoSlot { slot: slot.0, kind })?;
         if kept.0.kind != kind {

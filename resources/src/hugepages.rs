@@ -21,6 +21,7 @@ pub struct Pool {
 }
 
 impl Pool {
+    /// Reads that of pages of `bytes` bytes. What cannot be read counts as 0: it is for a message.
     pub fn of(bytes: u64, wanted: u64) -> Self {
         Self::read(&Path::new(POOLS).join(format!("hugepages-{}kB", bytes >> 10)), bytes, wanted)
     }
@@ -50,7 +51,8 @@ impl fmt::Display for Pool {
         let left = free.saturating_sub(*reserved);
         write!(
             f,
-            "{wanted} huge pages of {} KiB are needed, the pool has {pages}, of which {left} are neither in use nor reserved: ",
+            "{wanted} huge pages of {} KiB are needed, the pool has {pages}, of which {left} are neither in use nor \
+             reserved: ",
             bytes >> 10
         )?;
         match wanted.saturating_sub(left) {

@@ -51,6 +51,7 @@ impl Mapping {
         Ok(Self { start: NonNull::new(start.cast()).ok_or(Errno::NOMEM)?, len })
     }
 
+    /// Its first byte.
     pub fn start(&self) -> NonNull<u8> {
         self.start
     }
@@ -60,6 +61,7 @@ impl Mapping {
         self.start.as_ptr() as u64
     }
 
+    /// In bytes, as it was asked for.
     #[expect(clippy::len_without_is_empty, reason = "none is")]
     pub fn len(&self) -> usize {
         self.len

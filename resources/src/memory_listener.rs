@@ -22,12 +22,15 @@ use crate::fd_store::StoredFd;
 /// A piece of the guest's RAM and all that one may reach it by. Multiples of the page size, in bytes.
 #[derive(Clone, Debug)]
 pub struct RamBlock {
+    /// Where the guest has it.
     pub gpa: u64,
+    /// From there on.
     pub size: u64,
     /// Where this process has it.
     pub hva: u64,
     /// What is mapped there, from `offset` on: for whoever has no use for an address of this process.
     pub file: StoredFd,
+    /// In `file`.
     pub offset: u64,
 }
 
@@ -62,6 +65,7 @@ pub trait MemoryListener: Send + Sync {
     /// For messages.
     fn describe(&self) -> String;
 
+    /// When it is told; always the same.
     fn rank(&self) -> Rank;
 
     /// On an error it has nothing of it.
@@ -75,15 +79,26 @@ pub trait MemoryListener: Send + Sync {
     fn remove(&self, block: &RamBlock) -> Result<(), Refusal>;
 }
 
+/// Why the guest's RAM is what it was.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
+    /// The block to be added cannot be one. Nobody was told.
     #[error("guest RAM {gpa:#x}+{size:#x}: it is empty, wraps, or overlaps what there is: give it another address")]
-    Overlap { gpa: u64, size: u64 },
+    Overlap {
+        /// Of the block to be added.
+        gpa: u64,
+        /// Of the block to be added, in bytes.
+        size: u64,
+    },
+    /// The guest physical address at which no block starts.
     #[error("guest RAM {0:#x}: there is none that starts there")]
     Absent(u64),
+    /// One of the listeners has not taken it, or not let it go; all others were told the contrary again.
     #[error("{source}{}", .stuck.iter().map(|name| format!("; {name} could not be put back")).collect::<String>())]
     Refused {
+        /// [`MemoryListener::describe`] of it.
         listener: String,
+        /// What it says.
         source: Refusal,
         /// Who could not be told the contrary either: that is tried again, see [`MemoryListeners::settle`].
         stuck: Vec<String>,
@@ -111,6 +126,7 @@ struct Inner {
 pub struct MemoryListeners(Mutex<Inner>);
 
 impl MemoryListeners {
+    /// With no listeners and no RAM.
     pub fn new() -> Self {
         Self::default()
     }

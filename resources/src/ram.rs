@@ -24,6 +24,7 @@ const HUGE: u64 = 2 << 20;
 /// Which pages back the RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pages {
+    /// Those of the architecture: 4 KiB.
     #[default]
     Small,
     /// Transparent huge pages, where the host allows them for shared memory (shmem_enabled = advise).
@@ -32,16 +33,36 @@ pub enum Pages {
     Huge(u64),
 }
 
+/// Why a guest has no RAM, or not all of it.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
+    /// memfd_create, its size, or its seals.
     #[error("guest RAM: cannot create a memfd of {size} bytes: {source}: {remedy}")]
-    Create { size: u64, source: std::io::Error, remedy: &'static str },
+    Create {
+        /// Of all RAM, in bytes.
+        size: u64,
+        /// What the kernel says.
+        source: std::io::Error,
+        /// What to do, or to ask oneself.
+        remedy: &'static str,
+    },
+    /// mmap, or lseek or madvise for a part of it.
     #[error("guest RAM: cannot map {size:#x} bytes at offset {offset:#x}: {source}: is there enough free memory?")]
-    Map { size: u64, offset: u64, source: std::io::Error },
+    Map {
+        /// Of the part, in bytes.
+        size: u64,
+        /// Of the part in the memfd.
+        offset: u64,
+        /// What the kernel says.
+        source: std::io::Error,
+    },
+    /// The host has too few huge pages left: its pool, and how many were wanted.
     #[error("guest RAM: {0}")]
     HugePages(Pool),
+    /// Ranges that wrap or overlap, or a size of huge pages that there is not.
     #[error("guest RAM: {0}")]
     Layout(String),
+    /// The memfd did not come over.
     #[error(transparent)]
     FdStore(#[from] FdStoreError),
 }
@@ -49,7 +70,9 @@ pub enum RamError {
 /// A piece of RAM as seen from all sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRange {
+    /// Address in the guest.
     pub gpa: u64,
+    /// In bytes.
     pub size: u64,
     /// Offset in the memfd.
     pub offset: u64,
@@ -106,6 +129,7 @@ impl From<PagesState> for Pages {
     }
 }
 
+/// All RAM of a guest. Dropped, it is unmapped here; the memfd lasts until nobody has it.
 pub struct GuestRam {
     size: u64,
     pages: Pages,
@@ -126,6 +150,11 @@ fn no_memfd(error: Errno, pages: Pages) -> &'static str {
 }
 
 impl GuestRam {
+    /// `size` bytes of zeros for a boot, where [`layout::ram_regions`] says.
+    ///
+    /// # Errors
+    /// Huge pages that cannot be set aside are an error here; small ones that are not there are found out when they are
+    /// touched ([`GuestRam::prefault`]).
     pub fn new(fd_store: &FdStore, size: u64, pages: Pages) -> Result<Self, RamError> {
         let create = |source: Errno, remedy| RamError::Create { size, source: source.into(), remedy };
         let flags = match pages {
@@ -146,6 +175,7 @@ impl GuestRam {
         Self::map(fd_store.keep("guest RAM", FdKind::GuestMemory, fd), size, pages, ranges, Reserve::Now)
     }
 
+    /// Maps in a new VMM what [`GuestRam::save`] of the old one described: the same pages, with what is in them.
     pub fn restore(state: RamState, handles: RamHandles, claims: &mut Claims) -> Result<Self, RamError> {
         let RamHandles { memfd, pages } = handles;
         Self::map_again(state, claims.claim(memfd, FdKind::GuestMemory)?, pages.into())
@@ -157,6 +187,7 @@ impl GuestRam {
         Self::map(memfd, size, pages, ranges.into_iter().map(range).collect(), Reserve::Done)
     }
 
+    /// What the guest has, and what of it only this host has. Nothing is copied.
     pub fn save(&self) -> (RamState, RamHandles) {
         let Self { size, pages, ranges, memfd, memory: _, _mappings } = self;
         // `hva` is of this process.
@@ -191,14 +222,17 @@ impl GuestRam {
         Ok(Self { size, pages, ranges, memfd, memory, _mappings: mappings })
     }
 
+    /// Of all ranges together, in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
+    /// As they were asked for at the boot: transparent ones may be small all the same.
     pub fn pages(&self) -> Pages {
         self.pages
     }
 
+    /// In ascending order of both addresses in the guest and offsets.
     pub fn ranges(&self) -> &[RamRange] {
         &self.ranges
     }
@@ -214,6 +248,7 @@ impl GuestRam {
         })
     }
 
+    /// For who reads and writes by guest addresses.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
@@ -224,8 +259,9 @@ impl GuestRam {
     }
 
     /// Fills this image's page tables from pages that exist already, so that the guest does not fault them in one by
-    /// one. Meant for a background thread, which ends when `go_on` says so. What was never touched stays without
-    /// memory: a fault would allocate it, for reading too (shmem_fault).
+    /// one. Meant for a background thread, which ends when `go_on` says no. What was never touched stays without
+    /// memory: a fault would allocate it, for reading too (shmem_fault). Not so with huge pages of hugetlbfs, which
+    /// shows no holes (default_llseek): all of them are allocated.
     pub fn populate_page_tables(&self, go_on: impl Fn() -> bool) -> Result<(), RamError> {
         for range in &self.ranges {
             let mut at = 0;

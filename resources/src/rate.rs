@@ -21,6 +21,7 @@ struct State {
 }
 
 impl Rate {
+    /// Nothing is taken yet. A `burst` of 0 is one of 1.
     pub const fn new(burst: u32, each: Duration) -> Self {
         Self { burst, each, state: Mutex::new(State { full: None, refused: 0 }) }
     }

@@ -82,12 +82,14 @@ pub fn not_listening(fd: impl AsFd) -> Option<&'static str> {
 /// Who is at the other end, as the kernel noted it when they connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
+    /// The effective one.
     pub uid: u32,
     /// The process' own group, and those that it has beside it.
     pub gids: Vec<u32>,
 }
 
 impl Peer {
+    /// Of a connected unix socket (SO_PEERCRED, SO_PEERGROUPS).
     pub fn of(fd: impl AsFd) -> io::Result<Self> {
         let credentials = credentials(&fd)?;
         let mut gids = groups(&fd)?;

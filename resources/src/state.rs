@@ -2,7 +2,8 @@
 //! checksum.
 //!
 //! ```text
-//! "THESEUS\0" | format u32 | crc32 u32 | length u64 | MessagePack map { build_id, sections: [{ name, kind, version, data }] }
+//! "THESEUS\0" | format u32 | crc32 u32 | length u64 | MessagePack map
+//!     { build_id, sections: [{ name, kind, version, data }] }
 //! ```
 //! All integers little endian; the checksum covers the MessagePack. A section is consumed exactly once, and what is
 //! left over is an error.
@@ -24,7 +25,9 @@ const HEADER: usize = 24;
 /// for by who gets the version that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Format {
+    /// What the section is of, as a device's type: one is not read for another.
     pub kind: &'static str,
+    /// The one that this build writes.
     pub version: u16,
     /// The oldest version that is read, and the newest.
     pub reads: (u16, u16),
@@ -36,6 +39,7 @@ impl Format {
         Self { kind, version, reads: (version - 1, version + 1) }
     }
 
+    /// Whether a section of version `found` is among those that are read.
     pub fn can_read(&self, found: u16) -> bool {
         (self.reads.0..=self.reads.1).contains(&found)
     }
@@ -44,6 +48,7 @@ impl Format {
 /// A format with the type that it is of, for who has sections of any kind before him.
 #[derive(Clone, Copy)]
 pub struct Kind {
+    /// What its sections are called and which of them are read.
     pub format: Format,
     /// What this build takes a section for: read, and written again.
     pub reread: fn(&Section<'_>) -> Result<Encoded<()>, StateError>,
@@ -59,22 +64,58 @@ impl Kind {
     }
 }
 
+/// Why bytes are no state that this build reads, or why it cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
+    /// Too short for a header, or the first 8 bytes are others.
     #[error("not a saved state of Theseus (wrong magic)")]
     Magic,
-    #[error("saved state: format {0} cannot be read by this build (it reads {min} to {max})", min = FORMAT - 1, max = FORMAT + 1)]
+    /// The envelope's format, more than one away from [`FORMAT`].
+    #[error(
+        "saved state: format {0} cannot be read by this build (it reads {min} to {max})",
+        min = FORMAT - 1,
+        max = FORMAT + 1
+    )]
     Format(u32),
+    /// Less or more than the header says.
     #[error("saved state: {have} bytes instead of {want}: truncated?")]
-    Length { have: u64, want: u64 },
+    Length {
+        /// Bytes after the header.
+        have: u64,
+        /// Bytes after the header, as that says.
+        want: u64,
+    },
+    /// The body is not the one that was written.
     #[error("saved state: wrong checksum: it was damaged")]
     Checksum,
+    /// What rmp-serde says of the body as a whole.
     #[error("saved state: cannot be decoded: {0}")]
     Envelope(String),
+    /// One section is missing, there twice, of another kind, or cannot be encoded or decoded.
     #[error("section '{name}': {reason}")]
-    Section { name: String, reason: String },
-    #[error("section '{name}': version {found} of kind '{kind}' cannot be read by this build (it reads {} to {})", reads.0, reads.1)]
-    Version { name: String, kind: String, found: u16, reads: (u16, u16) },
+    Section {
+        /// The section's.
+        name: String,
+        /// A clause whose subject is the section, or what rmp-serde says.
+        reason: String,
+    },
+    /// Written by a build too far from this one.
+    #[error(
+        "section '{name}': version {found} of kind '{kind}' cannot be read by this build (it reads {} to {})",
+        reads.0,
+        reads.1
+    )]
+    Version {
+        /// The section's.
+        name: String,
+        /// The one that was asked for, and is there.
+        kind: String,
+        /// The version that is there.
+        found: u16,
+        /// The oldest and the newest that this build reads.
+        reads: (u16, u16),
+    },
+    /// Their names, after all that this build knows were taken.
     #[error("sections that nothing read: {0}")]
     Leftover(String),
 }
@@ -82,16 +123,21 @@ pub enum StateError {
 /// Borrowed where it was read: a section is copied for the first time when it is decoded.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Section<'a> {
+    /// By which it is taken: no two of a state have the same.
     #[serde(borrow)]
     pub name: Cow<'a, str>,
+    /// [`Format::kind`] of who wrote it.
     #[serde(borrow)]
     pub kind: Cow<'a, str>,
+    /// [`Format::version`] of who wrote it.
     pub version: u16,
+    /// A MessagePack value of its own, with named fields.
     #[serde(borrow, with = "serde_bytes")]
     pub data: Cow<'a, [u8]>,
 }
 
 impl Section<'_> {
+    /// Reads its data as a `T`, whatever its kind and version: those are the caller's to look at.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, StateError> {
         decode(&self.name, &self.data)
     }
@@ -113,6 +159,7 @@ pub struct Encoded<T> {
 }
 
 impl<T: Serialize> Encoded<T> {
+    /// Encodes `value` for a section of this name.
     pub fn new(name: String, value: &T) -> Result<Self, StateError> {
         match rmp_serde::to_vec_named(value) {
             Ok(data) => Ok(Self { name, data, of: PhantomData }),
@@ -130,6 +177,7 @@ impl<T> Encoded<T> {
 }
 
 impl<T: DeserializeOwned> Encoded<T> {
+    /// What was encoded, or taken from a state.
     pub fn decode(&self) -> Result<T, StateError> {
         decode(&self.name, &self.data)
     }
@@ -146,14 +194,20 @@ pub struct StateWriter {
 }
 
 impl StateWriter {
+    /// With no sections yet. `build_id` is that of the running build.
     pub fn new(build_id: &str) -> Self {
         Self { body: Body { build_id: build_id.to_owned(), sections: Vec::new() } }
     }
 
+    /// Encodes and adds a section.
+    ///
+    /// # Errors
+    /// There is one of this name already, or `value` cannot be encoded: nothing is added then.
     pub fn add<T: Serialize>(&mut self, name: &str, format: &Format, value: &T) -> Result<(), StateError> {
         self.add_encoded(Encoded::new(name.to_owned(), value)?, format)
     }
 
+    /// As [`StateWriter::add`], for what was encoded elsewhere.
     pub fn add_encoded<T>(&mut self, encoded: Encoded<T>, format: &Format) -> Result<(), StateError> {
         let Encoded { name, data, of: _ } = encoded;
         if self.body.sections.iter().any(|other| other.name == name) {
@@ -168,6 +222,7 @@ impl StateWriter {
         Ok(())
     }
 
+    /// The whole envelope, header and all.
     pub fn finish(&self) -> Result<Vec<u8>, StateError> {
         // In one piece, as it is part of an update's pause: an envelope is some 50 bytes more than a section.
         let room: usize = self.body.sections.iter().map(|section| section.data.len() + 128).sum();
@@ -218,6 +273,10 @@ pub struct StateReader<'a> {
 }
 
 impl<'a> StateReader<'a> {
+    /// Checks the envelope ([`check`]) and looks through its sections, which are decoded as they are taken.
+    ///
+    /// # Errors
+    /// As [`check`], or two sections have the same name.
     pub fn new(bytes: &'a [u8]) -> Result<Self, StateError> {
         let body = check(bytes)?;
         let body: Body = rmp_serde::from_slice(body).map_err(|error| StateError::Envelope(error.to_string()))?;
@@ -241,11 +300,15 @@ impl<'a> StateReader<'a> {
         self.sections.values()
     }
 
+    /// Whether a section of this name is left to be taken.
     pub fn has(&self, name: &str) -> bool {
         self.sections.contains_key(name)
     }
 
     /// Takes one section out, with the version that it has.
+    ///
+    /// # Errors
+    /// It is missing, of another kind, of a version that `format` does not read, or no `T`. It is gone all the same.
     pub fn take<T: DeserializeOwned>(&mut self, name: &str, format: &Format) -> Result<(u16, T), StateError> {
         let Section { version, data, .. } = self.take_section(name, format)?;
         Ok((version, decode(name, &data)?))
@@ -271,6 +334,10 @@ impl<'a> StateReader<'a> {
         Ok(section)
     }
 
+    /// The last step of a restore.
+    ///
+    /// # Errors
+    /// Nobody has taken some of the sections: what they say would be lost.
     pub fn finish(self) -> Result<(), StateError> {
         if self.sections.is_empty() {
             return Ok(());

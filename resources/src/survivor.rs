@@ -22,16 +22,20 @@ pub unsafe fn begin() {
     IS_ALONE.store(true, Ordering::SeqCst);
 }
 
+/// Whether [`begin`] was called.
 pub fn is_alone() -> bool {
     IS_ALONE.load(Ordering::Relaxed)
 }
 
 /// What a lock guards, to be read.
 pub enum Look<'a, T: ?Sized> {
+    /// The usual lock, until this is dropped.
     Locked(MutexGuard<'a, T>),
-    /// A survivor's. `is_locked`: a thread has died that had it, so it may be half changed.
+    /// A survivor's, who has locked nothing.
     Past {
+        /// Where the lock has it.
         value: &'a T,
+        /// A thread has died that had the lock, so it may be half changed.
         is_locked: bool,
     },
 }
@@ -60,6 +64,6 @@ pub fn look<T: ?Sized>(mutex: &Mutex<T>) -> Look<'_, T> {
     if !is_alone() {
         return Look::Locked(mutex.lock());
     }
-    // SAFETY: nobody else makes a step, and this thread has not locked it: whoever has called `begin` has promised both.
+    // SAFETY: nobody else makes a step, and this thread has not locked it: who has called `begin` has promised both.
     Look::Past { value: unsafe { &*mutex.data_ptr() }, is_locked: mutex.is_locked() }
 }

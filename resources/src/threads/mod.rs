@@ -18,6 +18,7 @@ mod spawner;
 
 pub use spawner::{Fence, begin, spawn};
 
+/// What a thread is for. Displayed, its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Serves the API's sockets.
@@ -82,13 +83,26 @@ impl fmt::Display for Role {
     }
 }
 
+/// Why a thread does not run: nothing of its body has.
 #[derive(Debug, thiserror::Error)]
 pub enum ThreadError {
     /// EAGAIN where a limit is reached (clone(2)).
     #[error("cannot start the thread '{role}': {source}: raise RLIMIT_NPROC or pids.max")]
-    Limit { role: Role, source: io::Error },
+    Limit {
+        /// Of the thread.
+        role: Role,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// Its [`Fence`] has failed, and it has ended.
     #[error("the thread '{role}' cannot be fenced in: {source}")]
-    Fence { role: Role, source: io::Error },
+    Fence {
+        /// Of the thread.
+        role: Role,
+        /// What the fence says.
+        source: io::Error,
+    },
+    /// The spawner is gone, or ended while it started this one.
     #[error("the thread '{0}' cannot be started: the one that would do it has ended")]
     NoSpawner(Role),
 }

@@ -1,6 +1,7 @@
-//! Who starts threads. A thread has the seccomp filters of the one that has started it, and its own on top (seccomp(2)):
-//! so that each has no other than its own, all are started by one that has none, the spawner. Those of vCPUs, of which
-//! there may be many, are started by a second one that has theirs: they inherit it, and none of them installs any.
+//! Who starts threads. A thread has the seccomp filters of the one that has started it, and its own on top
+//! (seccomp(2)): so that each has no other than its own, all are started by one that has none, the spawner. Those of
+//! vCPUs, of which there may be many, are started by a second one that has theirs: they inherit it, and none of them
+//! installs any.
 //!
 //! Nobody's work is done on a spawner, and it sees no data of a guest or a client. Like the main thread, which has to
 //! run programs, it is held by what holds the whole process.
