@@ -44,6 +44,7 @@ pub struct ClockAnchor {
     pub host_tsc: u64,
     /// CLOCK_MONOTONIC_RAW at that moment, ns: used where there is no host TSC.
     pub raw_ns: u64,
+    /// What the TSC runs at; 0 where KVM does not tell.
     pub tsc_khz: u32,
 }
 
@@ -59,6 +60,7 @@ impl ClockAnchor {
         self.host_tsc != 0 && self.tsc_khz != 0
     }
 
+    /// As the image before had it.
     pub fn restore(handles: ClockHandles) -> Self {
         let ClockHandles { clock, host_tsc, raw_ns, tsc_khz } = handles;
         Self { clock, host_tsc, raw_ns, tsc_khz }
@@ -103,7 +105,7 @@ impl Vm {
         self.fd().get_clock().map_err(Error::call("KVM_GET_CLOCK"))
     }
 
-    /// `given`: the anchor that this image was given.
+    /// `given`: the anchor that this image was given, if it was. `tsc_khz`: what the vCPUs' TSC runs at.
     pub fn save_clock(&self, given: Option<ClockAnchor>, tsc_khz: u32) -> Result<SavedClock> {
         let read = self.clock()?;
         let host_tsc = if read.flags & KVM_CLOCK_HOST_TSC != 0 { read.host_tsc } else { 0 };

@@ -21,4 +21,5 @@ pub use system::Hypervisor;
 pub use vcpu::{Exit, Vcpu, VcpuHandles, VcpuShape, VcpuState};
 pub use vm::{BareVm, ReadyVm, Vm};
 
+/// Of a call to KVM.
 pub type Result<T> = std::result::Result<T, Error>;

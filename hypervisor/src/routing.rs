@@ -21,14 +21,18 @@ const MAX_GSI: u32 = 4096;
 /// A register whose writes are signals of an eventfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoEventAt {
+    /// An I/O port.
     Port(u16),
+    /// A guest physical address.
     Mmio(u64),
 }
 
 /// Where an MSI goes, as the guest programmed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsiRoute {
+    /// Which LAPICs it goes to, and how (SDM 3A, 12.11.1).
     pub address: u64,
+    /// Vector, delivery mode and trigger mode (SDM 3A, 12.11.2).
     pub data: u32,
 }
 
@@ -92,6 +96,7 @@ impl Vm {
         Ok(free)
     }
 
+    /// They are anybody's from now on. KVM keeps their routes until the table is written the next time.
     pub fn free_gsis(&self, gsis: &[u32]) {
         let mut routing = self.routing();
         for gsi in gsis {
@@ -153,8 +158,8 @@ impl Vm {
         self.fd().register_irqfd(&view, gsi).map_err(Error::call(format!("KVM_IRQFD assign GSI {gsi}")))
     }
 
-    /// As [`Vm::attach_irqfd`], for the level of an IOAPIC pin: a count raises it until the guest's EOI, which lowers it
-    /// and signals `resample`.
+    /// As [`Vm::attach_irqfd`], for the level of an IOAPIC pin: a count raises it until the guest's EOI, which lowers
+    /// it and signals `resample`.
     pub fn attach_level_irqfd(&self, pin: u32, eventfd: BorrowedFd<'_>, resample: BorrowedFd<'_>) -> Result<()> {
         let (eventfd, resample) = (view(eventfd), view(resample));
         self.fd()
@@ -176,6 +181,7 @@ impl Vm {
             .map_err(Error::call(format!("KVM_IOEVENTFD assign {at:x?}")))
     }
 
+    /// From now on a write there is an exit again. `eventfd` must be the one that was attached.
     pub fn detach_ioeventfd(&self, at: IoEventAt, eventfd: BorrowedFd<'_>) -> Result<()> {
         self.fd()
             .unregister_ioevent(&view(eventfd), &io_event_address(at), NoDatamatch)

@@ -25,6 +25,7 @@ const NEEDED: [(Cap, &str); 12] = [
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
 ];
 
+/// KVM of this host, of which VMs are made.
 pub struct Hypervisor {
     // The fd_store's fd is the owner; this is a view of it that must not close it.
     kvm: ManuallyDrop<Kvm>,
@@ -56,6 +57,7 @@ impl Hypervisor {
         Self { kvm, fd }
     }
 
+    /// `/dev/kvm`, to be handed over.
     pub fn kept(&self) -> &StoredFd {
         &self.fd
     }
@@ -72,9 +74,5 @@ impl Hypervisor {
     pub(crate) fn msr_index_list(&self) -> Result<Vec<u32>> {
         let list = self.kvm.get_msr_index_list().map_err(Error::call("KVM_GET_MSR_INDEX_LIST"))?;
         Ok(list.as_slice().to_vec())
-    }
-
-    pub fn max_vcpus(&self) -> usize {
-        self.kvm.get_max_vcpus()
     }
 }

@@ -37,6 +37,7 @@ pub struct BareVm(Arc<Vm>);
 pub struct ReadyVm(Arc<Vm>);
 
 impl BareVm {
+    /// Makes a VM (KVM_CREATE_VM), bound to the address space of this process.
     pub fn new(hypervisor: &Hypervisor) -> Result<Self> {
         let fd = hypervisor.kvm().create_vm().map_err(Error::call("KVM_CREATE_VM"))?;
         if std::env::consts::ARCH == "x86_64" {
@@ -60,6 +61,7 @@ impl BareVm {
         &self.0
     }
 
+    /// With them it takes vCPUs (KVM_CREATE_IRQCHIP).
     pub fn create_irqchip(self) -> Result<ReadyVm> {
         self.0.fd.create_irq_chip().map_err(Error::call("KVM_CREATE_IRQCHIP"))?;
         Ok(ReadyVm(self.0))
@@ -75,6 +77,7 @@ impl Deref for ReadyVm {
 }
 
 impl Vm {
+    /// For calls that have no method here.
     pub fn fd(&self) -> &VmFd {
         &self.fd
     }
@@ -105,6 +108,7 @@ impl Vm {
         Ok(slot)
     }
 
+    /// Takes the memory of a slot from the guest. On an error it has it still.
     pub fn remove_memslot(&self, slot: u32) -> Result<()> {
         let mut slots = self.slots();
         let region = kvm_userspace_memory_region { slot, memory_size: 0, ..Default::default() };
@@ -132,7 +136,7 @@ impl Vm {
         self.fd.signal_msi(msi).map(drop).map_err(Error::call(format!("KVM_SIGNAL_MSI to vCPU {index}")))
     }
 
-    /// An NMI to all vCPUs: an MSI with delivery mode NMI to the physical broadcast destination (SDM 3A, 11.11).
+    /// An NMI to all vCPUs: an MSI with delivery mode NMI to the physical broadcast destination (SDM 3A, 12.11).
     pub fn broadcast_nmi(&self) -> Result<()> {
         let msi = kvm_msi { address_lo: 0xFEEF_F000, data: 0x400, ..Default::default() };
         self.fd.signal_msi(msi).map(drop).map_err(Error::call("KVM_SIGNAL_MSI for an NMI"))

@@ -43,10 +43,12 @@ const BANKS: u64 = BANK_DEFERRED as u64 + 1;
 const MCG_SER_P: u64 = 1 << 24;
 const CR4_MCE: u64 = 1 << 6;
 
+/// In whose way a guest is told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Vendor {
     /// Of Intel's architecture: a machine check comes to all CPUs at once.
     Intel,
+    /// Of AMD's: it comes to the CPU that it concerns.
     #[default]
     Amd,
 }

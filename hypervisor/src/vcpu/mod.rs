@@ -32,8 +32,11 @@ use crate::{Error, Hypervisor, ReadyVm, Result};
 pub enum Exit<'a> {
     /// Port, bytes an access, and all the accesses of a string instruction to that one port.
     IoIn(u16, usize, &'a mut [u8]),
+    /// As [`Exit::IoIn`], with what is written.
     IoOut(u16, usize, &'a [u8]),
+    /// Guest physical address, and 1 to 8 bytes to be filled in.
     MmioRead(u64, &'a mut [u8]),
+    /// Guest physical address, and 1 to 8 bytes that are written.
     MmioWrite(u64, &'a [u8]),
     /// A signal, or `immediate_exit`: nothing is pending.
     Interrupted,
@@ -64,6 +67,7 @@ impl ExitFlag {
         self.0.lock()
     }
 
+    /// It stays raised: KVM_RUN returns at once until [`Vcpu::set_immediate_exit`] takes it back.
     pub fn raise(&self) {
         self.set(true);
     }
@@ -90,6 +94,7 @@ unsafe impl Send for ExitReason {}
 // SAFETY: as above.
 unsafe impl Sync for ExitReason {}
 
+/// A vCPU of a VM of this process. Its thread alone runs it.
 pub struct Vcpu {
     fd: VcpuFd,
     exit_flag: ExitFlag,
@@ -112,6 +117,7 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
+    /// Makes one as after a reset, without CPUID. `index` is its APIC ID too (KVM_CREATE_VCPU).
     pub fn new(vm: &ReadyVm, index: u32) -> Result<Self> {
         let mut fd = vm.fd().create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))?;
         let xsave_size = usize::try_from(vm.fd().check_extension_int(kvm_ioctls::Cap::Xsave2)).unwrap_or(0);
@@ -136,10 +142,12 @@ impl Vcpu {
         })
     }
 
+    /// Which of the VM's vCPUs it is, from 0 on.
     pub fn index(&self) -> u32 {
         self.index
     }
 
+    /// For who kicks it. Harmless once the vCPU is gone.
     pub fn exit_flag(&self) -> ExitFlag {
         self.exit_flag.clone()
     }
@@ -149,6 +157,7 @@ impl Vcpu {
         self.fd.get_sregs().map_err(Error::call(format!("vCPU {}: KVM_GET_SREGS", self.index)))
     }
 
+    /// For a boot: what a restore needs beside is in [`Vcpu::restore_early`].
     pub fn set_registers(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> Result<()> {
         self.fd.set_sregs(sregs).map_err(Error::call(format!("vCPU {}: KVM_SET_SREGS", self.index)))?;
         self.fd.set_regs(regs).map_err(Error::call(format!("vCPU {}: KVM_SET_REGS", self.index)))
@@ -159,6 +168,7 @@ impl Vcpu {
         self.tsc_khz
     }
 
+    /// What the guest is told of its CPU. Before its first KVM_RUN: afterwards KVM refuses a change.
     pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
         self.vendor = mce::Vendor::of(entries);
         let cpuid = CpuId::from_entries(entries).map_err(|_| Error::Exhausted("CPUID entry"))?;
@@ -167,6 +177,7 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Sets them in this order, up to the first that KVM refuses, which is the error.
     pub fn set_msrs(&self, values: &[kvm_msr_entry]) -> Result<()> {
         msrs::write(&self.fd, self.index, values)
     }
@@ -235,7 +246,8 @@ impl Vcpu {
                     Exit::Failed(format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x} on host CPU {cpu}"))
                 }
                 VcpuExit::MemoryFault { gpa, .. } => Exit::Failed(format!(
-                    "the page of the guest's memory at {gpa:#x} cannot be had: is the host, or a cgroup, out of (huge) pages?"
+                    "the page of the guest's memory at {gpa:#x} cannot be had: is the host, or a cgroup, out of (huge) \
+                     pages?"
                 )),
                 other => Exit::Failed(format!("unexpected exit {other:?}")),
             }),

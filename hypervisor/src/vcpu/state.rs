@@ -29,12 +29,14 @@ pub struct Sregs {
     pub tables: [kvm_dtable; 2],
     /// cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags
     pub control: [u64; 8],
+    /// Of PAE paging; they count where `flags` has KVM_SREGS2_FLAGS_PDPTRS_VALID.
     pub pdptrs: [u64; 4],
 }
 
 /// What a vCPU is from its guest's boot on.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuShape {
+    /// Which of the VM's vCPUs it is.
     pub index: u32,
     /// Frozen at the guest's boot: a newer build adds nothing to it.
     #[serde(with = "super::abi")]
@@ -49,22 +51,35 @@ pub struct VcpuShape {
 /// One vCPU between two instructions.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuState {
+    /// Which of the VM's vCPUs it is.
     pub index: u32,
     /// Frozen at the guest's boot: a newer build adds nothing to it.
     #[serde(with = "super::abi")]
     pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Whether it runs, halts, or waits for INIT or SIPI.
     pub mp_state: kvm_mp_state,
+    /// General registers, RIP and RFLAGS.
     pub regs: kvm_regs,
+    /// Segments, descriptor tables and control registers.
     pub sregs: Sregs,
+    /// FPU and vector registers, and whatever else XSAVE has.
     pub xsave: XsaveBytes,
+    /// XCR0.
     pub xcrs: kvm_xcrs,
+    /// DR0 to DR3, DR6 and DR7.
     pub debugregs: kvm_debugregs,
+    /// The first KiB of its registers' page (KVM_APIC_REG_SIZE).
     pub lapic: kvm_lapic_state,
+    /// Those that [`Vcpu::discover_msrs`] has found, in ascending order. Without TSC and deadline timer.
     #[serde(with = "super::abi")]
     pub msrs: Vec<kvm_msr_entry>,
+    /// IA32_TSC_DEADLINE, 0 if it is not armed. None where it cannot be read.
     pub tsc_deadline: Option<u64>,
+    /// None where the host or the guest has no nested virtualisation.
     pub nested: Option<NestedBytes>,
+    /// Exceptions, interrupts and NMIs that are on their way to it, and SMM.
     pub events: kvm_vcpu_events,
+    /// What its TSC ran at. Read by nobody.
     pub tsc_khz: u32,
     /// IA32_MCG_CAP where it is not KVM's own. A build before it gives the guest that one, which no guest looks at
     /// again.
@@ -88,6 +103,7 @@ pub struct VcpuHandles {
 pub struct OwedWrite {
     /// To a port, else to memory.
     pub is_port: bool,
+    /// The port, or the guest physical address.
     pub address: u64,
     /// 1 to 8 bytes.
     #[serde(with = "serde_bytes")]
