@@ -9,9 +9,11 @@ use crate::args::{ApiSocket, ArgError};
 /// it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiListen {
+    /// Where.
     pub socket: ApiSocket,
-    /// Of the socket's file.
+    /// Permissions of the socket's file; they let its owner in. None: see [`ApiListen::file_mode`].
     pub mode: Option<u32>,
+    /// Id of the group of the socket's file, whose members are let in. None: the file has that of this process.
     pub group: Option<u32>,
 }
 
@@ -103,16 +105,19 @@ impl ApiListen {
 }
 
 impl Peers {
+    /// For the next image, which serves the same people.
     pub fn save(&self) -> PeersHandles {
         let Self { uids, gid, others } = self.clone();
         PeersHandles { uids, gid, others }
     }
 
+    /// As the image before had them.
     pub fn restore(handles: PeersHandles) -> Self {
         let PeersHandles { uids, gid, others } = handles;
         Self { uids, gid, others }
     }
 
+    /// Whether this one is served. Root and the VMM's own user always are.
     pub fn admit(&self, peer: &Peer) -> bool {
         let Self { uids, gid, others } = self;
         let own = rustix::process::geteuid().as_raw();

@@ -37,6 +37,7 @@ fn err<T>(message: String) -> Result<T> {
 /// Where the API is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ApiSocket {
+    /// A socket that is made there.
     Path(PathBuf),
     /// An inherited listening socket.
     Fd(i32),

@@ -17,20 +17,36 @@ use crate::types::SOCKET_PATH_MAX;
 /// Bytes of an answer.
 const MAX_ANSWER: usize = 64 << 20;
 
+/// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
+    /// As where there are no more files to be had.
     #[error("the client's event loop cannot be made")]
     Runtime(#[source] std::io::Error),
+    /// Nobody listens there, or this user may not connect.
     #[error("{path}: no connection to the API socket: is theseus running, with this --api-socket?")]
-    Connect { path: PathBuf, source: std::io::Error },
+    Connect {
+        /// Of the socket.
+        path: PathBuf,
+        /// What connect(2) says.
+        source: std::io::Error,
+    },
+    /// Nobody can listen there.
     #[error("{path}: the path is longer than that of a unix socket may be ({SOCKET_PATH_MAX} bytes)")]
-    PathTooLong { path: PathBuf },
+    PathTooLong {
+        /// As it was given.
+        path: PathBuf,
+    },
+    /// What was asked for, if it cannot be a part of a URI.
     #[error("{0:?}: not an endpoint")]
     Endpoint(String, #[source] hyper::http::Error),
+    /// Whether the request was carried out is not known.
     #[error("the connection broke before the answer was there: has the VMM ended? Its log and its PID file say more")]
     Broken(#[source] hyper::Error),
+    /// It broke off, or is too long (64 MiB).
     #[error("the connection broke in the middle of the answer")]
     Answer(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// See [`Client::set_timeout`]. Whether the request was carried out is not known.
     #[error("there was no answer within {0:?}")]
     Timeout(Duration),
 }
@@ -38,11 +54,14 @@ pub enum ClientError {
 /// Status and text of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
+    /// Of HTTP.
     pub status: u16,
+    /// UTF-8, with replacement characters for what is none. Of a failed call a JSON array of its causes.
     pub body: String,
 }
 
 impl Response {
+    /// Whether the call was carried out.
     pub fn is_success(&self) -> bool {
         (200..300).contains(&self.status)
     }
@@ -123,10 +142,12 @@ impl Client {
         result
     }
 
+    /// As [`Client::request`], for an endpoint that only answers.
     pub fn get(&mut self, endpoint: &str) -> Result<Response, ClientError> {
         self.request("GET", endpoint, None)
     }
 
+    /// As [`Client::request`], for an endpoint that does something.
     pub fn put(&mut self, endpoint: &str, body: Option<&str>) -> Result<Response, ClientError> {
         self.request("PUT", endpoint, body)
     }

@@ -31,6 +31,7 @@ pub struct ApiError {
 }
 
 impl ApiError {
+    /// With one cause. There is a shorthand for each status.
     pub fn new(status: u16, cause: impl Into<String>) -> Self {
         Self { status, causes: vec![cause.into()] }
     }

@@ -7,6 +7,7 @@ use crate::types::VmState;
 /// When an endpoint is served.
 #[derive(Clone, Copy, Debug)]
 pub enum Admission {
+    /// Whether there is a VM or not.
     Always,
     /// Where there is none yet.
     WithoutVm,

@@ -8,9 +8,11 @@ use crate::types::{UpdateRequest, VmConfig, from_body};
 /// Whether an endpoint takes a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BodyRule {
+    /// A body is an error, unless it is blank.
     None,
     /// An empty one means all defaults.
     Optional,
+    /// An empty one is an error.
     Required,
 }
 

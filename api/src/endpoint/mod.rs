@@ -25,12 +25,15 @@ use types::VmState::{Created, Paused, Running, Shutdown};
 pub struct Endpoint {
     /// Below [`API_PREFIX`], such as `vm.boot`.
     pub name: &'static str,
+    /// With which alone it is asked for.
     pub method: Method,
     /// The subcommand of ch-remote.
     pub command: Option<&'static str>,
     /// One line for people.
     about: &'static str,
+    /// What is to come with the request.
     pub body: BodyRule,
+    /// In which states of the VM it is served.
     pub admission: Admission,
     /// It waits for the end of a boot that is under way.
     pub needs_machine: bool,
@@ -42,13 +45,17 @@ pub struct Endpoint {
     pub ends: Option<VmEvent>,
 }
 
+/// Of HTTP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
+    /// Changes nothing.
     Get,
+    /// Does something.
     Put,
 }
 
 impl Method {
+    /// As it is on the wire.
     pub fn name(self) -> &'static str {
         match self {
             Get => "GET",
@@ -74,6 +81,7 @@ macro_rules! endpoints {
         }
 
         impl Request {
+            /// Its row of the table.
             pub fn endpoint(&self) -> &'static Endpoint {
                 &ENDPOINTS[match self {
                     $(Self::$variant { .. } => Row::$variant,)*
@@ -236,6 +244,7 @@ endpoints! {
 }
 
 impl Endpoint {
+    /// What it is for: one line, for help and document.
     pub fn about(&self) -> &'static str {
         self.about.trim_start()
     }

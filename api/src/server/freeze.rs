@@ -11,12 +11,16 @@ use super::{ConnId, Control, Server, Shared};
 /// Beyond the deadline, for the api thread to come round.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// Why the server goes on, or cannot be frozen at all.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
+    /// It serves nobody any more.
     #[error("the api thread has ended: the API cannot be carried over")]
     Ended,
+    /// After the deadline and a second.
     #[error("the api thread did not stop within {0:?}: is it frozen already?")]
     Stuck(Duration),
+    /// It would wait for itself.
     #[error("the server cannot be frozen from its own thread: call freeze from the thread that updates")]
     OwnThread,
 }
@@ -72,6 +76,7 @@ impl Frozen<'_> {
         self.snapshot.caller.as_deref().map(AsFd::as_fd)
     }
 
+    /// The socket on which it listens, for the next image. What connects meanwhile waits in its backlog.
     pub fn listener(&self) -> BorrowedFd<'_> {
         self.server.listener.as_fd()
     }

@@ -94,6 +94,7 @@ impl ReplyTo {
 /// A connection taken over from the image before.
 #[derive(Debug)]
 pub struct KeptConnection {
+    /// Its last request was read whole; what its client has sent since is still in it.
     pub stream: UnixStream,
     /// The answer its client still waits for.
     pub answer: Option<Reply>,

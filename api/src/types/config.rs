@@ -23,14 +23,19 @@ pub const HUGEPAGE_SIZE: u64 = 2 << 20;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VmConfig {
+    /// Default: one vCPU.
     #[serde(default)]
     pub cpus: CpusConfig,
+    /// Default: 512 MiB of small pages.
     #[serde(default)]
     pub memory: MemoryConfig,
+    /// What is booted; a kernel is required.
     #[serde(default)]
     pub payload: PayloadConfig,
+    /// Default: what the guest writes to it is dropped.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// Devices of the host that the guest has for itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceConfig>,
     /// Whether the VMM has to be confined by Landlock, which it is only where it was started so (`--landlock`). In the
@@ -60,9 +65,11 @@ impl VmConfig {
     }
 }
 
+/// The guest's vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct CpusConfig {
+    /// How many there are.
     #[cfg_attr(test, schemars(range(min = 1, max = MAX_VCPUS)))]
     pub boot_vcpus: u32,
     /// For those who bring it along: as vCPUs cannot be added later, it is taken to be `boot_vcpus`.
@@ -77,11 +84,13 @@ pub struct CpusConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct CpuAffinity {
+    /// Its index, from 0.
     pub vcpu: u32,
+    /// Numbers of CPUs, as the host's /proc/cpuinfo has them; at least one.
     pub host_cpus: Vec<u32>,
 }
 
-/// Of CPU numbers, as the kernel's masks have them.
+/// What numbers of the host's CPUs are below, as the kernel's masks have them (CONFIG_NR_CPUS).
 pub const HOST_CPUS_MAX: u32 = 8192;
 
 impl Default for CpusConfig {
@@ -90,6 +99,7 @@ impl Default for CpusConfig {
     }
 }
 
+/// The guest's RAM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MemoryConfig {
@@ -124,14 +134,17 @@ impl Default for MemoryConfig {
     }
 }
 
+/// What the guest boots. The files are read at each boot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PayloadConfig {
     /// bzImage, or ELF with a PVH note. Required.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
+    /// The file that the kernel unpacks as its first root file system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
+    /// The kernel's command line; default: empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
 }
@@ -147,14 +160,19 @@ pub enum SerialMode {
     Null,
     /// Standard input and output of the VMM.
     Tty,
+    /// A terminal that is made for it; vm.info says where.
     Pty,
+    /// Output is appended to a file.
     File,
+    /// A unix socket that is made for it, for one client at a time.
     Socket,
 }
 
+/// The guest's serial port, which is at the ports of COM1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct SerialConfig {
+    /// Where its bytes go.
     #[serde(default)]
     pub mode: SerialMode,
     /// For mode File; in the answer of vm.info also the terminal of mode Pty.
@@ -184,6 +202,7 @@ pub struct DeviceConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct LandlockConfig {
+    /// The file, or the folder.
     pub path: PathBuf,
     /// `r`: read and execute, `w`: write, create and remove, `rw`: both.
     pub access: String,

@@ -8,7 +8,9 @@ use super::{BuildInfo, UpdateOutcome, UpdateReport};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct EventLine {
+    /// When it was said.
     pub timestamp: Timestamp,
+    /// Who says what.
     #[serde(flatten)]
     pub event: Event,
 }
@@ -17,16 +19,22 @@ pub struct EventLine {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Timestamp {
+    /// Whole seconds.
     pub secs: u64,
+    /// Nanoseconds beside them.
     pub nanos: u32,
 }
 
+/// What has happened, by whom it is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "source", rename_all = "snake_case")]
 pub enum Event {
+    /// The guest's machine.
     Vm(VmEvent),
+    /// The VMM itself.
     Vmm(VmmEvent),
+    /// An update of the VMM.
     Update(Box<UpdateEvent>),
 }
 
@@ -35,16 +43,27 @@ pub enum Event {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "event", content = "properties", rename_all = "snake_case")]
 pub enum VmEvent {
+    /// By vm.create, or by the command line.
     Created {},
+    /// A boot has begun.
     Booting {},
+    /// The guest runs.
     Booted(Threads),
+    /// vm.pause is about to be carried out.
     Pausing {},
+    /// The guest stands still.
     Paused {},
+    /// vm.resume is about to be carried out.
     Resuming {},
+    /// The guest runs on.
     Resumed {},
+    /// By vm.reboot, or as the guest has reset itself.
     Rebooting {},
+    /// The guest was booted again.
     Rebooted(Threads),
+    /// The guest has ended, by whomever.
     Shutdown {},
+    /// Its configuration is gone too.
     Deleted {},
     /// The guest has done it: what comes of it follows.
     PoweredOff {},
@@ -52,12 +71,14 @@ pub enum VmEvent {
     Reset {},
     /// The host has lost a page of the guest's memory; said once a page.
     MemoryError {
+        /// The page's address in the guest.
         gpa: u64,
         /// A vCPU was in need of it.
         needed: bool,
     },
     /// KVM or the VMM cannot go on with the guest, or cannot boot it.
     Failed {
+        /// For people.
         reason: String,
     },
 }
@@ -66,6 +87,7 @@ pub enum VmEvent {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Threads {
+    /// The process below the one that everybody knows, as in vmm.ping.
     pub vmm_pid: u32,
     /// Of the vCPUs, in order.
     pub vcpu_threads: Vec<i32>,
@@ -76,7 +98,9 @@ pub struct Threads {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "event", content = "properties", rename_all = "snake_case")]
 pub enum VmmEvent {
+    /// The first event of a VMM that is not the target of an update.
     Starting {},
+    /// The last event.
     Shutdown {
         /// The cause, where it was a signal.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -90,10 +114,18 @@ pub enum VmmEvent {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "event", content = "properties", rename_all = "snake_case")]
 pub enum UpdateEvent {
-    Prepared { to: BuildInfo },
+    /// The target is ready to take over: the guest is about to stand still.
+    Prepared {
+        /// The target.
+        to: BuildInfo,
+    },
+    /// The guest runs in the new build.
     Updated(UpdateReport),
+    /// The guest was stopped and runs in the old build again.
     RolledBack(UpdateReport),
+    /// The guest was not touched.
     Refused(UpdateReport),
+    /// A dry run found nothing against the update.
     Ready(UpdateReport),
 }
 

@@ -40,6 +40,7 @@ pub struct PingInfo {
     pub pid: u32,
     /// That of the process below it that runs the guest now, for gdb, strace and perf.
     pub vmm_pid: u32,
+    /// What the build has beside, such as hooks for tests; none in a released one.
     pub features: Vec<String>,
 }
 
@@ -48,15 +49,20 @@ pub struct PingInfo {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct Counters {
+    /// Output of the guest's serial port that had to be dropped.
     pub serial: DroppedBytes,
+    /// Output of the VMM's log that had to be dropped, since the last update.
     pub log: DroppedBytes,
+    /// Events that had to be dropped, since the last update.
     pub events: LostEvents,
 }
 
+/// Of an output that is not waited for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct DroppedBytes {
+    /// How many were not written.
     pub dropped_bytes: u64,
 }
 
@@ -65,6 +71,7 @@ pub struct DroppedBytes {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct LostEvents {
+    /// How many events were not written, as the reader did not keep up.
     pub lost: u64,
 }
 
@@ -72,9 +79,13 @@ pub struct LostEvents {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum VmState {
+    /// It has a configuration, and was not booted yet.
     Created,
+    /// The guest runs.
     Running,
+    /// The guest stands still, until vm.resume.
     Paused,
+    /// The guest was stopped; it can be booted again.
     Shutdown,
 }
 
@@ -82,7 +93,9 @@ pub enum VmState {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct VmInfo {
+    /// As it was created with, and what was made of that.
     pub config: VmConfig,
+    /// It decides which calls are served.
     pub state: VmState,
     /// Bytes of guest memory.
     pub memory_actual_size: u64,
@@ -99,10 +112,13 @@ pub struct VmInfo {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DeviceNode {
+    /// As in the configuration, or chosen by the VMM.
     pub id: String,
+    /// What it has on the guest's buses at present.
     pub resources: Vec<Resource>,
     /// There are no buses below the root one.
     pub parent: Option<String>,
+    /// Always empty: there are no buses below the root one.
     pub children: Vec<String>,
     /// In the guest; null for what is not on its PCI bus.
     pub pci_bdf: Option<String>,
@@ -118,24 +134,36 @@ pub struct DeviceNode {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Resource {
+    /// I/O ports that are always there.
     PioAddressRange {
+        /// The first port.
         base: u16,
+        /// How many ports.
         size: u16,
     },
     /// As long as the guest lets it decode.
     PciBar {
+        /// Which of its base address registers, from 0; the first of two that make one of 64 bits.
         index: usize,
+        /// Address in the guest, or first port.
         base: u64,
+        /// Bytes, or ports.
         size: u64,
+        /// Ports or memory, and of how many bits.
         type_: PciBarType,
+        /// As the device says in the register.
         prefetchable: bool,
     },
 }
 
+/// What a base address register decodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum PciBarType {
+    /// I/O ports.
     Io,
+    /// Memory below 4 GiB.
     Mmio32,
+    /// Memory anywhere.
     Mmio64,
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateMode {
-    /// In place, in the same process.
+    /// In place, under the same PID.
     #[default]
     Exec,
 }
@@ -33,12 +33,15 @@ pub struct UpdateRequest {
     #[cfg_attr(test, schemars(range(min = 1)))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
+    /// How the new build takes over; there is one way so far.
     pub mode: UpdateMode,
     /// Accept a target of a lower version than the running build.
     pub allow_downgrade: bool,
 }
 
 impl UpdateRequest {
+    /// Checks what can be checked without looking at the target.
+    ///
     /// # Errors
     /// One sentence for every problem.
     pub fn validate(&self) -> Result<(), Vec<String>> {
@@ -61,11 +64,13 @@ impl UpdateRequest {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct BuildInfo {
+    /// Version of the package.
     pub version: String,
     /// Linker build id, lower-case hex.
     pub build_id: String,
 }
 
+/// What has come of `vm.update`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -84,6 +89,7 @@ pub enum UpdateOutcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PhaseTime {
+    /// For people: phases may be others in another build.
     pub name: String,
     /// Microseconds.
     pub us: u64,
@@ -93,15 +99,19 @@ pub struct PhaseTime {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct UpdateReport {
+    /// How it has ended.
     pub outcome: UpdateOutcome,
+    /// The build that was to be replaced.
     pub from: BuildInfo,
-    /// Absent where the target was never identified.
+    /// The target's; absent where it was never identified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<BuildInfo>,
+    /// The process that everybody knows, from now on.
     pub pid: u32,
-    /// The process below that one which runs the guest now, and its vCPUs' threads, in order.
+    /// The process below that one which runs the guest now.
     #[serde(default)]
     pub vmm_pid: u32,
+    /// The threads of its vCPUs, in order.
     #[serde(default)]
     pub vcpu_threads: Vec<i32>,
     /// Microseconds from the moment the vCPUs are asked to stop to the one in which they have been told to run;

@@ -8,10 +8,11 @@ use super::config::{
     SerialConfig, SerialMode, VmConfig,
 };
 
-/// Bytes.
+/// The least RAM of a guest, in bytes.
 pub const MIN_MEMORY: u64 = 128 << 20;
 /// Keeps address arithmetic far from overflow; what the host's address width allows is checked when the VM is made.
 pub(super) const MAX_MEMORY: u64 = 4 << 40;
+/// The most vCPUs of a guest.
 pub const MAX_VCPUS: u32 = 64;
 /// Bytes that the address of a unix socket holds of a path (sun_path, without the NUL).
 pub const SOCKET_PATH_MAX: usize = 107;
