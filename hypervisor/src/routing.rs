@@ -85,6 +85,9 @@ impl Vm {
     }
 
     /// `count` GSIs that are nobody's yet. They have no route until [`Vm::route_msis`].
+    ///
+    /// # Errors
+    /// There are not as many: none is taken.
     pub fn allocate_gsis(&self, count: u32) -> Result<Vec<u32>> {
         let mut routing = self.routing();
         let free: Vec<u32> =
@@ -105,6 +108,9 @@ impl Vm {
     }
 
     /// In a new VMM: GSIs that were allocated in the old one, all or none.
+    ///
+    /// # Errors
+    /// [`Error::GsiTaken`], also for one that is named twice or is a pin's.
     pub fn adopt_gsis(&self, gsis: &[u32]) -> Result<()> {
         self.routing().adopt(gsis)
     }

@@ -88,6 +88,9 @@ impl Vm {
 
     /// Shows `size` bytes of this process at `hva` to the guest at `gpa`. Returns the slot's number.
     ///
+    /// # Errors
+    /// All slots are in use, or KVM refuses it, as one that overlaps another (EEXIST): the guest sees nothing new.
+    ///
     /// # Safety
     /// `hva..hva+size` must stay mapped until the slot is removed or the VM is gone, and be memory that may be shared
     /// with a guest (nothing in it is a Rust object).

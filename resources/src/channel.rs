@@ -63,6 +63,9 @@ impl Channel {
 
     /// Never waits: a message is far smaller than the buffer of a socket, and no more than a few are under way. One
     /// without bytes and descriptors would be read as the other side's end.
+    ///
+    /// # Errors
+    /// Nothing is sent: the other side is gone, the message is too long, or its buffer is full (EAGAIN).
     pub fn send(&self, word: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         if word.len() > WORD || fds.len() > FDS {
             return Err(ChannelError::TooLong);
@@ -82,6 +85,9 @@ impl Channel {
     }
 
     /// The next message. Its descriptors are close-on-exec.
+    ///
+    /// # Errors
+    /// [`ChannelError::Silent`] where none has come: it may come yet. After all others there is no more to hope for.
     pub fn receive(&self, within: Duration) -> Result<(Vec<u8>, Vec<OwnedFd>), ChannelError> {
         self.await_message(within)?;
         self.take()

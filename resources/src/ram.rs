@@ -176,6 +176,9 @@ impl GuestRam {
     }
 
     /// Maps in a new VMM what [`GuestRam::save`] of the old one described: the same pages, with what is in them.
+    ///
+    /// # Errors
+    /// The memfd did not come, or cannot be mapped: then it was claimed, and is closed.
     pub fn restore(state: RamState, handles: RamHandles, claims: &mut Claims) -> Result<Self, RamError> {
         let RamHandles { memfd, pages } = handles;
         Self::map_again(state, claims.claim(memfd, FdKind::GuestMemory)?, pages.into())

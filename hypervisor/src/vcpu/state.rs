@@ -164,6 +164,9 @@ impl Vcpu {
     }
 
     /// Changes nothing. The vCPU must have no exit pending: [`Vcpu::run`] with immediate exit until `Interrupted`.
+    ///
+    /// # Errors
+    /// What KVM does not give, as an MSR that can no longer be read. The vCPU runs on as before.
     pub fn save(&self) -> Result<(Box<VcpuState>, VcpuHandles)> {
         let fd = &self.fd;
         // First: KVM_GET_MP_STATE takes a pending INIT or SIPI into account, which changes what the others read.
@@ -261,6 +264,10 @@ impl Vcpu {
     }
 
     /// The rest.
+    ///
+    /// # Errors
+    /// As of [`Vcpu::restore_early`]: what KVM does not take, with an MSR's number. The vCPU has a part of the state
+    /// then, and must not run.
     pub fn restore_late(&mut self, state: &VcpuState) -> Result<()> {
         let fd = &self.fd;
         let mut values = offers::existing(&state.cpuid, &state.msrs);

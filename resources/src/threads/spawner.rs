@@ -44,6 +44,9 @@ fn serve(jobs: &Receiver<Job>) {
 }
 
 /// The thread is fenced in when this returns.
+///
+/// # Errors
+/// `body` has not begun, and is dropped.
 pub fn spawn<T: Send + 'static>(
     role: Role,
     body: impl FnOnce() -> T + Send + 'static,
