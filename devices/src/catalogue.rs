@@ -18,7 +18,7 @@ use crate::vfio::VfioPci;
 use crate::vfio::saved::{PassthroughHandles, VfioPciHandles};
 
 /// In the order in which a machine gets them.
-pub const DEVICES: &[Entry] = &[
+pub(crate) const DEVICES: &[Entry] = &[
     entry::<Cmos>(),
     entry::<I8042>(),
     entry::<Pm>(),
@@ -30,19 +30,19 @@ pub const DEVICES: &[Entry] = &[
 ];
 
 /// Of the section that lists the others.
-pub const MANIFEST: Format = Format::new("device-manifest", 1);
+pub(crate) const MANIFEST: Format = Format::new("device-manifest", 1);
 
 /// Which devices a guest has.
 #[derive(Serialize, Deserialize)]
-pub struct Manifest {
-    pub devices: Vec<Listed>,
+pub(crate) struct Manifest {
+    pub(crate) devices: Vec<Listed>,
 }
 
 #[derive(Serialize, Deserialize)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// The name of the device, and of its sections.
-    pub name: String,
-    pub kind: String,
+    pub(crate) name: String,
+    pub(crate) kind: String,
 }
 
 /// Kinds that are made ready before the guest stands still, and have their own order (vmm/src/machine/passthrough.rs).
@@ -50,7 +50,7 @@ const PASSTHROUGH: &[Option<Kind>] =
     &[PassthroughHandles::KIND, Some(migratable::state_kind::<VfioPci>()), VfioPciHandles::KIND];
 
 /// A device whose state was read, and which is not made yet.
-pub trait Decoded {
+pub(crate) trait Decoded {
     fn restore(
         self: Box<Self>,
         around: &Surroundings<'_>,
@@ -73,12 +73,12 @@ type Named = Vec<(String, Arc<dyn Device>)>;
 type Boot = fn(&Spec, &Surroundings<'_>) -> Result<Named, DeviceError>;
 type Decode = fn(&str, &mut StateReader<'_>) -> Result<Box<dyn Decoded>, StateError>;
 
-pub struct Entry {
+pub(crate) struct Entry {
     /// Of its sections in the saved state.
-    pub state: Kind,
-    pub handles: Option<Kind>,
-    pub boot: Boot,
-    pub decode: Decode,
+    pub(crate) state: Kind,
+    pub(crate) handles: Option<Kind>,
+    pub(crate) boot: Boot,
+    pub(crate) decode: Decode,
 }
 
 const fn entry<D: Catalogued + 'static>() -> Entry {

@@ -92,7 +92,7 @@ pub struct Surroundings<'a> {
 }
 
 /// How a kind of device comes into a machine.
-pub trait Catalogued: Migratable {
+pub(crate) trait Catalogued: Migratable {
     /// Those that the guest has at its boot, by name.
     fn boot(spec: &Spec, around: &Surroundings<'_>) -> Result<Vec<(String, Self)>, DeviceError>;
     /// What [`Migratable::restore`] needs.
@@ -128,12 +128,12 @@ pub enum DeviceError {
 }
 
 /// Edge-triggered, active-high, exclusive: a pulse of an irqfd is one interrupt.
-pub fn edge_interrupt(gsi: u32) -> Interrupt {
+pub(crate) fn edge_interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 
 /// What stands in the way of taking a part of the board away.
-pub fn on_board(operation: Operation) -> Vec<String> {
+pub(crate) fn on_board(operation: Operation) -> Vec<String> {
     match operation {
         Operation::Update => Vec::new(),
         Operation::Unplug => vec!["it is a part of the board".to_owned()],

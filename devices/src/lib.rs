@@ -10,7 +10,7 @@ pub mod interrupt;
 pub mod legacy;
 pub mod migratable;
 pub mod pci;
-pub mod rate_limited_log;
+mod rate_limited_log;
 pub mod set;
 pub mod spec;
 pub mod turn;

@@ -148,7 +148,7 @@ fn named(name: &str, error: MigrateError) -> StateError {
 }
 
 /// Of the sections with a device's state.
-pub const fn state_kind<D: Migratable>() -> Kind {
+pub(crate) const fn state_kind<D: Migratable>() -> Kind {
     let reread = |section: &Section<'_>| {
         let state = D::upgrade(section.version, section.decode()?).map_err(|error| named(&section.name, error))?;
         Ok(Encoded::new(section.name.to_string(), &state)?.untyped())
@@ -157,7 +157,7 @@ pub const fn state_kind<D: Migratable>() -> Kind {
 }
 
 /// Of the sections with some handles.
-pub const fn handles_kind<H: HostHandles>() -> Kind {
+pub(crate) const fn handles_kind<H: HostHandles>() -> Kind {
     let reread = |section: &Section<'_>| {
         let handles = H::upgrade(section.version, section.decode()?).map_err(|error| named(&section.name, error))?;
         Ok(Encoded::new(section.name.to_string(), &handles)?.untyped())

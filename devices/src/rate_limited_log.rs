@@ -9,7 +9,7 @@ static ALL: Rate = Rate::new(200, Duration::from_secs(10));
 
 /// Logs the first hundred of a device, then one more that says so.
 #[derive(Debug)]
-pub struct RateLimitedLog {
+pub(crate) struct RateLimitedLog {
     left: u32,
 }
 
@@ -20,7 +20,7 @@ impl Default for RateLimitedLog {
 }
 
 impl RateLimitedLog {
-    pub fn warn(&mut self, message: impl FnOnce() -> String) {
+    pub(crate) fn warn(&mut self, message: impl FnOnce() -> String) {
         match self.left {
             0 => return,
             1 => ALL.warn(|| format!("{} (further warnings of this kind are not logged)", message())),

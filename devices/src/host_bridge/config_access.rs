@@ -16,7 +16,7 @@ use crate::pci::bus::{Address, PciBus};
 use crate::spec::Spec;
 
 /// Its name in a [`crate::set::DeviceSet`].
-pub const NAME: &str = "pci-config-access";
+pub(crate) const NAME: &str = "pci-config-access";
 
 /// Ports: address and data, 4 bytes each.
 const PORTS: u64 = 8;
@@ -25,7 +25,7 @@ const ENABLE: u32 = 1 << 31;
 /// Enable, bus, device, function, register; the rest reads as 0.
 const ADDRESS_BITS: u32 = 0x80FF_FFFC;
 
-pub struct PciConfigAccess {
+pub(crate) struct PciConfigAccess {
     /// As in [`super::ecam::Ecam`].
     bus: Weak<PciBus>,
     /// What was last written to 0xCF8. Not behind a lock: a write to a function may take long, and is none of who reads
@@ -34,7 +34,7 @@ pub struct PciConfigAccess {
 }
 
 impl PciConfigAccess {
-    pub fn new(bus: &Arc<PciBus>) -> Self {
+    pub(crate) fn new(bus: &Arc<PciBus>) -> Self {
         Self { bus: Arc::downgrade(bus), address: AtomicU32::new(0) }
     }
 
@@ -79,7 +79,7 @@ impl BusDevice for PciConfigAccess {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub struct PciConfigAccessState {
+pub(crate) struct PciConfigAccessState {
     address: u32,
 }
 

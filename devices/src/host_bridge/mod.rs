@@ -1,5 +1,5 @@
 //! The PCI host bridge: its function in slot 0, and the two mechanisms by which vCPUs reach configuration spaces.
 
-pub mod config_access;
+pub(crate) mod config_access;
 mod ecam;
 pub mod function;

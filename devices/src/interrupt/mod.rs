@@ -13,27 +13,28 @@
 //! | file | what |
 //! |---|---|
 //! | [`controller`] | what all of them ask of KVM |
-//! | [`route`] | [`Route`]: one message signalled interrupt |
+//! | [`route`] | [`route::Route`]: one message signalled interrupt |
 //! | [`vectors`] | [`Vectors`]: those of a device, changed together |
 //! | [`level`] | [`LevelLine`]: a level on an IOAPIC pin |
 //! | [`ioevent`] | [`IoEvent`]: the other way |
 //! | [`saved`] | all of these in the saved state |
 
-pub mod controller;
+mod controller;
 #[cfg(any(test, feature = "fakes"))]
 pub mod fake;
-pub mod ioevent;
-pub mod level;
-pub mod route;
-pub mod saved;
-pub mod vectors;
+mod ioevent;
+mod level;
+mod route;
+mod saved;
+mod vectors;
 
 pub use controller::{InterruptController, InterruptError, MsiMessage};
 pub use ioevent::{IoAddress, IoEvent, IoEvents};
 pub use level::LevelLine;
-pub use route::Route;
-pub use saved::{LevelLineHandles, LevelLineState, RouteHandles};
-pub use vectors::{VectorError, Vectors};
+pub(crate) use saved::RouteHandles;
+pub use saved::{LevelLineHandles, LevelLineState};
+pub use vectors::VectorError;
+pub(crate) use vectors::Vectors;
 
 /// An edge on an IOAPIC pin.
 pub trait IrqLine: Send + Sync {

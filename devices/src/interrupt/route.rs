@@ -21,7 +21,7 @@ enum Irqfd {
 
 /// See the module. While it is detached its events stay counted in the eventfd. Dropped, it is detached, and its GSI
 /// is given back.
-pub struct Route {
+pub(crate) struct Route {
     controller: Arc<dyn InterruptController>,
     /// Nobody else's until this is dropped.
     gsi: u32,
@@ -31,7 +31,7 @@ pub struct Route {
 
 impl Route {
     /// One for each eventfd, not armed yet.
-    pub fn make(
+    pub(crate) fn make(
         controller: &Arc<dyn InterruptController>,
         eventfds: Vec<StoredFd>,
     ) -> Result<Vec<Self>, InterruptError> {
@@ -46,7 +46,7 @@ impl Route {
     }
 
     /// In a new VMM, detached: KVM learns of the messages in the one call of the restore.
-    pub fn restore(
+    pub(crate) fn restore(
         controller: &Arc<dyn InterruptController>,
         saved: &[RouteHandles],
         eventfds: Vec<StoredFd>,
@@ -59,7 +59,7 @@ impl Route {
     }
 
     /// Takes the messages of later handles of the same routes ([`Route::is`]), which are detached.
-    pub fn note(controller: &Arc<dyn InterruptController>, later: &mut [(&mut Self, &RouteHandles)]) {
+    pub(crate) fn note(controller: &Arc<dyn InterruptController>, later: &mut [(&mut Self, &RouteHandles)]) {
         let routes: Vec<_> = later.iter().map(|(_, saved)| (saved.gsi, saved.routed.map(Into::into))).collect();
         controller.note(&routes);
         for (route, saved) in later {
@@ -68,12 +68,12 @@ impl Route {
     }
 
     /// Whether `saved` are the handles of this route.
-    pub fn is(&self, saved: &RouteHandles) -> bool {
+    pub(crate) fn is(&self, saved: &RouteHandles) -> bool {
         self.gsi == saved.gsi && self.eventfd.slot() == saved.eventfd
     }
 
     /// Routes each to its message, attached or not: all in one call, or none.
-    pub fn arm(routes: &mut [(&mut Self, MsiMessage)]) -> Result<(), InterruptError> {
+    pub(crate) fn arm(routes: &mut [(&mut Self, MsiMessage)]) -> Result<(), InterruptError> {
         let Some((first, _)) = routes.first() else { return Ok(()) };
         let table: Vec<_> = routes.iter().map(|(route, message)| (route.gsi, *message)).collect();
         first.controller.route(&table)?;
@@ -84,7 +84,7 @@ impl Route {
     }
 
     /// Injects what has come meanwhile, and then what comes. Nothing is done to one that is attached, or not armed.
-    pub fn attach(&mut self) -> Result<(), InterruptError> {
+    pub(crate) fn attach(&mut self) -> Result<(), InterruptError> {
         let Irqfd::Detached(message) = self.irqfd else { return Ok(()) };
         self.controller.attach(self.gsi, self.eventfd.as_fd(), None)?;
         self.irqfd = Irqfd::Attached(message);
@@ -92,19 +92,19 @@ impl Route {
     }
 
     /// What came before is injected, what comes later waits in the eventfd.
-    pub fn detach(&mut self) -> Result<(), InterruptError> {
+    pub(crate) fn detach(&mut self) -> Result<(), InterruptError> {
         let Irqfd::Attached(message) = self.irqfd else { return Ok(()) };
         self.controller.detach(self.gsi, self.eventfd.as_fd())?;
         self.irqfd = Irqfd::Detached(message);
         Ok(())
     }
 
-    pub fn is_attached(&self) -> bool {
+    pub(crate) fn is_attached(&self) -> bool {
         matches!(self.irqfd, Irqfd::Attached(_))
     }
 
     /// What it is armed with.
-    pub fn message(&self) -> Option<MsiMessage> {
+    pub(crate) fn message(&self) -> Option<MsiMessage> {
         match self.irqfd {
             Irqfd::Unarmed => None,
             Irqfd::Detached(message) | Irqfd::Attached(message) => Some(message),
@@ -112,28 +112,28 @@ impl Route {
     }
 
     /// What the device is to signal.
-    pub fn eventfd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn eventfd(&self) -> BorrowedFd<'_> {
         self.eventfd.as_fd()
     }
 
     /// Whether an event waits.
-    pub fn is_pending(&self) -> bool {
+    pub(crate) fn is_pending(&self) -> bool {
         // The count of an attached eventfd was injected already, and stays until it is detached.
         !self.is_attached() && is_readable(self.eventfd.as_fd())
     }
 
     /// As the device does.
-    pub fn signal(&self) -> std::io::Result<()> {
+    pub(crate) fn signal(&self) -> std::io::Result<()> {
         rustix::io::write(&self.eventfd, &1u64.to_ne_bytes())?;
         Ok(())
     }
 
     /// Forgets what waits.
-    pub fn drain(&self) {
+    pub(crate) fn drain(&self) {
         let _ = rustix::io::read(&self.eventfd, &mut [0; 8]);
     }
 
-    pub fn save(&self) -> RouteHandles {
+    pub(crate) fn save(&self) -> RouteHandles {
         let Self { controller: _, gsi, eventfd, irqfd: _ } = self;
         RouteHandles { eventfd: eventfd.slot(), gsi: *gsi, routed: self.message().map(Into::into) }
     }

@@ -26,9 +26,9 @@ impl From<MessageState> for MsiMessage {
     }
 }
 
-/// Handles of [`super::Route`]: all of it. What the guest wants of an interrupt is in the state of its device.
+/// Handles of [`super::route::Route`]: all of it. What the guest wants of an interrupt is in the state of its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RouteHandles {
+pub(crate) struct RouteHandles {
     pub(super) eventfd: Slot,
     pub(super) gsi: u32,
     /// What KVM had it routed to.

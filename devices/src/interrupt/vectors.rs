@@ -34,7 +34,7 @@ struct Vector {
 
 /// See the module. A masked vector is one whose route is detached: its events stay counted, which is the pending bit,
 /// and attaching it again injects them. An update uses the same mechanism.
-pub struct Vectors {
+pub(crate) struct Vectors {
     /// The device's and what it has, for errors: "nic0 msix".
     name: String,
     controller: Arc<dyn InterruptController>,
@@ -48,17 +48,17 @@ pub struct Vectors {
 }
 
 impl Vectors {
-    pub fn new(name: String, controller: Arc<dyn InterruptController>, fd_store: FdStore) -> Self {
+    pub(crate) fn new(name: String, controller: Arc<dyn InterruptController>, fd_store: FdStore) -> Self {
         let complaints = RateLimitedLog::default();
         Self { name, controller, fd_store, vectors: Vec::new(), quiesced: false, dirty: false, complaints }
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.vectors.is_empty()
     }
 
     /// All of them, masked.
-    pub fn make(&mut self, count: usize) -> Result<(), VectorError> {
+    pub(crate) fn make(&mut self, count: usize) -> Result<(), VectorError> {
         let eventfds: Result<Vec<_>, _> = (0..count).map(|vector| self.eventfd(vector)).collect();
         let routes = Route::make(&self.controller, eventfds?)?;
         self.vectors = routes.into_iter().map(|route| Vector { route, wanted: None }).collect();
@@ -72,18 +72,18 @@ impl Vectors {
     }
 
     /// In order: what the device is to signal.
-    pub fn eventfds(&self) -> Vec<BorrowedFd<'_>> {
+    pub(crate) fn eventfds(&self) -> Vec<BorrowedFd<'_>> {
         self.vectors.iter().map(|vector| vector.route.eventfd()).collect()
     }
 
     /// Whether an event of the vector waits.
-    pub fn is_pending(&self, vector: usize) -> bool {
+    pub(crate) fn is_pending(&self, vector: usize) -> bool {
         self.vectors.get(vector).is_some_and(|vector| vector.route.is_pending())
     }
 
     /// What the vectors of `range` are to send from now on; None: they are masked. What KVM refuses is logged, as the
     /// guest has no way to be told, and the first of it returned.
-    pub fn set(
+    pub(crate) fn set(
         &mut self,
         range: Range<usize>,
         wanted: impl Fn(usize) -> Option<MsiMessage>,
@@ -142,25 +142,25 @@ impl Vectors {
     }
 
     /// Tries again what KVM has refused, if anything.
-    pub fn settle(&mut self) -> Result<(), InterruptError> {
+    pub(crate) fn settle(&mut self) -> Result<(), InterruptError> {
         if self.dirty { self.reconcile_all() } else { Ok(()) }
     }
 
     /// Detaches all, with vCPUs stopped. Undone by [`Vectors::resume`], after an error too.
-    pub fn quiesce(&mut self) -> Result<(), InterruptError> {
+    pub(crate) fn quiesce(&mut self) -> Result<(), InterruptError> {
         self.quiesced = true;
         self.reconcile_all()
     }
 
     /// Attaches those that are not masked, which injects what has come meanwhile: in the old VMM after an update that
     /// did not happen, in the new one once all LAPICs and the GSI routes are in place.
-    pub fn resume(&mut self) -> Result<(), InterruptError> {
+    pub(crate) fn resume(&mut self) -> Result<(), InterruptError> {
         self.quiesced = false;
         self.reconcile_all()
     }
 
     /// Signals each once: where what came may have been lost. A spurious interrupt is legal, a lost one is not.
-    pub fn signal_all(&self) {
+    pub(crate) fn signal_all(&self) {
         for (n, vector) in self.vectors.iter().enumerate() {
             if let Err(e) = vector.route.signal() {
                 log::warn!("{}: cannot signal vector {n}: {e}", self.name);
@@ -169,29 +169,29 @@ impl Vectors {
     }
 
     /// Forgets what waits.
-    pub fn drain(&self) {
+    pub(crate) fn drain(&self) {
         self.vectors.iter().for_each(|vector| vector.route.drain());
     }
 
     /// The end of all of them.
-    pub fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         self.vectors.clear();
         self.dirty = false;
     }
 
     /// Those with an event that waits. One call for all: it is made in the pause of an update.
-    pub fn pending(&self) -> Vec<u16> {
+    pub(crate) fn pending(&self) -> Vec<u16> {
         let routes: Vec<_> = (0..).zip(self.vectors.iter().map(|vector| &vector.route)).collect();
         route::pending(&routes)
     }
 
-    pub fn save(&self) -> Vec<RouteHandles> {
+    pub(crate) fn save(&self) -> Vec<RouteHandles> {
         self.vectors.iter().map(|Vector { route, wanted: _ }| route.save()).collect()
     }
 
     /// In a new VMM: takes the handles of the old one's, or later ones of the same guest, in which there may be some
     /// where there were none. All are masked, and quiesced until [`Vectors::resume`].
-    pub fn mend(&mut self, saved: &[RouteHandles], claims: &mut Claims) -> Result<(), VectorError> {
+    pub(crate) fn mend(&mut self, saved: &[RouteHandles], claims: &mut Claims) -> Result<(), VectorError> {
         self.quiesced = true;
         // Once made, they stay.
         if saved.len() < self.vectors.len() || !self.vectors.iter().zip(saved).all(|(old, new)| old.route.is(new)) {

@@ -16,10 +16,10 @@ use crate::migratable::{Migratable, MigrateError, NoHandles, Saved, SavedDevice}
 use crate::spec::Spec;
 
 /// Its name in a [`crate::set::DeviceSet`].
-pub const NAME: &str = "i8042";
+pub(crate) const NAME: &str = "i8042";
 
 /// Ports 0x60 to 0x64: the bus range.
-pub const I8042_SIZE: u64 = 5;
+pub(crate) const I8042_SIZE: u64 = 5;
 const PORT_B: u64 = 1;
 const COMMAND: u64 = 4;
 /// Output buffer full, input buffer empty. Always: Linux then finds after 16 reads that there is no controller

@@ -1,7 +1,7 @@
 //! The devices of a PC that are not on PCI: serial port, clock, reset, ACPI power management.
 
 pub mod cmos;
-pub mod i8042;
+pub(crate) mod i8042;
 pub mod pm;
 pub mod serial;
 

@@ -5,18 +5,18 @@ use super::regs::*;
 use super::saved::BarRegisterState;
 
 /// What a memory BAR takes of the guest's memory at least, in bytes.
-pub const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// A BAR to emulate. `size` is a power of two; `address` is the one it has at the guest's boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BarRegister {
-    pub index: u8,
+pub(crate) struct BarRegister {
+    pub(crate) index: u8,
     /// The read-only low bits: type and prefetchable.
-    pub flags: u32,
-    pub size: u64,
-    pub address: u64,
+    pub(crate) flags: u32,
+    pub(crate) size: u64,
+    pub(crate) address: u64,
     /// Takes the next register too.
-    pub is_64bit: bool,
+    pub(crate) is_64bit: bool,
 }
 
 /// A BAR that decodes, as the guest sees it.
@@ -37,21 +37,21 @@ pub enum BarKind {
 }
 
 impl BarRegister {
-    pub fn is_io(&self) -> bool {
+    pub(crate) fn is_io(&self) -> bool {
         self.flags & BAR_IO != 0
     }
 
     /// What of COMMAND lets it decode.
-    pub fn decode_bit(&self) -> u16 {
+    pub(crate) fn decode_bit(&self) -> u16 {
         if self.is_io() { COMMAND_IO } else { COMMAND_MEMORY }
     }
 
-    pub fn save(&self) -> BarRegisterState {
+    pub(crate) fn save(&self) -> BarRegisterState {
         let Self { index, flags, size, address, is_64bit } = *self;
         BarRegisterState { index, flags, size, address, is_64bit }
     }
 
-    pub fn restore(state: BarRegisterState) -> Self {
+    pub(crate) fn restore(state: BarRegisterState) -> Self {
         let BarRegisterState { index, flags, size, address, is_64bit } = state;
         Self { index, flags, size, address, is_64bit }
     }
@@ -66,7 +66,7 @@ impl BarRegister {
     }
 
     /// Puts it in, with its address at boot.
-    pub fn emulate(&self, config: &mut ConfigSpace) {
+    pub(crate) fn emulate(&self, config: &mut ConfigSpace) {
         let value = self.address & self.mask() | u64::from(self.flags);
         let count = if self.is_64bit { 8 } else { 4 };
         for (n, (value, writable)) in (0..count).zip(value.to_le_bytes().into_iter().zip(self.mask().to_le_bytes())) {
@@ -75,14 +75,14 @@ impl BarRegister {
     }
 
     /// The address that the guest has programmed.
-    pub fn address_in(&self, config: &ConfigSpace) -> u64 {
+    pub(crate) fn address_in(&self, config: &ConfigSpace) -> u64 {
         let value = u64::from_le_bytes(config.value(self.offset()));
         let value = if self.is_64bit { value } else { value & u64::from(u32::MAX) };
         value & self.mask()
     }
 
     /// How the guest sees it at `address`.
-    pub fn at(&self, address: u64) -> BarAddress {
+    pub(crate) fn at(&self, address: u64) -> BarAddress {
         let kind = match (self.is_io(), self.is_64bit) {
             (true, _) => BarKind::Io,
             (false, true) => BarKind::Memory64,

@@ -7,7 +7,7 @@ use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::PciDevice;
 use crate::turn::Turn;
 
-pub const SLOTS: usize = 32;
+const SLOTS: usize = 32;
 
 pub type SharedPciDevice = Arc<Turn<dyn PciDevice>>;
 

@@ -1,31 +1,31 @@
 //! A configuration space as the guest sees it: for each bit whether we answer it, and whether the guest can write it.
 //! The rest, of a passed-through function, is the device's.
 
-pub use super::saved::ConfigSpaceState;
+pub(crate) use super::saved::ConfigSpaceState;
 use crate::migratable::MigrateError;
 
 /// Conventional configuration space, in bytes.
-pub const CONFIG_SIZE: usize = 256;
+pub(crate) const CONFIG_SIZE: usize = 256;
 /// PCI Express configuration space, in bytes.
-pub const EXTENDED_CONFIG_SIZE: usize = 4096;
+pub(crate) const EXTENDED_CONFIG_SIZE: usize = 4096;
 
 // Header registers (PCI Local Bus 3.0, 6.1).
-pub const VENDOR_ID: u16 = 0x00;
-pub const DEVICE_ID: u16 = 0x02;
-pub const REVISION_ID: u16 = 0x08;
+pub(crate) const VENDOR_ID: u16 = 0x00;
+pub(crate) const DEVICE_ID: u16 = 0x02;
+pub(crate) const REVISION_ID: u16 = 0x08;
 /// Programming interface, subclass, class: three bytes.
-pub const CLASS_CODE: u16 = 0x09;
+pub(crate) const CLASS_CODE: u16 = 0x09;
 
 /// The device behind a configuration space that is not all emulated. `data` is 1, 2 or 4 bytes inside a dword; what is
 /// not there reads as ones.
-pub trait PhysicalConfig {
+pub(crate) trait PhysicalConfig {
     fn read(&self, offset: u16, data: &mut [u8]);
     fn write(&self, offset: u16, data: &[u8]);
 }
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigSpace {
+pub(crate) struct ConfigSpace {
     /// The emulated bits; zero where the device answers.
     bytes: Vec<u8>,
     /// A set bit is emulated. As long as `bytes`.
@@ -36,22 +36,22 @@ pub struct ConfigSpace {
 
 impl ConfigSpace {
     /// Of an emulated function: all zero and read-only. `size` is [`CONFIG_SIZE`] or [`EXTENDED_CONFIG_SIZE`].
-    pub fn new(size: usize) -> Self {
+    pub(crate) fn new(size: usize) -> Self {
         Self { bytes: vec![0; size], emulated: vec![0xFF; size], writable: vec![0; size] }
     }
 
     /// Of a device of the host's: nothing is emulated yet.
-    pub fn over_device() -> Self {
+    pub(crate) fn over_device() -> Self {
         Self { emulated: vec![0; EXTENDED_CONFIG_SIZE], ..Self::new(EXTENDED_CONFIG_SIZE) }
     }
 
-    pub fn save(&self) -> ConfigSpaceState {
+    pub(crate) fn save(&self) -> ConfigSpaceState {
         let Self { bytes, emulated, writable } = self.clone();
         ConfigSpaceState { bytes, emulated, writable }
     }
 
     /// Refuses what is not whole.
-    pub fn restore(state: ConfigSpaceState) -> Result<Self, MigrateError> {
+    pub(crate) fn restore(state: ConfigSpaceState) -> Result<Self, MigrateError> {
         let ConfigSpaceState { bytes, emulated, writable } = state;
         let len = bytes.len();
         if matches!(len, CONFIG_SIZE | EXTENDED_CONFIG_SIZE) && emulated.len() == len && writable.len() == len {
@@ -61,14 +61,14 @@ impl ConfigSpace {
     }
 
     /// Sets a value, whatever is writable. What exceeds the space is left out.
-    pub fn set(&mut self, offset: u16, value: &[u8]) {
+    pub(crate) fn set(&mut self, offset: u16, value: &[u8]) {
         for (to, from) in self.bytes.iter_mut().skip(offset.into()).zip(value) {
             *to = *from;
         }
     }
 
     /// Lets the guest write the bits set in `mask`, which are emulated.
-    pub fn allow(&mut self, offset: u16, mask: &[u8]) {
+    pub(crate) fn allow(&mut self, offset: u16, mask: &[u8]) {
         let registers = self.writable.iter_mut().zip(&self.emulated).skip(offset.into());
         for ((to, emulated), from) in registers.zip(mask) {
             *to = from & emulated;
@@ -77,7 +77,7 @@ impl ConfigSpace {
 
     /// From now on the bits of `mask` in each byte are emulated, read as in `values`, and can be written by the guest
     /// where `writable` has them too.
-    pub fn emulate(&mut self, offset: u16, values: &[u8], mask: u8, writable: u8) {
+    pub(crate) fn emulate(&mut self, offset: u16, values: &[u8], mask: u8, writable: u8) {
         for (at, value) in (usize::from(offset)..).zip(values) {
             if let Some(emulated) = self.emulated.get_mut(at) {
                 *emulated = mask;
@@ -88,25 +88,25 @@ impl ConfigSpace {
     }
 
     /// The bits of a byte that are emulated.
-    pub fn emulated(&self, offset: u16) -> u8 {
+    pub(crate) fn emulated(&self, offset: u16) -> u8 {
         self.emulated.get(usize::from(offset)).copied().unwrap_or(0)
     }
 
     /// The emulated bits of some bytes.
-    pub fn value<const N: usize>(&self, offset: u16) -> [u8; N] {
+    pub(crate) fn value<const N: usize>(&self, offset: u16) -> [u8; N] {
         std::array::from_fn(|n| self.bytes.get(usize::from(offset) + n).copied().unwrap_or(0))
     }
 
     /// An access by the guest to an emulated function. Beyond the space it reads ones, which tells a guest that there
     /// is no extended space.
-    pub fn read(&self, offset: u16, data: &mut [u8]) {
+    pub(crate) fn read(&self, offset: u16, data: &mut [u8]) {
         for (at, to) in (usize::from(offset)..).zip(data) {
             *to = self.bytes.get(at).copied().unwrap_or(0xFF);
         }
     }
 
     /// An access by the guest: changes only what is writable.
-    pub fn write(&mut self, offset: u16, data: &[u8]) {
+    pub(crate) fn write(&mut self, offset: u16, data: &[u8]) {
         let registers = self.bytes.iter_mut().zip(&self.writable).skip(offset.into());
         for ((to, mask), from) in registers.zip(data) {
             *to = *to & !mask | from & mask;
@@ -114,7 +114,7 @@ impl ConfigSpace {
     }
 
     /// As [`ConfigSpace::read`], over a device.
-    pub fn read_over(&self, device: &dyn PhysicalConfig, offset: u16, data: &mut [u8]) {
+    pub(crate) fn read_over(&self, device: &dyn PhysicalConfig, offset: u16, data: &mut [u8]) {
         let emulated: Vec<u8> = (offset..).map(|at| self.emulated(at)).take(data.len()).collect();
         if emulated.iter().any(|mask| *mask != 0xFF) {
             device.read(offset, data);
@@ -126,7 +126,7 @@ impl ConfigSpace {
     }
 
     /// As [`ConfigSpace::write`], over a device. Returns what is to be written to it, if anything.
-    pub fn write_over(&mut self, device: &dyn PhysicalConfig, offset: u16, data: &[u8]) -> Option<Vec<u8>> {
+    pub(crate) fn write_over(&mut self, device: &dyn PhysicalConfig, offset: u16, data: &[u8]) -> Option<Vec<u8>> {
         self.write(offset, data);
         let emulated: Vec<u8> = (offset..).map(|at| self.emulated(at)).take(data.len()).collect();
         if emulated.iter().all(|mask| *mask == 0xFF) {

@@ -8,7 +8,7 @@ use super::saved::DecodingState;
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Decoding {
+pub(crate) struct Decoding {
     /// As the guest last wrote it.
     pub command: u16,
     /// In D3hot, where a function decodes nothing whatever COMMAND says.
@@ -18,16 +18,16 @@ pub struct Decoding {
 
 impl Decoding {
     /// As after a reset: awake, and nothing decodes.
-    pub fn new(windows: Decoded) -> Self {
+    pub(crate) fn new(windows: Decoded) -> Self {
         Self { command: 0, in_d3hot: false, windows }
     }
 
-    pub fn save(&self) -> DecodingState {
+    pub(crate) fn save(&self) -> DecodingState {
         let Self { command, in_d3hot, windows } = self;
         DecodingState { command: *command, in_d3hot: *in_d3hot, windows: windows.save() }
     }
 
-    pub fn restore(state: DecodingState) -> Self {
+    pub(crate) fn restore(state: DecodingState) -> Self {
         let DecodingState { command, in_d3hot, windows } = state;
         Self { command, in_d3hot, windows: Decoded::restore(windows) }
     }
@@ -35,7 +35,7 @@ impl Decoding {
     /// Takes what is of its concern of a write by the guest. `power`: where the power management control register is,
     /// if there is one. True if its power state was written: what has come of that is told by
     /// [`Decoding::set_power`].
-    pub fn write(&mut self, power: Option<u16>, offset: u16, data: &[u8]) -> bool {
+    pub(crate) fn write(&mut self, power: Option<u16>, offset: u16, data: &[u8]) -> bool {
         self.command = merged(self.command, COMMAND, offset, data);
         let Some(at) = power.filter(|at| covers(*at, offset, data)) else { return false };
         self.set_power(merged(0, at, offset, data) as u8);
@@ -43,12 +43,12 @@ impl Decoding {
     }
 
     /// The low byte of the power management control register, as it reads now (PCI PM 1.2, 3.2.4).
-    pub fn set_power(&mut self, control: u8) {
+    pub(crate) fn set_power(&mut self, control: u8) {
         self.in_d3hot = control & PM_STATE == PM_D3HOT;
     }
 
     /// Where a BAR is that the guest has put at `programmed`, if it is anywhere.
-    pub fn address(&self, bar: &BarRegister, programmed: u64) -> Option<u64> {
+    pub(crate) fn address(&self, bar: &BarRegister, programmed: u64) -> Option<u64> {
         let on = self.command & bar.decode_bit() != 0 && !self.in_d3hot;
         (on && self.windows.covers(bar, programmed)).then_some(programmed)
     }

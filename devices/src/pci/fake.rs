@@ -54,7 +54,7 @@ impl Memslots for FakeMemslots {
     }
 }
 
-pub fn space(memslots: Arc<FakeMemslots>) -> AddressSpace {
+pub(crate) fn space(memslots: Arc<FakeMemslots>) -> AddressSpace {
     let [mmio, pio] = ["mmio", "pio"].map(|name| Arc::new(Bus::new(name)));
     AddressSpace { memslots, mmio, pio }
 }

@@ -3,16 +3,16 @@
 
 pub mod bar;
 pub mod bus;
-pub mod config;
-pub mod decoding;
+pub(crate) mod config;
+pub(crate) mod decoding;
 #[cfg(any(test, feature = "fakes"))]
-pub mod fake;
+pub(crate) mod fake;
 pub mod msix;
-pub mod msix_capability;
+pub(crate) mod msix_capability;
 pub mod placed_bar;
-pub mod placement;
-pub mod regs;
-pub mod saved;
+pub(crate) mod placement;
+pub(crate) mod regs;
+pub(crate) mod saved;
 
 /// A function on the PCI bus as its configuration space.
 pub trait PciDevice: Send {

@@ -42,7 +42,7 @@ pub enum MsixError {
 
 impl Msix {
     /// `vectors` vectors, all masked, MSI-X off. `name` is the device's, for errors.
-    pub fn new(name: &str, vectors: u16, controller: Arc<dyn InterruptController>, fd_store: FdStore) -> Self {
+    pub(crate) fn new(name: &str, vectors: u16, controller: Arc<dyn InterruptController>, fd_store: FdStore) -> Self {
         let mut table = vec![0; usize::from(vectors) * ENTRY];
         table.chunks_exact_mut(ENTRY).for_each(|entry| entry[VECTOR_CONTROL] = VECTOR_MASK);
         Self { table, control: 0, vectors: Vectors::new(format!("{name} msix"), controller, fd_store) }
@@ -53,7 +53,7 @@ impl Msix {
     }
 
     /// Bytes of the table, and of the pending bit array (64 vectors a quadword).
-    pub fn sizes(vectors: u16) -> (u64, u64) {
+    pub(crate) fn sizes(vectors: u16) -> (u64, u64) {
         (u64::from(vectors) * ENTRY as u64, u64::from(vectors).div_ceil(64) * 8)
     }
 
@@ -62,7 +62,7 @@ impl Msix {
     }
 
     /// Whether this value of message control turns MSI-X on.
-    pub fn enables(control: u16) -> bool {
+    pub(crate) fn enables(control: u16) -> bool {
         control & MSIX_ENABLE != 0
     }
 
@@ -76,7 +76,7 @@ impl Msix {
 
     /// Takes a write of message control. When the guest turns MSI-X on, the device must signal [`Msix::eventfds`] by
     /// then.
-    pub fn set_control(&mut self, control: u16) {
+    pub(crate) fn set_control(&mut self, control: u16) {
         let was_enabled = self.enabled();
         self.control = control & MSIX_WRITABLE;
         let _ = self.tell(0..self.count());
@@ -87,14 +87,14 @@ impl Msix {
     }
 
     /// Reads from the table; what is behind its end reads as zero.
-    pub fn table_read(&self, offset: u64, data: &mut [u8]) {
+    pub(crate) fn table_read(&self, offset: u64, data: &mut [u8]) {
         for (n, out) in data.iter_mut().enumerate() {
             let at = usize::try_from(offset).ok().and_then(|start| start.checked_add(n));
             *out = at.and_then(|at| self.table.get(at).copied()).unwrap_or(0);
         }
     }
 
-    pub fn table_write(&mut self, offset: u64, data: &[u8]) {
+    pub(crate) fn table_write(&mut self, offset: u64, data: &[u8]) {
         let Some(start) = usize::try_from(offset).ok().filter(|start| *start < self.table.len()) else { return };
         let end = start.saturating_add(data.len()).min(self.table.len());
         for (at, value) in (start..end).zip(data) {
@@ -108,7 +108,7 @@ impl Msix {
     }
 
     /// Reads from the pending bit array; writes to it have no effect.
-    pub fn pba_read(&self, offset: u64, data: &mut [u8]) {
+    pub(crate) fn pba_read(&self, offset: u64, data: &mut [u8]) {
         for (n, out) in data.iter_mut().enumerate() {
             let first = offset.saturating_add(n as u64).saturating_mul(8);
             *out = (0..8).fold(0, |bits, bit| bits | u8::from(self.pending(first.saturating_add(bit))) << bit);
@@ -143,49 +143,49 @@ impl Msix {
     }
 
     /// For eventfds that were made after MSI-X was turned on.
-    pub fn attach_missing(&mut self) -> Result<(), MsixError> {
+    pub(crate) fn attach_missing(&mut self) -> Result<(), MsixError> {
         Ok(self.tell(0..self.count())?)
     }
 
     /// Tries again what the host has refused, if anything.
-    pub fn settle(&mut self) -> Result<(), MsixError> {
+    pub(crate) fn settle(&mut self) -> Result<(), MsixError> {
         Ok(self.vectors.settle()?)
     }
 
     /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`], after an error
     /// too.
-    pub fn quiesce_irqfds(&mut self) -> Result<(), MsixError> {
+    pub(crate) fn quiesce_irqfds(&mut self) -> Result<(), MsixError> {
         Ok(self.vectors.quiesce()?)
     }
 
     /// Attaches the irqfds of all unmasked vectors, which injects what has come meanwhile: in the old image after an
     /// update that did not happen, in the new one once all LAPICs and the GSI routes are in place.
-    pub fn resume_irqfds(&mut self) -> Result<(), MsixError> {
+    pub(crate) fn resume_irqfds(&mut self) -> Result<(), MsixError> {
         Ok(self.vectors.resume()?)
     }
 
     /// Signals every vector that can fire, once: where what came may have been lost. A spurious
     /// interrupt is legal, a lost one is not.
-    pub fn signal_all(&self) {
+    pub(crate) fn signal_all(&self) {
         if self.enabled() {
             self.vectors.signal_all();
         }
     }
 
     /// The end of the device: detaches everything and gives the GSIs back.
-    pub fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         self.set_control(0);
         self.vectors.release();
     }
 
-    pub fn save(&self) -> (MsixState, MsixHandles) {
+    pub(crate) fn save(&self) -> (MsixState, MsixHandles) {
         let Self { table, control, vectors } = self;
         let state = MsixState { table: table.clone(), control: *control, pending: vectors.pending() };
         (state, MsixHandles { vectors: vectors.save() })
     }
 
     /// Comes up quiesced, its GSIs and routes given to `controller` but nothing attached.
-    pub fn restore(
+    pub(crate) fn restore(
         name: &str,
         (state, handles): (MsixState, MsixHandles),
         controller: Arc<dyn InterruptController>,
@@ -199,7 +199,12 @@ impl Msix {
     }
 
     /// Takes a later state of the same guest. Nothing is attached yet.
-    pub fn mend(&mut self, state: MsixState, handles: MsixHandles, claims: &mut Claims) -> Result<(), MsixError> {
+    pub(crate) fn mend(
+        &mut self,
+        state: MsixState,
+        handles: MsixHandles,
+        claims: &mut Claims,
+    ) -> Result<(), MsixError> {
         // What is pending is counted in the eventfds.
         let (MsixState { table, control, pending: _ }, MsixHandles { vectors }) = (state, handles);
         let is_whole =
@@ -220,4 +225,4 @@ impl Msix {
 
 #[cfg(test)]
 #[path = "msix_tests.rs"]
-pub mod tests;
+mod tests;

@@ -14,7 +14,7 @@ const PBA: u16 = 8;
 
 /// What the capability says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MsixLayout {
+pub(crate) struct MsixLayout {
     pub vectors: u16,
     pub table_bar: u8,
     pub table_offset: u32,
@@ -24,7 +24,7 @@ pub struct MsixLayout {
 
 impl MsixLayout {
     /// Of a device whose capability is at `at`. The error is one that makes no sense.
-    pub fn read(device: &dyn PhysicalConfig, at: u16) -> Result<Self, Self> {
+    pub(crate) fn read(device: &dyn PhysicalConfig, at: u16) -> Result<Self, Self> {
         let dword = |offset: u16| {
             let mut data = [0; 4];
             device.read(at + offset, &mut data);
@@ -44,19 +44,19 @@ impl MsixLayout {
         if layout.table_bar > 5 || layout.pba_bar > 5 { Err(layout) } else { Ok(layout) }
     }
 
-    pub fn save(&self) -> MsixLayoutState {
+    pub(crate) fn save(&self) -> MsixLayoutState {
         let Self { vectors, table_bar, table_offset, pba_bar, pba_offset } = *self;
         MsixLayoutState { vectors, table_bar, table_offset, pba_bar, pba_offset }
     }
 
-    pub fn restore(state: MsixLayoutState) -> Self {
+    pub(crate) fn restore(state: MsixLayoutState) -> Self {
         let MsixLayoutState { vectors, table_bar, table_offset, pba_bar, pba_offset } = state;
         Self { vectors, table_bar, table_offset, pba_bar, pba_offset }
     }
 
     /// Puts the capability's body at `at`; its id and the link to the next one are the caller's. Enable and function
     /// mask are all that can be written.
-    pub fn emulate(&self, config: &mut ConfigSpace, at: u16) {
+    pub(crate) fn emulate(&self, config: &mut ConfigSpace, at: u16) {
         let size = self.vectors.saturating_sub(1) & MSIX_TABLE_SIZE;
         config.emulate(at + CONTROL, &size.to_le_bytes(), 0xFF, 0);
         config.allow(at + CONTROL, &MSIX_WRITABLE.to_le_bytes());
@@ -65,19 +65,19 @@ impl MsixLayout {
     }
 
     /// Message control as the guest has written it, of a capability at `at`.
-    pub fn control(config: &ConfigSpace, at: u16) -> u16 {
+    pub(crate) fn control(config: &ConfigSpace, at: u16) -> u16 {
         u16::from_le_bytes(config.value(at + CONTROL))
     }
 
     /// Where in their BARs the table and the pending bits are.
-    pub fn ranges(&self) -> (Range<u64>, Range<u64>) {
+    pub(crate) fn ranges(&self) -> (Range<u64>, Range<u64>) {
         let (table, pba) = Msix::sizes(self.vectors);
         let (table_start, pba_start) = (u64::from(self.table_offset), u64::from(self.pba_offset));
         (table_start..table_start + table, pba_start..pba_start + pba)
     }
 
     /// What of them is in the BAR of this index.
-    pub fn in_bar(&self, index: u8) -> MsixInBar {
+    pub(crate) fn in_bar(&self, index: u8) -> MsixInBar {
         let (table, pba) = self.ranges();
         MsixInBar { table: (self.table_bar == index).then_some(table), pba: (self.pba_bar == index).then_some(pba) }
     }
@@ -86,7 +86,7 @@ impl MsixLayout {
 /// The table and the pending bits in a BAR, if they are there: accesses to the BAR are parted between them and the
 /// device.
 #[derive(Clone, Debug)]
-pub struct MsixInBar {
+pub(crate) struct MsixInBar {
     table: Option<Range<u64>>,
     pba: Option<Range<u64>>,
 }
@@ -99,7 +99,7 @@ enum Target {
 }
 
 impl MsixInBar {
-    pub fn ranges(&self) -> Vec<Range<u64>> {
+    pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
         [&self.table, &self.pba].into_iter().flatten().cloned().collect()
     }
 
@@ -132,7 +132,7 @@ impl MsixInBar {
     }
 
     /// A read at `at` in the BAR; `device` is asked for what is neither table nor pending bits.
-    pub fn read(&self, msix: &Msix, at: u64, data: &mut [u8], device: impl Fn(u64, &mut [u8])) {
+    pub(crate) fn read(&self, msix: &Msix, at: u64, data: &mut [u8], device: impl Fn(u64, &mut [u8])) {
         for (at, range) in self.pieces(at, data.len()) {
             let data = &mut data[range];
             match self.target(at) {
@@ -144,7 +144,7 @@ impl MsixInBar {
     }
 
     /// As [`MsixInBar::read`].
-    pub fn write(&self, msix: &mut Msix, at: u64, data: &[u8], device: impl Fn(u64, &[u8])) {
+    pub(crate) fn write(&self, msix: &mut Msix, at: u64, data: &[u8], device: impl Fn(u64, &[u8])) {
         // All of an access to the table is one write: an unmask must not be seen before the message beside it.
         if let (Some((at, _)), true) = (self.pieces(at, data.len()).first(), data.len() == 8)
             && let (Target::Table(first), Target::Table(_)) = (self.target(*at), self.target(at.saturating_add(4)))

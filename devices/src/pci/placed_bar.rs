@@ -34,7 +34,7 @@ pub struct AddressSpace {
 ///
 /// # Safety
 /// `hva()..hva() + size()` is mapped until it is dropped, whole pages, and nothing in it is a Rust object.
-pub unsafe trait BarMemory {
+pub(crate) unsafe trait BarMemory {
     fn hva(&self) -> u64;
     /// In bytes.
     fn size(&self) -> u64;
@@ -53,7 +53,7 @@ unsafe impl BarMemory for std::convert::Infallible {
 
 /// Why a BAR cannot be where the guest has put it; the caller adds the device's name and the BAR's.
 #[derive(Debug, thiserror::Error)]
-pub enum PlaceError {
+pub(crate) enum PlaceError {
     #[error("it wraps around the address space: the guest has to put it elsewhere")]
     Wraps,
     #[error("cannot map it into the guest: {0}: does it lie on another BAR?")]
@@ -71,8 +71,8 @@ struct Placed {
 }
 
 /// See the module. Dropped, it is taken away from the guest before its memory ends.
-pub struct PlacedBar<M: BarMemory> {
-    pub register: BarRegister,
+pub(crate) struct PlacedBar<M: BarMemory> {
+    pub(crate) register: BarRegister,
     space: AddressSpace,
     /// (offset in the BAR, its memory)
     direct: Vec<(u64, M)>,
@@ -85,7 +85,7 @@ pub struct PlacedBar<M: BarMemory> {
 
 impl<M: BarMemory> PlacedBar<M> {
     /// Nothing is before the guest yet.
-    pub fn new(
+    pub(crate) fn new(
         register: BarRegister,
         direct: Vec<(u64, M)>,
         trapped: Vec<(u64, u64, SharedDevice)>,
@@ -95,21 +95,21 @@ impl<M: BarMemory> PlacedBar<M> {
     }
 
     /// None while it does not decode.
-    pub fn address(&self) -> Option<u64> {
+    pub(crate) fn address(&self) -> Option<u64> {
         self.placed.as_ref().map(|placed| placed.address)
     }
 
     /// As [`PlacedBar::address`], for whoever asks what the guest sees.
-    pub fn shown(&self) -> Option<BarAddress> {
+    pub(crate) fn shown(&self) -> Option<BarAddress> {
         Some(self.register.at(self.address()?))
     }
 
-    pub fn direct(&self) -> &[(u64, M)] {
+    pub(crate) fn direct(&self) -> &[(u64, M)] {
         &self.direct
     }
 
     /// Where this process has `offset..offset + size` of the BAR mapped.
-    pub fn vaddr(&self, offset: u64, size: u64) -> Option<u64> {
+    pub(crate) fn vaddr(&self, offset: u64, size: u64) -> Option<u64> {
         self.direct.iter().find_map(|(start, memory)| {
             let into = offset.checked_sub(*start)?;
             (into.checked_add(size)? <= memory.size()).then(|| memory.hva() + into)
@@ -117,7 +117,7 @@ impl<M: BarMemory> PlacedBar<M> {
     }
 
     /// Puts it before the guest at `address`, and away from where it was. On failure nothing of it is.
-    pub fn put(&mut self, address: u64) -> Result<(), PlaceError> {
+    pub(crate) fn put(&mut self, address: u64) -> Result<(), PlaceError> {
         self.take_away();
         let mut placed = Placed { address, slots: Vec::new(), ranges: Vec::new() };
         let done = self.place(&mut placed);
@@ -159,14 +159,14 @@ impl<M: BarMemory> PlacedBar<M> {
     }
 
     /// Takes it away from the guest. False if something of it is left.
-    pub fn take_away(&mut self) -> bool {
+    pub(crate) fn take_away(&mut self) -> bool {
         let Some(placed) = self.placed.take() else { return true };
         self.withdraw(placed);
         self.leftover.is_empty()
     }
 
     /// Takes away what could not be taken away before. False if something is left still.
-    pub fn settle(&mut self) -> bool {
+    pub(crate) fn settle(&mut self) -> bool {
         let Self { space, leftover, .. } = self;
         leftover.retain(|slot| space.memslots.remove(*slot).is_err());
         leftover.is_empty()

@@ -9,21 +9,21 @@ use super::saved::{DecodedState, WindowState};
 
 #[derive(Debug, thiserror::Error)]
 #[error("BAR {index} of {size:#x} bytes: no room in the guest's PCI windows")]
-pub struct NoRoom {
+pub(crate) struct NoRoom {
     index: u8,
     size: u64,
 }
 
 /// The host bridge's windows, frozen at the guest's boot: a BAR decodes only inside them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Decoded {
+pub(crate) struct Decoded {
     mmio32: Range<u64>,
     mmio64: Range<u64>,
     io: Range<u64>,
 }
 
 impl Decoded {
-    pub fn new(windows: &Windows) -> Self {
+    pub(crate) fn new(windows: &Windows) -> Self {
         let Windows { mmio32, mmio64, io } = windows;
         Self { mmio32: mmio32.range(), mmio64: mmio64.range(), io: io.range() }
     }
@@ -41,7 +41,7 @@ impl Decoded {
     }
 
     /// Whether all of a BAR at `address` is inside a window of its kind.
-    pub fn covers(&self, bar: &BarRegister, address: u64) -> bool {
+    pub(crate) fn covers(&self, bar: &BarRegister, address: u64) -> bool {
         let windows = if bar.is_io() { &[&self.io][..] } else { &[&self.mmio32, &self.mmio64] };
         let inside =
             |r: &&Range<u64>| address.checked_add(bar.size).is_some_and(|end| r.start <= address && end <= r.end);
@@ -63,7 +63,7 @@ fn window_of<'a>(windows: &'a mut Windows, bar: &BarRegister) -> &'a mut Window 
 }
 
 /// Gives each BAR its address; all or none.
-pub fn place(windows: &mut Windows, registers: &mut [BarRegister]) -> Result<(), NoRoom> {
+pub(crate) fn place(windows: &mut Windows, registers: &mut [BarRegister]) -> Result<(), NoRoom> {
     for n in 0..registers.len() {
         let BarRegister { index, size, is_64bit, .. } = registers[n];
         let need = footprint(&registers[n]);
@@ -82,13 +82,13 @@ pub fn place(windows: &mut Windows, registers: &mut [BarRegister]) -> Result<(),
 }
 
 /// Gives the BARs' addresses back.
-pub fn vacate(windows: &mut Windows, registers: &[BarRegister]) {
+pub(crate) fn vacate(windows: &mut Windows, registers: &[BarRegister]) {
     for bar in registers {
         window_of(windows, bar).free(bar.address);
     }
 }
 
 /// Takes a BAR's address again, in a new image.
-pub fn reserve(windows: &mut Windows, bar: &BarRegister) -> Result<(), Taken> {
+pub(crate) fn reserve(windows: &mut Windows, bar: &BarRegister) -> Result<(), Taken> {
     window_of(windows, bar).reserve(bar.address, footprint(bar))
 }

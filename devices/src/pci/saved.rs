@@ -7,7 +7,7 @@ use crate::interrupt::RouteHandles;
 /// [`super::config::ConfigSpace`]: whole, as what a guest has seen stays as it is, also in a build that would begin
 /// with other values.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConfigSpaceState {
+pub(crate) struct ConfigSpaceState {
     /// The emulated bits; zero where the device answers.
     #[serde(with = "serde_bytes")]
     pub(super) bytes: Vec<u8>,
@@ -21,7 +21,7 @@ pub struct ConfigSpaceState {
 
 /// [`super::bar::BarRegister`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BarRegisterState {
+pub(crate) struct BarRegisterState {
     pub(super) index: u8,
     /// The read-only low bits: type and prefetchable.
     pub(super) flags: u32,
@@ -33,7 +33,7 @@ pub struct BarRegisterState {
 
 /// [`super::decoding::Decoding`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DecodingState {
+pub(crate) struct DecodingState {
     pub(super) command: u16,
     pub(super) in_d3hot: bool,
     pub(super) windows: DecodedState,
@@ -55,7 +55,7 @@ pub(super) struct WindowState {
 
 /// [`super::msix_capability::MsixLayout`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MsixLayoutState {
+pub(crate) struct MsixLayoutState {
     pub(super) vectors: u16,
     pub(super) table_bar: u8,
     pub(super) table_offset: u32,
@@ -65,7 +65,7 @@ pub struct MsixLayoutState {
 
 /// What the guest sees of [`super::msix::Msix`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MsixState {
+pub(crate) struct MsixState {
     #[serde(with = "serde_bytes")]
     pub(super) table: Vec<u8>,
     pub(super) control: u16,
@@ -75,6 +75,6 @@ pub struct MsixState {
 
 /// One for each vector, or none before the guest first enables MSI-X.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MsixHandles {
+pub(crate) struct MsixHandles {
     pub(super) vectors: Vec<RouteHandles>,
 }

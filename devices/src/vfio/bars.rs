@@ -85,7 +85,7 @@ impl Drop for Mapped {
 }
 
 /// See the module.
-pub struct Bar {
+pub(super) struct Bar {
     placed: PlacedBar<Mapped>,
     region: u32,
     /// iovas of the peer-to-peer mappings in the domain, while it decodes.
@@ -95,7 +95,7 @@ pub struct Bar {
 }
 
 /// What a BAR is built on.
-pub struct BarParts<'a> {
+pub(super) struct BarParts<'a> {
     pub device: &'a Arc<VfioDevice>,
     pub msix: &'a Arc<Turn<Msix>>,
     pub layout: &'a MsixLayout,
@@ -104,7 +104,7 @@ pub struct BarParts<'a> {
 
 impl Bar {
     /// Maps what can be mapped. Nothing is before the guest yet.
-    pub fn new(register: BarRegister, region: &Region, parts: &BarParts<'_>) -> Result<Self, DeviceError> {
+    pub(super) fn new(register: BarRegister, region: &Region, parts: &BarParts<'_>) -> Result<Self, DeviceError> {
         let here = parts.layout.in_bar(register.index);
         let mappable = if register.is_io() { &[][..] } else { &region.mappable };
         let (direct, trapped) = split(register.size, mappable, &here.ranges());
@@ -120,20 +120,20 @@ impl Bar {
         Ok(Self { placed, region: region.index, dma: Vec::new(), leftover_dma: Vec::new() })
     }
 
-    pub fn register(&self) -> &BarRegister {
+    pub(super) fn register(&self) -> &BarRegister {
         &self.placed.register
     }
 
-    pub fn address(&self) -> Option<u64> {
+    pub(super) fn address(&self) -> Option<u64> {
         self.placed.address()
     }
 
     /// None while it does not decode.
-    pub fn shown(&self) -> Option<BarAddress> {
+    pub(super) fn shown(&self) -> Option<BarAddress> {
         self.placed.shown()
     }
 
-    pub fn save(&self) -> (BarState, BarHandles) {
+    pub(super) fn save(&self) -> (BarState, BarHandles) {
         // (Memslots end with their VM.)
         let Self { placed, region, dma, leftover_dma } = self;
         let state = BarState { register: placed.register.save(), address: placed.address() };
@@ -142,7 +142,7 @@ impl Bar {
 
     /// In a new image: brings one that is new, or was put somewhere by an earlier state, to where it was before the
     /// guest in the old image. Its peer-to-peer mappings are in the domain still. True if it had to be put elsewhere.
-    pub fn place_again(&mut self, address: Option<u64>, handles: BarHandles) -> Result<bool, PlaceError> {
+    pub(super) fn place_again(&mut self, address: Option<u64>, handles: BarHandles) -> Result<bool, PlaceError> {
         let BarHandles { region: _, dma, leftover_dma } = handles;
         let moves = self.address() != address;
         if moves {
@@ -157,27 +157,27 @@ impl Bar {
     }
 
     /// Takes away what could not be taken away before. False if something is left still.
-    pub fn settle(&mut self, domain: &dyn DmaDomain) -> bool {
+    pub(super) fn settle(&mut self, domain: &dyn DmaDomain) -> bool {
         self.leftover_dma.retain(|iova| domain.unmap(*iova).is_err());
         self.placed.settle() && self.leftover_dma.is_empty()
     }
 
     /// Where this process has `offset..offset + size` of the BAR mapped.
-    pub fn vaddr(&self, offset: u64, size: u64) -> Option<u64> {
+    pub(super) fn vaddr(&self, offset: u64, size: u64) -> Option<u64> {
         self.placed.vaddr(offset, size)
     }
 
-    pub fn region(&self) -> u32 {
+    pub(super) fn region(&self) -> u32 {
         self.region
     }
 
     /// Puts the BAR before the guest at `address`. On failure nothing of it is.
-    pub fn map(&mut self, address: u64) -> Result<(), PlaceError> {
+    pub(super) fn map(&mut self, address: u64) -> Result<(), PlaceError> {
         self.placed.put(address)
     }
 
     /// Lets the other devices of the domain reach the BAR (peer-to-peer). Not all domains can: then they do not.
-    pub fn map_dma(&mut self, device: &str, domain: &dyn DmaDomain, complaints: &mut RateLimitedLog) {
+    pub(super) fn map_dma(&mut self, device: &str, domain: &dyn DmaDomain, complaints: &mut RateLimitedLog) {
         let Some(address) = self.address().filter(|_| domain.maps_device_memory()) else { return };
         for (offset, mapping) in self.placed.direct() {
             let iova = address.saturating_add(*offset);
@@ -193,7 +193,7 @@ impl Bar {
     }
 
     /// Takes the BAR away from the guest and from the other devices. False if something of it is left.
-    pub fn unmap(&mut self, domain: &dyn DmaDomain) -> bool {
+    pub(super) fn unmap(&mut self, domain: &dyn DmaDomain) -> bool {
         let is_gone = self.placed.take_away();
         for iova in std::mem::take(&mut self.dma) {
             if let Err(e) = domain.unmap(iova) {
@@ -206,7 +206,7 @@ impl Bar {
 }
 
 /// The BARs the device has, without an address yet.
-pub fn discover_bars(device: &VfioDevice) -> Vec<BarRegister> {
+pub(super) fn discover_bars(device: &VfioDevice) -> Vec<BarRegister> {
     let mut found = Vec::new();
     let mut upper_half = false;
     for (index, region) in (0u8..).zip(device.bars()) {

@@ -14,7 +14,7 @@ use crate::pci::regs::*;
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigFilter {
+pub(super) struct ConfigFilter {
     space: ConfigSpace,
     /// Where the MSI-X capability is.
     msix: u16,
@@ -23,7 +23,7 @@ pub struct ConfigFilter {
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
+pub(super) enum ConfigError {
     #[error("it is a bridge or has an unknown header (type {0:#x}): only endpoints can be passed through")]
     Header(u8),
     #[error("it has no MSI-X capability, and INTx and MSI are not supported yet")]
@@ -52,7 +52,7 @@ fn u8_at(device: &dyn PhysicalConfig, offset: u16) -> u8 {
 
 impl ConfigFilter {
     /// Looks the device's capabilities over. The BARs are there once [`ConfigFilter::set_bars`] was called.
-    pub fn new(device: &dyn PhysicalConfig) -> Result<(Self, MsixLayout), ConfigError> {
+    pub(super) fn new(device: &dyn PhysicalConfig) -> Result<(Self, MsixLayout), ConfigError> {
         let header = u8_at(device, HEADER_TYPE);
         if header & !HEADER_MULTIFUNCTION != HEADER_ENDPOINT {
             return Err(ConfigError::Header(header));
@@ -162,31 +162,31 @@ impl ConfigFilter {
     }
 
     /// Puts the BARs' guest addresses in; registers without a BAR read as zero.
-    pub fn set_bars(&mut self, bars: &[BarRegister]) {
+    pub(super) fn set_bars(&mut self, bars: &[BarRegister]) {
         bars.iter().for_each(|bar| bar.emulate(&mut self.space));
     }
 
     /// The address in a BAR's register(s), as the guest has programmed it.
-    pub fn bar_address(&self, bar: &BarRegister) -> u64 {
+    pub(super) fn bar_address(&self, bar: &BarRegister) -> u64 {
         bar.address_in(&self.space)
     }
 
     /// Message control of the MSI-X capability.
-    pub fn msix_control(&self) -> u16 {
+    pub(super) fn msix_control(&self) -> u16 {
         MsixLayout::control(&self.space, self.msix)
     }
 
     /// Where the power management control register is (PCI PM 1.2, 3.2.4).
-    pub fn power_register(&self) -> Option<u16> {
+    pub(super) fn power_register(&self) -> Option<u16> {
         self.pm.map(|at| at + PM_CONTROL)
     }
 
-    pub fn read(&self, device: &dyn PhysicalConfig, offset: u16, data: &mut [u8]) {
+    pub(super) fn read(&self, device: &dyn PhysicalConfig, offset: u16, data: &mut [u8]) {
         self.space.read_over(device, offset, data);
     }
 
     /// Takes the emulated part of a write. Returns what is to be written to the device, if anything.
-    pub fn write(&mut self, device: &dyn PhysicalConfig, offset: u16, data: &[u8]) -> Option<Vec<u8>> {
+    pub(super) fn write(&mut self, device: &dyn PhysicalConfig, offset: u16, data: &[u8]) -> Option<Vec<u8>> {
         self.space.write_over(device, offset, data)
     }
 }

@@ -15,7 +15,7 @@ use crate::pci::regs::{COMMAND, DISABLE_INTX};
 
 /// One region of the device file: a BAR or the configuration space.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Region {
+pub(super) struct Region {
     pub index: u32,
     /// Bytes; 0: the device does not have it.
     pub size: u64,
@@ -50,7 +50,7 @@ impl Irqs for StoredFd {
 }
 
 /// See the module. Dropping it only closes the fd.
-pub struct VfioDevice {
+pub(super) struct VfioDevice {
     bdf: String,
     irqs: Box<dyn Irqs>,
     fd: StoredFd,
@@ -66,7 +66,7 @@ pub struct VfioDevice {
 /// A request to the device that failed; the caller adds the device's name.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {source}")]
-pub struct DeviceError {
+pub(super) struct DeviceError {
     pub what: String,
     pub source: io::Error,
 }
@@ -74,7 +74,7 @@ pub struct DeviceError {
 /// Two saved states of one guest that are not of one device.
 #[derive(Debug, thiserror::Error)]
 #[error("it was device {was} when it was made ready, and is another one now ({is}): start the update again")]
-pub struct OtherDevice {
+pub(super) struct OtherDevice {
     was: String,
     is: String,
 }
@@ -108,28 +108,28 @@ impl VfioDevice {
         Ok(Self { bdf: bdf.to_owned(), irqs, fd, bars, config, vectors, signals: AtomicBool::new(false) })
     }
 
-    pub fn bdf(&self) -> &str {
+    pub(super) fn bdf(&self) -> &str {
         &self.bdf
     }
 
-    pub fn fd(&self) -> &StoredFd {
+    pub(super) fn fd(&self) -> &StoredFd {
         &self.fd
     }
 
-    pub fn bars(&self) -> &[Region] {
+    pub(super) fn bars(&self) -> &[Region] {
         &self.bars
     }
 
-    pub fn config(&self) -> &Region {
+    pub(super) fn config(&self) -> &Region {
         &self.config
     }
 
-    pub fn vectors(&self) -> u32 {
+    pub(super) fn vectors(&self) -> u32 {
         self.vectors
     }
 
     /// What the device does not answer reads as all ones, as on the bus.
-    pub fn read(&self, region: &Region, offset: u64, data: &mut [u8]) {
+    pub(super) fn read(&self, region: &Region, offset: u64, data: &mut [u8]) {
         let done = self.at(region, offset, data.len()).and_then(|at| Ok(rustix::io::pread(&self.fd, &mut *data, at)?));
         if !matches!(done, Ok(n) if n == data.len()) {
             log::debug!(
@@ -143,7 +143,7 @@ impl VfioDevice {
     }
 
     /// What the device does not take is dropped, as on the bus.
-    pub fn write(&self, region: &Region, offset: u64, data: &[u8]) {
+    pub(super) fn write(&self, region: &Region, offset: u64, data: &[u8]) {
         let done = self.at(region, offset, data.len()).and_then(|at| Ok(rustix::io::pwrite(&self.fd, data, at)?));
         if !matches!(done, Ok(n) if n == data.len()) {
             log::debug!(
@@ -162,12 +162,12 @@ impl VfioDevice {
     }
 
     /// Whether the device signals eventfds: it does not where VFIO has refused to.
-    pub fn signals(&self) -> bool {
+    pub(super) fn signals(&self) -> bool {
         self.signals.load(Ordering::Relaxed)
     }
 
     /// Enables MSI-X with an eventfd for each vector; they stay the kernel's until [`VfioDevice::disable_msix`].
-    pub fn enable_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
+    pub(super) fn enable_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
         let set = |fds| self.irqs.set(VFIO_PCI_MSIX_IRQ_INDEX, fds);
         let mut done = set(eventfds).map_err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)"));
         // Nothing is enabled then (vfio_msi_enable). Go on with what the host has, as a driver there would.
@@ -190,7 +190,7 @@ impl VfioDevice {
         done.map(drop)
     }
 
-    pub fn disable_msix(&self) -> Result<(), DeviceError> {
+    pub(super) fn disable_msix(&self) -> Result<(), DeviceError> {
         let done = self.irqs.set(VFIO_PCI_MSIX_IRQ_INDEX, &[]);
         done.map_err(os("cannot disable MSI-X (VFIO_DEVICE_SET_IRQS)"))?;
         self.signals.store(false, Ordering::Relaxed);
@@ -204,7 +204,7 @@ impl VfioDevice {
     /// To be called whenever MSI-X has ended: that clears the physical bit (pci_intx_for_msi, which vfio_msi_disable
     /// does not undo). VFIO lets it follow its virtual one only when that changes (vfio_basic_config_write): so clear
     /// and set. A reset of the function keeps it (pci_dev_restore).
-    pub fn silence_intx(&self) {
+    pub(super) fn silence_intx(&self) {
         let at = u64::from(COMMAND) + 1;
         let mut high = [0];
         self.read(&self.config, at, &mut high);

@@ -72,7 +72,7 @@ pub fn rig() -> Rig {
     rig_in(|fd_store| container(fd_store, DEFAULT_CONTAINER, false).0)
 }
 
-pub fn rig_in<D: DmaDomain + 'static>(domain: impl FnOnce(&FdStore) -> Arc<D>) -> Rig {
+pub(super) fn rig_in<D: DmaDomain + 'static>(domain: impl FnOnce(&FdStore) -> Arc<D>) -> Rig {
     let fd_store = FdStore::new();
     let file = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, CONFIG + 0x1000).unwrap();

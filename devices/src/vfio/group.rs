@@ -26,7 +26,7 @@ fn how_to_bind(driver: &str) -> String {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum GroupError {
+pub(super) enum GroupError {
     #[error("group {number}: /dev/vfio/{number} is busy: is another VMM using it?")]
     Busy { number: u32 },
     #[error(

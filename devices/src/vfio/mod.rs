@@ -20,16 +20,16 @@
 //! Written on raw ioctls: the objects of the `vfio-ioctls` crate cannot be built again from fds, and detach when
 //! dropped.
 
-pub mod bars;
-pub mod config;
-pub mod device;
-pub mod dma;
+mod bars;
+mod config;
+mod device;
+mod dma;
 #[cfg(any(test, feature = "fakes"))]
 pub mod fake;
-pub mod group;
+mod group;
 mod ioctl;
-pub mod pci;
-pub mod registry;
+mod pci;
+mod registry;
 pub mod saved;
 mod signals;
 mod sysfs;
@@ -38,7 +38,6 @@ mod wiring;
 pub use bars::unmap_bars;
 pub use dma::invalidate::{InvalidateError, Invalidated, invalidate_all, remap_all};
 pub use dma::{DmaDomain, DmaError, DmaMap, MapSource};
-pub use group::Group;
 pub use pci::{VfioPci, VfioPciParts};
 pub use registry::{AttachError, DeviceConfig, Passthrough};
-pub use wiring::{PassthroughError, Wiring};
+pub use wiring::Wiring;

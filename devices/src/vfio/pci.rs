@@ -388,4 +388,4 @@ fn pairs(
 
 #[cfg(test)]
 #[path = "pci_tests.rs"]
-pub mod tests;
+mod tests;

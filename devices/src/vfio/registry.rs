@@ -22,7 +22,7 @@ use crate::migratable::MigrateError;
 use crate::turn::Turn;
 
 /// The container of devices that name none.
-pub const DEFAULT_CONTAINER: &str = "default";
+pub(super) const DEFAULT_CONTAINER: &str = "default";
 
 /// A device to pass through.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub struct AttachError {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum AttachReason {
+pub(super) enum AttachReason {
     #[error(transparent)]
     Sysfs(#[from] SysfsError),
     #[error(transparent)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::pci::regs::{COMMAND, DISABLE_INTX, INTERRUPT_PIN};
 
 #[derive(Debug, thiserror::Error)]
-pub enum SysfsError {
+pub(super) enum SysfsError {
     #[error("there is no such PCI device on this host: lspci -D lists those that there are")]
     Absent,
     #[error("not a PCI device in sysfs: {0}")]

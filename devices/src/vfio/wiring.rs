@@ -20,7 +20,7 @@ pub struct Wiring {
 
 /// Why a device cannot be passed through; the caller adds the device's name.
 #[derive(Debug, thiserror::Error)]
-pub enum PassthroughError {
+pub(super) enum PassthroughError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]

@@ -27,11 +27,10 @@ use theseus_resources::rate::Rate;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
-pub use console::{Console, UNSENT_MAX};
+use console::Console;
+pub use console::UNSENT_MAX;
 pub use device::NAME;
-pub use open::ConsoleError;
 pub use saved::{SerialHandles, SerialParts, SerialState};
-pub use tty::SavedTermios;
 
 use crate::bus::LockedDevice;
 use crate::interrupt::IrqLine;

@@ -8,7 +8,7 @@ use vmm_sys_util::signal::{block_signal, unblock_signal};
 
 /// A `termios` that can be serialised (termios(3)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedTermios {
+pub(super) struct SavedTermios {
     iflag: u32,
     oflag: u32,
     cflag: u32,

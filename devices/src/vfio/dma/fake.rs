@@ -15,7 +15,7 @@ use super::type1::{Container, Type1};
 
 /// The rules of vfio_iommu_type1.c about addresses: iova -> (size, address if valid).
 #[derive(Default)]
-pub struct Kernel {
+pub(crate) struct Kernel {
     pub(super) maps: Mutex<BTreeMap<u64, (u64, Option<u64>)>>,
     mdev: bool,
 }
@@ -68,13 +68,13 @@ impl Type1 for Arc<Kernel> {
     }
 }
 
-pub fn block(fd_store: &FdStore, gpa: u64) -> RamBlock {
+pub(crate) fn block(fd_store: &FdStore, gpa: u64) -> RamBlock {
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let file = fd_store.keep("ram", FdKind::GuestMemory, fd);
     RamBlock { gpa, size: 0x1000, hva: gpa + 0x7000_0000, file, offset: 0 }
 }
 
-pub fn container(fd_store: &FdStore, name: &str, mdev: bool) -> (Arc<Container>, Arc<Kernel>) {
+pub(crate) fn container(fd_store: &FdStore, name: &str, mdev: bool) -> (Arc<Container>, Arc<Kernel>) {
     let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let kernel = Arc::new(Kernel { mdev, ..Default::default() });
     let fd = fd_store.keep(name, FdKind::VfioContainer, fd);

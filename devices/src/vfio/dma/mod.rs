@@ -19,10 +19,10 @@ use theseus_resources::memory_listener::MemoryListener;
 use super::saved::DomainHandles;
 
 #[cfg(any(test, feature = "fakes"))]
-pub mod fake;
-pub mod invalidate;
-pub mod map;
-pub mod type1;
+pub(super) mod fake;
+pub(super) mod invalidate;
+pub(super) mod map;
+pub(super) mod type1;
 
 pub use map::{DmaMap, MapSource};
 

@@ -59,7 +59,7 @@ impl Type1 for StoredFd {
 }
 
 /// See the module.
-pub struct Container {
+pub(crate) struct Container {
     name: String,
     fd: StoredFd,
     type1: Box<dyn Type1>,
