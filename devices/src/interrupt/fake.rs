@@ -67,6 +67,7 @@ impl FakeController {
         std::mem::take(&mut self.lock().injected).iter().map(|message| message.data).collect()
     }
 
+    /// How many messages have an irqfd. (Lines are not counted.)
     pub fn attached(&self) -> usize {
         self.lock().attached.len()
     }
@@ -76,15 +77,17 @@ impl FakeController {
         self.lock().taken.len()
     }
 
-    /// From now on; `""`: nothing.
+    /// Refuses calls of this name with `errno` from now on, and none of another; `""`: none at all.
     pub fn refuse(&self, name: &'static str, errno: i32) {
         self.lock().refused = Some((name, errno));
     }
 
+    /// A message with this data is no route from now on (EINVAL); None: every message is one.
     pub fn refuse_data(&self, data: Option<u32>) {
         self.lock().invalid = data;
     }
 
+    /// What was asked since the last call, refused or not: routes, irqfds ("attach", "detach") and ioeventfds.
     pub fn calls(&self) -> Vec<&'static str> {
         std::mem::take(&mut self.lock().calls)
     }
@@ -97,11 +100,12 @@ impl FakeController {
         Some(line.level)
     }
 
+    /// The level of a pin now, as [`Self::take`].
     pub fn level(&self, pin: u32) -> Option<bool> {
         self.take(pin)
     }
 
-    /// irqfd_resampler_ack
+    /// The guest's EOI: lowers the level and signals `resample` (irqfd_resampler_ack).
     pub fn eoi(&self, pin: u32) {
         let mut inner = self.lock();
         let line = inner.lines.get_mut(&pin).unwrap();
@@ -109,7 +113,7 @@ impl FakeController {
         signal(line.resample.as_fd());
     }
 
-    /// Whether KVM takes a write there.
+    /// Writes there: signals the ioeventfd. False: there is none.
     pub fn guest_writes(&self, at: IoAddress) -> bool {
         self.lock().events.get(&at).map(|eventfd| signal(eventfd.as_fd())).is_some()
     }

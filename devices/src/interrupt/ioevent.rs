@@ -8,13 +8,23 @@ use super::controller::InterruptError;
 /// Where such a register is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IoAddress {
+    /// `KVM_IOEVENTFD_FLAG_PIO`
     Port(u16),
+    /// A guest physical address.
     Mmio(u64),
 }
 
 /// KVM_IOEVENTFD, for a write of any value and size.
 pub trait IoEvents: Send + Sync {
+    /// From now on a write there signals `eventfd`, and does not exit.
+    ///
+    /// # Errors
+    /// There is one already (EEXIST), or there are too many (ENOSPC): writes exit.
     fn attach(&self, at: IoAddress, eventfd: BorrowedFd<'_>) -> Result<(), InterruptError>;
+    /// Undoes [`IoEvents::attach`] of the same address and eventfd: writes exit again.
+    ///
+    /// # Errors
+    /// There is none such (ENOENT).
     fn detach(&self, at: IoAddress, eventfd: BorrowedFd<'_>) -> Result<(), InterruptError>;
 }
 
@@ -35,6 +45,7 @@ impl<F: AsFd> IoEvent<F> {
         Self { events, eventfd, wanted: None, is_quiesced: false, attached: None }
     }
 
+    /// What the device waits for: it counts the writes.
     pub fn eventfd(&self) -> BorrowedFd<'_> {
         self.eventfd.as_fd()
     }
@@ -65,6 +76,7 @@ impl<F: AsFd> IoEvent<F> {
         self.settle()
     }
 
+    /// Attaches it again where the guest has the register, if anywhere.
     pub fn resume(&mut self) -> Result<(), InterruptError> {
         self.is_quiesced = false;
         self.settle()

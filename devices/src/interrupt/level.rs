@@ -94,6 +94,7 @@ impl LevelLine {
         self.settle()
     }
 
+    /// Pure. An event that waits is not in it, but in the eventfds, which go over.
     pub fn save(&self) -> (LevelLineState, LevelLineHandles) {
         let Self { controller: _, pin, trigger, resample, is_wanted, is_quiesced: _, is_attached: _ } = self;
         let handles = LevelLineHandles { trigger: trigger.slot(), resample: resample.slot() };

@@ -36,7 +36,7 @@ pub use saved::{LevelLineHandles, LevelLineState};
 pub use vectors::VectorError;
 pub(crate) use vectors::Vectors;
 
-/// An edge on an IOAPIC pin.
+/// An edge-triggered IOAPIC pin.
 pub trait IrqLine: Send + Sync {
     /// Raises and lowers the line once.
     fn pulse(&self);
@@ -55,6 +55,7 @@ pub enum GuestRequest {
 
 /// Where such requests go. Called on a vCPU thread: must not block.
 pub trait GuestRequests: Send + Sync {
+    /// Takes a request for another thread to act on. One that is pending already stays, and this one is dropped.
     fn notify(&self, request: GuestRequest);
     /// Whether something was asked for that nobody has acted on. No vCPU goes on until somebody has.
     fn pending(&self) -> bool;

@@ -5,7 +5,7 @@ use theseus_resources::Slot;
 
 use super::controller::MsiMessage;
 
-/// A message.
+/// [`MsiMessage`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct MessageState {
     address: u64,
@@ -29,7 +29,9 @@ impl From<MessageState> for MsiMessage {
 /// Handles of [`super::route::Route`]: all of it. What the guest wants of an interrupt is in the state of its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RouteHandles {
+    /// What the device signals; an event that waits is in it.
     pub(super) eventfd: Slot,
+    /// The new VMM has the same.
     pub(super) gsi: u32,
     /// What KVM had it routed to.
     pub(super) routed: Option<MessageState>,
@@ -38,12 +40,17 @@ pub(crate) struct RouteHandles {
 /// What the guest sees of a [`super::LevelLine`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LevelLineState {
+    /// Of the IOAPIC: a GSI.
     pub(super) pin: u32,
+    /// The guest is to get it.
     pub(super) is_wanted: bool,
 }
 
+/// The eventfds of a [`super::LevelLine`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LevelLineHandles {
+    /// Raises the level.
     pub(super) trigger: Slot,
+    /// Signalled when the guest's EOI has lowered it.
     pub(super) resample: Slot,
 }

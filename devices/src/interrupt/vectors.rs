@@ -14,14 +14,24 @@ use super::route::{self, Route};
 use super::saved::RouteHandles;
 use crate::rate_limited_log::RateLimitedLog;
 
+/// Why a device's vectors cannot be made or taken over.
 #[derive(Debug, thiserror::Error)]
 pub enum VectorError {
+    /// The process or the host has no descriptor to give.
     #[error("cannot make an eventfd for vector {vector}: {source} (raise RLIMIT_NOFILE)")]
-    Eventfd { vector: usize, source: std::io::Error },
+    Eventfd {
+        /// From 0.
+        vector: usize,
+        /// EMFILE, ENFILE or ENOMEM.
+        source: std::io::Error,
+    },
+    /// There are no GSIs left, or those of the saved state are another device's.
     #[error(transparent)]
     Interrupt(#[from] InterruptError),
+    /// An eventfd of the saved state is not in the fd store.
     #[error(transparent)]
     FdStore(#[from] FdStoreError),
+    /// Vectors that were made ready are gone, or have other GSIs or eventfds now.
     #[error("the saved state has other vectors than the one before it")]
     Other,
 }
