@@ -25,6 +25,7 @@ const INTEL: u16 = 0x8086;
 const VIRTUAL_HOST: u16 = 0x0D57;
 const CLASS_HOST_BRIDGE: [u8; 3] = [0x00, 0x00, 0x06];
 
+/// See the module.
 pub struct HostBridge {
     config: ConfigSpace,
 }
@@ -52,8 +53,10 @@ impl PciDevice for HostBridge {
     }
 }
 
+/// All of its configuration space, so that a guest keeps the identity that it has booted with.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct HostBridgeState {
+    /// [`CONFIG_SIZE`] bytes, none of them the guest's to write.
     config: ConfigSpaceState,
 }
 

@@ -22,17 +22,26 @@ pub(crate) struct BarRegister {
 /// A BAR that decodes, as the guest sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarAddress {
+    /// Of its first register, 0 to 5.
     pub index: u8,
+    /// The first port or guest physical address.
     pub address: u64,
+    /// Ports or bytes.
     pub size: u64,
+    /// What the guest takes it for.
     pub kind: BarKind,
+    /// Reads have no side effects, and writes may be merged (bit 3 of a memory BAR).
     pub prefetchable: bool,
 }
 
+/// Bits 0 to 2 of a BAR's register (PCI Local Bus 3.0, 6.2.5.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BarKind {
+    /// Ports.
     Io,
+    /// Memory, with an address of one register.
     Memory32,
+    /// Memory, with an address of two registers.
     Memory64,
 }
 

@@ -9,14 +9,19 @@ use crate::turn::Turn;
 
 const SLOTS: usize = 32;
 
+/// A function on the bus: one access at a time, and the VMM's own before those of vCPUs.
 pub type SharedPciDevice = Arc<Turn<dyn PciDevice>>;
 
+/// Why a device cannot be put into a slot.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PciBusError {
+    /// Another device is in it.
     #[error("PCI slot {0} is taken: give the device another one")]
     Taken(u8),
+    /// It is above 31.
     #[error("there is no PCI slot {0}: slots are 0 to 31")]
     NoSuchSlot(u8),
+    /// Any slot would do, and none is free.
     #[error("all 32 PCI slots are taken: remove a device")]
     Full,
 }
@@ -38,6 +43,7 @@ pub struct PciBus {
 }
 
 impl PciBus {
+    /// All slots are free.
     pub fn new() -> Self {
         Self::default()
     }

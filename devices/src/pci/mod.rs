@@ -18,6 +18,7 @@ pub(crate) mod saved;
 pub trait PciDevice: Send {
     /// `offset` < 4096; `data` is 1, 2 or 4 bytes and does not cross a dword (the bus splits and checks).
     fn config_read(&mut self, offset: u16, data: &mut [u8]);
+    /// As [`PciDevice::config_read`]. Bits that cannot be written keep their value.
     fn config_write(&mut self, offset: u16, data: &[u8]);
 }
 

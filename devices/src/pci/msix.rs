@@ -28,14 +28,24 @@ pub struct Msix {
     vectors: Vectors,
 }
 
+/// Why MSI-X is not as the guest wants it, or cannot be restored; the caller adds the device's name.
 #[derive(Debug, thiserror::Error)]
 pub enum MsixError {
+    /// There are no eventfds or GSIs for it, or they are others than those that were saved.
     #[error("MSI-X: {0}")]
     Vectors(#[from] VectorError),
+    /// KVM has refused a route or an irqfd, which is tried again.
     #[error("MSI-X: {0}")]
     Interrupt(#[from] InterruptError),
+    /// The table is not of whole entries, or there are eventfds, but not one for each.
     #[error("MSI-X: the saved state has {vectors} eventfds and a table of {table} bytes")]
-    State { vectors: usize, table: usize },
+    State {
+        /// How many eventfds there are.
+        vectors: usize,
+        /// Bytes of the table.
+        table: usize,
+    },
+    /// A later state of the same guest has a table of another size.
     #[error("MSI-X: the saved state has other vectors than the one before it")]
     OtherVectors,
 }
@@ -57,6 +67,7 @@ impl Msix {
         (u64::from(vectors) * ENTRY as u64, u64::from(vectors).div_ceil(64) * 8)
     }
 
+    /// Whether the guest has MSI-X on.
     pub fn enabled(&self) -> bool {
         Self::enables(self.control)
     }

@@ -19,14 +19,21 @@ pub trait Memslots: Send + Sync {
     /// # Safety
     /// `hva..hva + size` must be mapped, and the guest may touch it, until the slot is removed.
     unsafe fn add(&self, gpa: u64, size: u64, hva: u64) -> std::io::Result<u32>;
+    /// Takes away what [`Memslots::add`] has mapped.
+    ///
+    /// # Errors
+    /// It is mapped still; a later try may succeed.
     fn remove(&self, slot: u32) -> std::io::Result<()>;
 }
 
 /// Where BARs are put.
 #[derive(Clone)]
 pub struct AddressSpace {
+    /// For the parts that the guest reaches directly.
     pub memslots: Arc<dyn Memslots>,
+    /// For the trapped parts of memory BARs.
     pub mmio: Arc<Bus>,
+    /// For I/O BARs, all of which is trapped.
     pub pio: Arc<Bus>,
 }
 

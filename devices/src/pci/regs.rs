@@ -15,6 +15,7 @@ pub(crate) const EXPANSION_ROM: u16 = 0x30;
 pub(crate) const CAPABILITY_POINTER: u16 = 0x34;
 pub(crate) const INTERRUPT_PIN: u16 = 0x3D;
 
+// Bits of a BAR's register (PCI Local Bus 3.0, 6.2.5.1).
 pub(crate) const BAR_IO: u32 = 1;
 pub(crate) const BAR_IO_FLAGS: u32 = 0x3;
 pub(crate) const BAR_MEMORY_FLAGS: u32 = 0xF;
@@ -22,6 +23,7 @@ pub(crate) const BAR_MEMORY_TYPE: u32 = 0x6;
 pub(crate) const BAR_MEMORY_64: u32 = 0x4;
 pub(crate) const BAR_MEMORY_PREFETCHABLE: u32 = 0x8;
 
+// Capability ids (PCI Local Bus 3.0, appendix H; EA is of a later ECN).
 pub(crate) const CAP_PM: u8 = 0x01;
 pub(crate) const CAP_MSI: u8 = 0x05;
 pub(crate) const CAP_MSIX: u8 = 0x11;
