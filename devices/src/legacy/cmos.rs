@@ -50,6 +50,7 @@ const HOURS_PM: u8 = 0x80;
 /// The battery is good.
 const D_VALID: u8 = 0x80;
 
+/// See the module.
 pub struct Cmos {
     index: u8,
     ram: [u8; RAM_SIZE],
@@ -163,9 +164,12 @@ impl LockedDevice for Cmos {
     }
 }
 
+/// What the guest has written. The time is the host's, and not in it.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CmosState {
+    /// Which byte port 0x71 is, as last written to port 0x70; bit 7 is 0.
     index: u8,
+    /// All 128 bytes: the clock's registers A and B, and what firmware would have left, are among them.
     #[serde(with = "serde_bytes")]
     ram: Vec<u8>,
 }

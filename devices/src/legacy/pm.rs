@@ -22,14 +22,17 @@ use crate::spec::Spec;
 /// Its name in a [`crate::set::DeviceSet`].
 pub const NAME: &str = "acpi-pm";
 
-/// Registers, relative to `layout::PM_BASE`, one byte each; the ACPI tables name them.
+// Registers, relative to `layout::PM_BASE`, one byte each; the ACPI tables name them.
+/// SLP_TYP and SLP_EN, by which the guest powers off (ACPI 6.5, 4.8.3.7).
 pub const SLEEP_CONTROL: u64 = 0;
+/// WAK_STS, which is never set: there is no sleep state to wake from.
 pub const SLEEP_STATUS: u64 = 1;
+/// Where [`RESET_VALUE`] resets the guest (ACPI 6.5, 4.8.3.6).
 pub const RESET: u64 = 2;
 /// What the generic event device's interrupt was for. Reading clears it.
 pub const GED_STATUS: u64 = 3;
 
-/// The power management timer, four bytes.
+/// The power management timer, four bytes: 32 bits at 3.579545 MHz.
 pub const TIMER: u64 = 4;
 const TIMER_HZ: u128 = 3_579_545;
 
@@ -37,11 +40,13 @@ const TIMER_HZ: u128 = 3_579_545;
 pub const RESET_VALUE: u8 = 1;
 /// SLP_TYP of soft-off, as the `\_S5` object gives it.
 pub const SLEEP_TYPE_S5: u8 = 5;
+/// Of [`GED_STATUS`]: the power button was pressed.
 pub const GED_POWER_BUTTON: u8 = 1;
 /// "Press" of a control method power button (ACPI 6.5, table 5.140).
 const NOTIFY_POWER_BUTTON: u8 = 0x80;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
+/// See the module.
 pub struct Pm {
     requests: Arc<dyn GuestRequests>,
     ged: Arc<dyn IrqLine>,
@@ -54,6 +59,7 @@ impl Pm {
         Self { requests, ged, ged_status: 0 }
     }
 
+    /// Tells the guest. Whether it powers off is its own decision.
     pub fn press_power_button(&mut self) {
         self.ged_status |= GED_POWER_BUTTON;
         self.ged.pulse();
@@ -108,14 +114,18 @@ impl LockedDevice for Pm {
     }
 }
 
+/// What the guest was told and has not read yet.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PmState {
+    /// [`GED_STATUS`].
     ged_status: u8,
 }
 
 /// What a restore needs. The interrupt controller must be restored before: a pending event is raised again.
 pub struct PmParts {
+    /// Where power-off and reset go.
     pub requests: Arc<dyn GuestRequests>,
+    /// The pin `layout::GED_GSI`.
     pub ged: Arc<dyn IrqLine>,
 }
 

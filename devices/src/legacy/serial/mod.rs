@@ -1,7 +1,8 @@
 //! The serial port: a 16550 UART and a [`Console`] on the host's side of it.
 //!
 //! ```text
-//! guest writes THR -> console, at once from the vCPU thread; what does not fit waits for the control loop or the next byte
+//! guest writes THR -> console, at once from the vCPU thread; what does not fit waits for the control loop or the next
+//!                    byte
 //! guest reads RBR  <- FIFO (64 bytes) <- console: filled by the control loop, or by the vCPU that has drained it
 //! ```
 //!
@@ -69,6 +70,7 @@ impl Trigger for Line {
 /// What the guest transmits goes through the `Vec`, which is emptied after every register write.
 type Uart = Serial<Line, NoEvents, Vec<u8>>;
 
+/// See the module.
 pub struct SerialDevice {
     uart: Uart,
     console: Console,

@@ -18,8 +18,10 @@ use super::{IIR_NONE, IIR_RECEIVED, Line, SerialDevice};
 use crate::interrupt::IrqLine;
 use crate::migratable::{HostHandles, Migratable, MigrateError, Saved};
 
+/// What the guest sees of the port, and what it has sent that has not gone out.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct SerialState {
+    /// Registers, and what waits in the FIFO.
     #[serde(with = "UartState")]
     uart: vm_superio::SerialState,
     /// Output on its way to the console, whatever that is.
@@ -27,6 +29,7 @@ pub struct SerialState {
     unsent: Vec<u8>,
 }
 
+/// The console's descriptors, and what belongs to them.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct SerialHandles {
     console: ConsoleHandles,
@@ -77,8 +80,11 @@ enum ConsoleHandles {
 
 /// What a restore needs. The interrupt controller must be restored before: a pending interrupt is raised again.
 pub struct SerialParts<'a> {
+    /// The pin `layout::SERIAL_GSI`.
     pub irq: Arc<dyn IrqLine>,
+    /// On the console's descriptors.
     pub claims: &'a mut Claims,
+    /// Keeps those of clients that are yet to connect.
     pub fd_store: &'a FdStore,
 }
 
