@@ -23,8 +23,11 @@ use crate::pci::fake::{FakeMemslots, space};
 #[derive(Default)]
 pub struct FakeIrqs {
     file: Option<OwnedFd>,
+    /// MSI-X is on.
     pub on: AtomicBool,
+    /// All requests fail while this is set. One that would have switched MSI-X on leaves it off.
     pub refused: AtomicBool,
+    /// How many requests there were, refused or not.
     pub asked: AtomicU32,
 }
 
@@ -50,16 +53,25 @@ pub const CONFIG: u64 = 0x10_0000;
 
 /// The device, and the machine around it.
 pub struct Rig {
+    /// On no bus yet.
     pub pci: VfioPci,
+    /// Of one domain, and group 7 in it.
     pub passthrough: Passthrough,
+    /// The memfd: regions are at the offsets that [`rig`] gives them.
     pub file: OwnedFd,
+    /// Of a guest with 1 GiB of RAM and addresses of 40 bits.
     pub windows: Windows,
+    /// Of the device's BARs alone.
     pub memslots: Arc<FakeMemslots>,
+    /// Of `wiring`.
     pub msi: Arc<FakeController>,
+    /// What the device asks VFIO for; one that was carried over asks the memfd, which refuses.
     pub irqs: Arc<FakeIrqs>,
+    /// Of the device.
     pub wiring: Wiring,
 }
 
+/// A machine that nothing is wired to yet, and what stands for KVM in it.
 pub fn wiring(fd_store: &FdStore) -> (Wiring, Arc<FakeMemslots>, Arc<FakeController>) {
     let (memslots, msi) = (Arc::new(FakeMemslots::default()), Arc::new(FakeController::default()));
     let wiring = Wiring { fd_store: fd_store.clone(), interrupts: msi.clone(), space: space(memslots.clone()) };
@@ -72,6 +84,7 @@ pub fn rig() -> Rig {
     rig_in(|fd_store| container(fd_store, DEFAULT_CONTAINER, false).0)
 }
 
+/// As [`rig`], with this domain.
 pub(super) fn rig_in<D: DmaDomain + 'static>(domain: impl FnOnce(&FdStore) -> Arc<D>) -> Rig {
     let fd_store = FdStore::new();
     let file = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -110,10 +123,12 @@ pub(super) fn rig_in<D: DmaDomain + 'static>(domain: impl FnOnce(&FdStore) -> Ar
 }
 
 impl Rig {
+    /// A write by the guest to the configuration space.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         self.pci.config_write(offset, data);
     }
 
+    /// What the guest reads of the configuration space.
     pub fn read32(&mut self, offset: u16) -> u32 {
         let mut data = [0; 4];
         self.pci.config_read(offset, &mut data);

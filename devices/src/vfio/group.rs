@@ -43,7 +43,8 @@ pub(super) enum GroupError {
     #[error("group {number}: {what}: {source}")]
     Os { number: u32, what: String, source: io::Error },
     #[error(
-        "group {number}: it is in container '{is}', and a group cannot be in '{wanted}' too: name the same container for all its devices"
+        "group {number}: it is in container '{is}', and a group cannot be in '{wanted}' too: name the same container \
+         for all its devices"
     )]
     OtherContainer { number: u32, is: String, wanted: String },
     #[error("group {number}: its saved state is wrong: {source}")]

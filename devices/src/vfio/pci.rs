@@ -53,12 +53,15 @@ pub struct VfioPci {
     complaints: RateLimitedLog,
 }
 
-/// What [`VfioPci`] needs of the new image.
+/// What the restore of a [`VfioPci`] needs.
 pub struct VfioPciParts<'a> {
+    /// On the fds of the device and of its vectors.
     pub claims: &'a mut Claims,
     /// The groups of the VM, by number.
     pub groups: &'a dyn Fn(u32) -> Option<Arc<Group>>,
+    /// In which its BARs' addresses are taken again.
     pub windows: &'a mut Windows,
+    /// In the new image.
     pub wiring: Wiring,
 }
 
@@ -122,6 +125,7 @@ impl VfioPci {
         })
     }
 
+    /// Its name in this VM: no two devices have one.
     pub fn id(&self) -> &str {
         &self.id
     }
@@ -136,6 +140,7 @@ impl VfioPci {
         self.bars.iter().filter_map(Bar::shown)
     }
 
+    /// The one that it was opened from. Held here, it stays open.
     pub fn group(&self) -> &Arc<Group> {
         &self.group
     }
@@ -149,12 +154,13 @@ impl VfioPci {
         self.msix.clone()
     }
 
-    /// Where this process has a part of a BAR mapped, for [`super::Passthrough::remap`].
+    /// Where this process has a part of a BAR mapped, for [`super::remap_all`]. None: not all of it is mapped.
     pub fn bar_vaddr(&self, region: u32, offset: u64, size: u64) -> Option<u64> {
         self.bars.iter().find(|bar| bar.region() == region)?.vaddr(offset, size)
     }
 
-    /// Detaches all irqfds before an update; undone by [`VfioPci::attach_irqfds`]. vCPUs must be stopped.
+    /// Detaches all irqfds before an update; undone by [`VfioPci::attach_irqfds`], after an error too. vCPUs must be
+    /// stopped.
     pub fn quiesce_irqfds(&self) -> Result<(), MsixError> {
         self.msix().quiesce_irqfds()
     }
@@ -343,6 +349,10 @@ impl Migratable for VfioPci {
 impl VfioPci {
     /// Brings a device that was restored from an earlier state of its guest to a later one, before anything of it is in
     /// use. Returns which BARs had to be put elsewhere: that takes time.
+    ///
+    /// # Errors
+    /// The state is of another device, makes no sense, or a BAR cannot be put where it says. The device may be in part
+    /// as it says: it is of no use then.
     pub fn mend(&mut self, later: Saved<Self>, claims: &mut Claims) -> Result<Vec<u8>, MigrateError> {
         let Saved { state, handles } = later;
         let VfioPciState { id, config, layout, msix, bars, decoding } = state;

@@ -29,10 +29,13 @@ pub(super) const DEFAULT_CONTAINER: &str = "default";
 pub struct DeviceConfig {
     /// In sysfs, e.g. `/sys/bus/pci/devices/0000:01:00.0`.
     pub path: PathBuf,
+    /// Its name in this VM: no two devices have one.
     pub id: String,
+    /// Devices that name the same one share a DMA domain. None: "default".
     pub container: Option<String>,
 }
 
+/// Why a device cannot be passed through. Nothing of it stays open.
 #[derive(Debug, thiserror::Error)]
 #[error("device '{id}' ({}): {reason}", path.display())]
 pub struct AttachError {
@@ -82,6 +85,10 @@ impl Passthrough {
 
     /// Opens the device, and its group and container if nobody has yet. It is reset. Add [`Passthrough::group_fds`] to
     /// KVM afterwards (before, the first VM would be kept alive by the device).
+    ///
+    /// # Errors
+    /// With the remedy: the group is not bound to vfio-pci or is another VMM's, the device has no MSI-X, its BARs have
+    /// no room. What was opened for it is closed again, and `windows` are as before.
     pub fn attach(
         &self,
         config: &DeviceConfig,
@@ -124,8 +131,8 @@ impl Passthrough {
         let device = VfioPci::new(&config.id, device, group, wiring, windows)?;
         if can_storm(&config.path) {
             log::warn!(
-                "device '{}': it cannot be kept from asserting INTx (it knows no DisINTx): while the guest has its MSI-X off it can make the \
-                 host switch off an interrupt line that it shares",
+                "device '{}': it cannot be kept from asserting INTx (it knows no DisINTx): while the guest has its \
+                 MSI-X off it can make the host switch off an interrupt line that it shares",
                 config.id
             );
         }
@@ -161,10 +168,12 @@ impl Passthrough {
         self.lock().prune(&self.memory);
     }
 
+    /// In the order in which they were opened.
     pub fn domains(&self) -> Vec<Arc<dyn DmaDomain>> {
         self.lock().domains.clone()
     }
 
+    /// By the number of its IOMMU group on the host; None: no device of it was attached.
     pub fn group(&self, number: u32) -> Option<Arc<Group>> {
         self.lock().groups.iter().find(|group| group.number() == number).cloned()
     }
@@ -180,6 +189,9 @@ impl Passthrough {
     }
 
     /// Takes later handles of the same guest: what is mapped may have changed.
+    ///
+    /// # Errors
+    /// They name other containers or groups. Some containers may have taken theirs: this is of no use then.
     pub fn mend(&self, later: PassthroughHandles) -> Result<(), MigrateError> {
         let PassthroughHandles { containers, groups } = later;
         let inner = self.lock();
@@ -242,6 +254,9 @@ impl Passthrough {
     }
 
     /// Touches nothing in the kernel. Restore the devices next, then [`super::remap_all`].
+    ///
+    /// # Errors
+    /// An fd is not in the fd store, or a group's container is not in `handles`.
     pub fn restore(
         handles: PassthroughHandles,
         fd_store: FdStore,

@@ -11,6 +11,7 @@ use crate::pci::saved::{BarRegisterState, ConfigSpaceState, DecodingState, MsixH
 /// What the guest sees of a [`super::VfioPci`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VfioPciState {
+    /// Its name in this VM.
     pub(super) id: String,
     pub(super) config: FilterState,
     pub(super) layout: MsixLayoutState,
@@ -29,15 +30,18 @@ pub(super) struct FilterState {
     pub pm: Option<u16>,
 }
 
+/// What the guest sees of a [`super::bars::Bar`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BarState {
     pub(super) register: BarRegisterState,
-    /// While it is before the guest.
+    /// Where it is before the guest; None: it does not decode.
     pub(super) address: Option<u64>,
 }
 
+/// What this host has of a [`super::VfioPci`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VfioPciHandles {
+    /// Its number.
     pub(super) group: u32,
     pub(super) device: DeviceHandles,
     pub(super) msix: MsixHandles,
@@ -48,13 +52,13 @@ pub struct VfioPciHandles {
 /// [`super::device::VfioDevice`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct DeviceHandles {
-    /// On the host.
+    /// Its PCI address on the host.
     pub bdf: String,
     pub fd: Slot,
     /// Regions 0 to 5.
     pub bars: Vec<RegionHandles>,
     pub config: RegionHandles,
-    /// That the host has.
+    /// MSI-X vectors that the device has.
     pub vectors: u32,
     /// VFIO has MSI-X on.
     pub signals: bool,
@@ -72,8 +76,10 @@ pub(super) struct RegionHandles {
     pub mappable: Vec<(u64, u64)>,
 }
 
+/// What VFIO and the DMA domain have of a [`super::bars::Bar`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BarHandles {
+    /// The index of VFIO's region for it.
     pub(super) region: u32,
     /// iovas of the peer-to-peer mappings in the domain, while it is before the guest.
     pub(super) dma: Vec<u64>,
@@ -90,13 +96,17 @@ pub struct PassthroughHandles {
 
 /// A DMA domain, by the way it was made.
 pub enum DomainHandles {
+    /// [`super::dma::type1`]
     Type1(ContainerHandles),
 }
 
+/// [`super::dma::type1::Container`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerHandles {
+    /// As devices name it.
     pub(super) name: String,
     pub(super) fd: Slot,
+    /// Just as they were made: the kernel takes a new address for nothing else.
     pub(super) maps: Vec<MapHandles>,
 }
 
@@ -104,6 +114,7 @@ pub struct ContainerHandles {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct MapHandles {
     pub iova: u64,
+    /// In bytes.
     pub size: u64,
     /// `VFIO_DMA_MAP_FLAG_*`
     pub flags: u32,
@@ -119,8 +130,10 @@ pub(super) enum SourceHandles {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct GroupHandles {
+    /// Of the IOMMU group on the host.
     pub number: u32,
     pub fd: Slot,
+    /// The name of the one that it is in.
     pub container: String,
 }
 

@@ -13,8 +13,11 @@ use crate::pci::placement::NoRoom;
 /// What a device is wired to in this image.
 #[derive(Clone)]
 pub struct Wiring {
+    /// Keeps what it opens, for the next image.
     pub fd_store: FdStore,
+    /// What its vectors ask of KVM.
     pub interrupts: Arc<dyn InterruptController>,
+    /// Where its BARs are put before the guest.
     pub space: AddressSpace,
 }
 

@@ -16,7 +16,9 @@ pub struct Invalidated(Vec<Arc<dyn DmaDomain>>);
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct InvalidateError {
+    /// Its [`DmaDomain::name`].
     pub domain: String,
+    /// What it said.
     pub reason: DmaError,
 }
 

@@ -8,18 +8,28 @@ pub enum MapSource {
     /// Guest RAM: the iova is the guest physical address.
     Ram,
     /// A passed-through BAR (peer-to-peer), `offset` bytes into VFIO region `region` of `device`.
-    Bar { device: String, region: u32, offset: u64 },
+    Bar {
+        /// Its id in this VM.
+        device: String,
+        /// The BAR's index.
+        region: u32,
+        /// In bytes.
+        offset: u64,
+    },
 }
 
 /// One mapping as the kernel has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DmaMap {
+    /// The first address by which devices reach it.
     pub iova: u64,
+    /// In bytes.
     pub size: u64,
     /// In this image; 0 before [`super::DmaDomain::remap`].
     pub vaddr: u64,
     /// `VFIO_DMA_MAP_FLAG_*`
     pub flags: u32,
+    /// How its pages are found again.
     pub source: MapSource,
 }
 

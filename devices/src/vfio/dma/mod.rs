@@ -26,19 +26,52 @@ pub(super) mod type1;
 
 pub use map::{DmaMap, MapSource};
 
+/// Why a domain cannot be made, changed or taken over.
 #[derive(Debug, thiserror::Error)]
 pub enum DmaError {
+    /// A new container cannot be had.
     #[error("cannot open /dev/vfio/vfio: {0} (is the module vfio loaded, and may this user open it?)")]
     Open(io::Error),
+    /// VFIO_GET_API_VERSION says something else than VFIO_API_VERSION.
     #[error("container '{name}': the kernel speaks VFIO API {version}, not 0")]
-    Api { name: String, version: u32 },
-    /// `hint` is the remedy, in brackets.
+    Api {
+        /// The container's.
+        name: String,
+        /// The kernel's.
+        version: u32,
+    },
+    /// A request to the kernel failed.
     #[error("{domain}: {what}: {source}{hint}")]
-    Os { domain: String, what: String, source: io::Error, hint: &'static str },
+    Os {
+        /// What it is and its name: "container 'default'".
+        domain: String,
+        /// What was asked.
+        what: String,
+        /// What the ioctl said.
+        source: io::Error,
+        /// The remedy, in brackets after a space; empty if none is known.
+        hint: &'static str,
+    },
+    /// [`DmaDomain::remap`]: nothing in this process is what was mapped there.
     #[error("{domain}: no memory in this image for the DMA mapping {iova:#x}+{size:#x} ({source_of:?})")]
-    NoMemory { domain: String, iova: u64, size: u64, source_of: MapSource },
+    NoMemory {
+        /// As in [`DmaError::Os`].
+        domain: String,
+        /// Of [`DmaMap`].
+        iova: u64,
+        /// In bytes.
+        size: u64,
+        /// What was looked for.
+        source_of: MapSource,
+    },
+    /// Its fd is not in the fd store, or is another one.
     #[error("{domain}: its saved state is wrong: {source}")]
-    FdStore { domain: String, source: FdStoreError },
+    FdStore {
+        /// As in [`DmaError::Os`].
+        domain: String,
+        /// What the fd store said.
+        source: FdStoreError,
+    },
 }
 
 /// A DMA domain. Dropping it only closes fds: a device that the next VMM has adopted goes on.
@@ -67,11 +100,17 @@ pub trait DmaDomain: MemoryListener {
     /// Lets the devices reach `size` bytes of a BAR at `vaddr` under `iova`. Refused where
     /// [`DmaDomain::maps_device_memory`] is false.
     ///
+    /// # Errors
+    /// The range overlaps a mapping, or there are too many: nothing is mapped.
+    ///
     /// # Safety
     /// `vaddr..vaddr + size` must be what `source` says, and stay so until it is unmapped.
     unsafe fn map_device_memory(&self, iova: u64, size: u64, vaddr: u64, source: MapSource) -> Result<(), DmaError>;
 
     /// Takes the mapping that starts at `iova` away; none is no error.
+    ///
+    /// # Errors
+    /// The devices reach it still; a later try may succeed.
     fn unmap(&self, iova: u64) -> Result<(), DmaError>;
 
     /// Why it could not go over in an update, each with its remedy; empty if it could.
@@ -91,6 +130,7 @@ pub trait DmaDomain: MemoryListener {
     /// `vaddr_of` must answer with an address where this process has the very pages the mapping was made for.
     unsafe fn remap(&self, vaddr_of: &dyn Fn(&DmaMap) -> Option<u64>) -> Result<(), DmaError>;
 
+    /// What is mapped, and what the next VMM finds it by. Pure.
     fn save(&self) -> DomainHandles;
 
     /// Takes later handles of the same domain. False: they are of another one.
