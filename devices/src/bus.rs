@@ -9,6 +9,7 @@ use parking_lot::{Mutex, RwLock};
 /// What answers on a bus, to several vCPUs at once: a device locks itself, and no more of itself than an access needs.
 /// `offset` is relative to the range it was inserted with; `data` is 1 to 8 bytes, little endian.
 pub trait BusDevice: Send + Sync {
+    /// Fills all of `data`; what is not there reads as ones.
     fn read(&self, offset: u64, data: &mut [u8]);
     /// False: other accesses were under way, and before their end this vCPU `is_wanted` elsewhere. Then nothing was
     /// written, and whoever has taken the data from the guest owes it this write.
@@ -18,7 +19,9 @@ pub trait BusDevice: Send + Sync {
 
 /// The registers of a device of which no access takes long: `Mutex` makes a [`BusDevice`] of it.
 pub trait LockedDevice: Send {
+    /// As [`BusDevice::read`].
     fn read(&mut self, offset: u64, data: &mut [u8]);
+    /// As [`BusDevice::write`], of a write that is always made.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
@@ -33,8 +36,10 @@ impl<D: LockedDevice> BusDevice for Mutex<D> {
     }
 }
 
+/// A device as a bus has it. It may answer at several ranges.
 pub type SharedDevice = Arc<dyn BusDevice>;
 
+/// Why a device cannot be at a range.
 #[derive(Debug, thiserror::Error)]
 #[error("{name} bus: range {base:#x}+{len:#x} is empty, wraps, or overlaps another device")]
 pub struct BusError {
@@ -43,6 +48,7 @@ pub struct BusError {
     len: u64,
 }
 
+/// See the module.
 pub struct Bus {
     name: &'static str,
     /// base -> (length, device)
@@ -50,10 +56,15 @@ pub struct Bus {
 }
 
 impl Bus {
+    /// Nothing answers yet. `name` is for errors: "port" or "MMIO".
     pub fn new(name: &'static str) -> Self {
         Self { name, ranges: RwLock::default() }
     }
 
+    /// Has `device` answer at `base..base + len`.
+    ///
+    /// # Errors
+    /// The range is empty, wraps, or overlaps another one. Nothing has changed then.
     pub fn insert(&self, base: u64, len: u64, device: SharedDevice) -> Result<(), BusError> {
         let error = BusError { name: self.name, base, len };
         let Some(end) = base.checked_add(len).filter(|_| len > 0) else { return Err(error) };

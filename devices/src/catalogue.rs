@@ -1,7 +1,7 @@
 //! Every kind of device there is, in one place: what this build can make at a boot and take over is derived from it.
 //!
-//! An entry is a type that implements [`Catalogued`], and so [`Migratable`]: a device that cannot be saved does not
-//! compile into the catalogue. A new device is its own folder, and a line here.
+//! An entry is a type that implements [`Catalogued`], and so [`migratable::Migratable`]: a device that cannot be saved
+//! does not compile into the catalogue. A new device is its own folder, and a line here.
 
 use std::sync::Arc;
 

@@ -17,15 +17,20 @@ use crate::spec::Spec;
 /// What a device may stand in the way of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
+    /// The next image takes it over.
     Update,
+    /// It is taken away from a guest that runs on.
     Unplug,
 }
 
 /// All that a vCPU's accesses go to.
 #[derive(Clone)]
 pub struct Buses {
+    /// Ports (`KVM_EXIT_IO`).
     pub pio: Arc<Bus>,
+    /// Guest physical addresses without a memslot (`KVM_EXIT_MMIO`).
     pub mmio: Arc<Bus>,
+    /// Configuration spaces, which vCPUs reach through the other two.
     pub pci: Arc<PciBus>,
 }
 
@@ -39,19 +44,29 @@ impl Buses {
 
 /// Where vCPUs reach a device. Addresses and lengths in bytes.
 pub enum Place {
+    /// Ports `base..base + len`.
     Pio {
+        /// The first port.
         base: u64,
+        /// How many.
         len: u64,
+        /// Answers there, at offsets from `base`.
         device: SharedDevice,
     },
+    /// Guest physical addresses `base..base + len`, where there is no memslot.
     Mmio {
+        /// The first address.
         base: u64,
+        /// Bytes.
         len: u64,
+        /// Answers there, at offsets from `base`.
         device: SharedDevice,
     },
     /// A slot of PCI bus 0.
     Pci {
+        /// 0 to 31.
         slot: u8,
+        /// Its function 0.
         device: SharedPciDevice,
     },
 }
@@ -59,6 +74,7 @@ pub enum Place {
 /// One device of a [`crate::set::DeviceSet`]. It locks itself. No default methods: "nothing to do" is something that
 /// somebody wrote.
 pub trait Device: Any + Send + Sync {
+    /// The same at each call: it is asked where to put the device, and again what to take away.
     fn places(self: Arc<Self>) -> Vec<Place>;
 
     /// vCPUs are stopped: so does what the device does by itself, so that what [`Self::save`] finds stays true.
@@ -86,8 +102,11 @@ pub trait Device: Any + Send + Sync {
 pub struct Surroundings<'a> {
     /// The line of an IOAPIC pin.
     pub pin: &'a dyn Fn(u32) -> Arc<dyn IrqLine>,
+    /// Where the guest's requests to power off or to reset go.
     pub requests: &'a Arc<dyn GuestRequests>,
+    /// Keeps what a device opens, and hands it on to the next image.
     pub fd_store: &'a FdStore,
+    /// The one of [`Buses`].
     pub pci: &'a Arc<PciBus>,
 }
 
@@ -107,22 +126,46 @@ pub enum DeviceError {
     /// In the words of the device's own error.
     #[error(transparent)]
     Open(Box<dyn std::error::Error + Send + Sync>),
+    /// It cannot be stopped, saved or restored.
     #[error("{name}: {source}")]
-    Migrate { name: String, source: MigrateError },
+    Migrate {
+        /// The device's.
+        name: String,
+        /// In the words of the device.
+        source: MigrateError,
+    },
+    /// The host has refused it something that it needs.
     #[error("{name}: {source}")]
-    Os { name: String, source: std::io::Error },
+    Os {
+        /// The device's.
+        name: String,
+        /// What the system call said.
+        source: std::io::Error,
+    },
+    /// One of its ranges is another device's, or none at all.
     #[error(transparent)]
     Bus(#[from] crate::bus::BusError),
+    /// Its slot is another device's, or does not exist.
     #[error(transparent)]
     Pci(#[from] crate::pci::bus::PciBusError),
+    /// A section cannot be written, or is missing or wrong in the saved state.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Its name is another device's.
     #[error("there are two devices '{0}': give one another name")]
     Twice(String),
+    /// The saved state has a device of a kind that this build cannot make.
     #[error("device '{name}' is a '{kind}', which this build does not have: update to one that does")]
-    UnknownKind { name: String, kind: String },
+    UnknownKind {
+        /// The device's.
+        name: String,
+        /// As the manifest has it: the name of the format of its state.
+        kind: String,
+    },
+    /// Nothing of this name is there to be removed.
     #[error("there is no device '{0}'")]
     Missing(String),
+    /// [`Device::blockers`] of this operation, which are some.
     #[error("{0:?} is blocked: {why}", why = .1.join("; "))]
     Blocked(Operation, Vec<String>),
 }

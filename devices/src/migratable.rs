@@ -12,12 +12,21 @@ use theseus_resources::survivor::look;
 /// Why a device could not be saved or restored; the caller adds the device's name.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
+    /// A descriptor that its handles name is not in the fd store, or is another one.
     #[error(transparent)]
     FdStore(#[from] FdStoreError),
+    /// A section cannot be written or read.
     #[error(transparent)]
     Encode(#[from] theseus_resources::state::StateError),
+    /// The host has refused it something.
     #[error("{what}: {source}")]
-    Os { what: String, source: std::io::Error },
+    Os {
+        /// What was asked of it.
+        what: String,
+        /// What the system call said.
+        source: std::io::Error,
+    },
+    /// The state makes no sense, is another device's, or cannot be had now.
     #[error("{0}")]
     State(String),
 }
@@ -37,17 +46,26 @@ pub trait Migratable: Sized {
     type Parts<'a>;
 
     /// Pure: may be called while the guest runs (a dry run) and any number of times.
+    ///
+    /// # Errors
+    /// Some part of it cannot be had now: a vCPU has been in an access to it for too long.
     fn save(&self) -> Result<Saved<Self>, MigrateError>;
 
     /// Makes a state of version `found` one of this build's: what `#[serde(default)]` of a new field cannot say.
     fn upgrade(found: u16, state: Self::State) -> Result<Self::State, MigrateError>;
 
+    /// The device as it was saved. It may raise pending interrupts again at once.
+    ///
+    /// # Errors
+    /// The state makes no sense, or names what is not here (any more).
     fn restore(saved: Saved<Self>, parts: Self::Parts<'_>) -> Result<Self, MigrateError>;
 }
 
 /// Both parts of a device.
 pub struct Saved<D: Migratable> {
+    /// What the guest sees of it.
     pub state: D::State,
+    /// What only this host has of it.
     pub handles: D::Handles,
 }
 
@@ -57,6 +75,7 @@ pub struct NoHandles;
 
 /// Handles that there are. They have a section of their own, and so a format.
 pub trait HostHandles: Serialize + DeserializeOwned {
+    /// Of the sections with them.
     const FORMAT: Format;
 
     /// As [`Migratable::upgrade`].
@@ -71,6 +90,7 @@ pub trait Handles: Sized {
     /// `name` is the device's.
     fn encode(&self, name: &str) -> Result<Option<SavedSection>, StateError>;
 
+    /// Those of the device `name`, out of their section if they have one, as this build has them.
     fn take(reader: &mut StateReader<'_>, name: &str) -> Result<Self, StateError>;
 }
 
@@ -107,11 +127,14 @@ pub fn handles_name(name: &str) -> String {
 
 /// A section of the saved state that is not written yet.
 pub struct SavedSection {
+    /// With which it is written into the envelope.
     pub format: Format,
+    /// Its name and its data.
     pub encoded: Encoded<()>,
 }
 
 impl SavedSection {
+    /// `name` is the section's; no two of a state have one.
     pub fn new<T: Serialize>(format: Format, name: String, value: &T) -> Result<Self, StateError> {
         Ok(Self { format, encoded: Encoded::new(name, value)?.untyped() })
     }
@@ -119,11 +142,14 @@ impl SavedSection {
 
 /// A device in the saved state.
 pub struct SavedDevice {
+    /// Named as the device.
     pub state: SavedSection,
+    /// Named by [`handles_name`]; None: [`NoHandles`].
     pub handles: Option<SavedSection>,
 }
 
 impl SavedDevice {
+    /// Saves `device` under its `name`.
     pub fn of<D: Migratable>(device: &D, name: &str) -> Result<Self, MigrateError> {
         let Saved { state, handles } = device.save()?;
         let state = SavedSection::new(D::FORMAT, name.to_owned(), &state)?;

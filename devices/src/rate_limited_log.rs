@@ -7,7 +7,7 @@ use theseus_resources::rate::Rate;
 /// Of all devices together: a guest that reboots itself has new ones each time.
 static ALL: Rate = Rate::new(200, Duration::from_secs(10));
 
-/// Logs the first hundred of a device, then one more that says so.
+/// Logs the first hundred of a device; the last of them says that no more follow.
 #[derive(Debug)]
 pub(crate) struct RateLimitedLog {
     left: u32,

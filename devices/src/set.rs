@@ -38,11 +38,15 @@ impl Drop for Undo<'_> {
 }
 
 impl DeviceSet {
+    /// Without devices. It is quiet: what is inserted stands still until [`Self::resume`].
     pub fn new(buses: Buses) -> Self {
         Self { members: Vec::new(), buses, is_quiet: AtomicBool::new(true) }
     }
 
     /// All that `spec` says, of all kinds that there are.
+    ///
+    /// # Errors
+    /// A device cannot be made. Those before it stay on `buses`, which are of no use then.
     pub fn boot(spec: &Spec, around: &Surroundings<'_>, buses: Buses) -> Result<Self, DeviceError> {
         let mut set = Self::new(buses);
         for entry in catalogue::DEVICES {
@@ -54,6 +58,9 @@ impl DeviceSet {
     }
 
     /// Puts it where the guest expects it; all of it or, on an error, nothing.
+    ///
+    /// # Errors
+    /// Its name or one of its places is another device's.
     pub fn insert(&mut self, name: String, device: Arc<dyn Device>) -> Result<(), DeviceError> {
         if self.members.iter().any(|member| member.name == name) {
             return Err(DeviceError::Twice(name));
@@ -75,7 +82,10 @@ impl DeviceSet {
         Ok(())
     }
 
-    /// Takes it away from the guest. Refused where the device says why.
+    /// Takes it away from the guest.
+    ///
+    /// # Errors
+    /// There is none of this name, or it has [`Device::blockers`]: it stays.
     pub fn remove(&mut self, name: &str) -> Result<Arc<dyn Device>, DeviceError> {
         let at = self.members.iter().position(|member| member.name == name);
         let at = at.ok_or_else(|| DeviceError::Missing(name.to_owned()))?;
@@ -95,6 +105,7 @@ impl DeviceSet {
         any.downcast().ok()
     }
 
+    /// In the order in which they were inserted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.members.iter().map(|member| member.name.as_str())
     }
@@ -129,6 +140,7 @@ impl DeviceSet {
         self.members.iter().rev().for_each(|member| member.device.resume());
     }
 
+    /// The AML of all devices, for the scope `\_SB_` of the DSDT.
     pub fn describe(&self) -> Vec<u8> {
         let mut aml = Vec::new();
         self.members.iter().for_each(|member| member.device.describe(&mut aml));
@@ -136,6 +148,9 @@ impl DeviceSet {
     }
 
     /// Pure.
+    ///
+    /// # Errors
+    /// A device cannot be saved now, or not be written.
     pub fn save(&self, writer: &mut StateWriter) -> Result<(), DeviceError> {
         let mut devices = Vec::new();
         let mut sections = Vec::new();
@@ -157,6 +172,10 @@ impl DeviceSet {
 pub struct DecodedSet(Vec<(String, Box<dyn Decoded>)>);
 
 impl DecodedSet {
+    /// Takes the sections of all devices that the manifest lists.
+    ///
+    /// # Errors
+    /// This build has no such kind of device, or a section is missing or cannot be read.
     pub fn decode(reader: &mut StateReader<'_>) -> Result<Self, DeviceError> {
         let (_, manifest): (_, Manifest) = reader.take(MANIFEST_NAME, &MANIFEST)?;
         let decode = |Listed { name, kind }: Listed| {
@@ -169,6 +188,9 @@ impl DecodedSet {
     }
 
     /// The interrupt controllers must be restored before: pending interrupts are raised again.
+    ///
+    /// # Errors
+    /// As of [`DeviceSet::boot`]. What was claimed for devices is spent.
     pub fn restore(
         self,
         around: &Surroundings<'_>,

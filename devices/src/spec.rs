@@ -7,8 +7,9 @@ use std::path::PathBuf;
 pub struct Spec {
     /// In bytes.
     pub ram_size: u64,
+    /// The host's side of the serial port.
     pub console: ConsoleConfig,
-    /// Of the host bridge.
+    /// The host bridge's revision register (PCI Local Bus 3.0, 6.2.1).
     pub revision: u8,
     /// Whether there is one that counts.
     #[cfg(feature = "test-devices")]

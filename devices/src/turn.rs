@@ -43,7 +43,9 @@ struct Holder {
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{thread} has been in an access to it for {} ms", of.as_millis())]
 pub struct Held {
+    /// Its name.
     pub thread: String,
+    /// Up to now.
     pub of: Duration,
 }
 
@@ -66,6 +68,7 @@ impl Drop for GivenOn<'_> {
 }
 
 impl<T> Turn<T> {
+    /// Nobody's turn yet.
     pub fn new(value: T) -> Self {
         Self { queue: Mutex::default(), changed: Condvar::new(), value: Mutex::new(value) }
     }
@@ -129,6 +132,7 @@ impl<T: ?Sized> Turn<T> {
         if survivor::is_alone() { Ok(Look::Past(look(&self.value))) } else { self.lock_first(SOON).map(Look::Turn) }
     }
 
+    /// Who has it now, if anybody. Waits for no turn.
     pub fn held(&self) -> Option<Held> {
         held(&self.queue())
     }
@@ -136,7 +140,9 @@ impl<T: ?Sized> Turn<T> {
 
 /// The value of a [`Turn`], to be read.
 pub enum Look<'a, T: ?Sized> {
+    /// It is this thread's turn.
     Turn(TurnGuard<'a, T>),
+    /// A survivor's, which reads past whoever has the turn.
     Past(survivor::Look<'a, T>),
 }
 
