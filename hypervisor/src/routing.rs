@@ -15,8 +15,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{Error, Result, Vm};
 
-/// Highest GSI count KVM takes (KVM_MAX_IRQ_ROUTES).
-const MAX_GSI: u32 = 4096;
+/// The first GSI that can have no route: KVM takes a table of KVM_MAX_IRQ_ROUTES entries, in which the pins of the PICs
+/// have one each beside that of the IOAPIC's pin with the same GSI.
+const MAX_GSI: u32 = 4096 - PIC_PINS;
+const PIC_PINS: u32 = 16;
 
 /// A register whose writes are signals of an eventfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -92,3 +92,16 @@ fn an_ioeventfd_is_at_one_place_once() {
         assert!(vm.detach_ioeventfd(at, notify.as_fd()).is_err(), "ENOENT");
     }
 }
+
+/// Whoever has got a GSI can route it: the pins' entries are in the table too.
+#[test]
+fn all_gsis_that_are_given_can_be_routed() {
+    let Some((vm, _fd_store)) = vm() else { return };
+    let mut all = Vec::new();
+    while let Ok(gsis) = vm.allocate_gsis(1) {
+        all.extend(gsis);
+    }
+    assert!(all.len() >= 4000, "{}", all.len());
+    let routes: Vec<_> = all.iter().map(|gsi| (*gsi, MsiRoute { address: 0xFEE0_0000, data: 0x40 })).collect();
+    vm.route_msis(&routes).unwrap();
+}

@@ -39,8 +39,6 @@ pub enum FdKind {
     Kvm,
     /// In tests alone.
     State,
-    /// Of nothing that this build keeps.
-    Binary,
 }
 
 /// The serialisable name of a stored fd.

@@ -68,7 +68,7 @@ impl LogConfig {
     /// Once per image.
     pub(crate) fn start(self) -> anyhow::Result<()> {
         let file = self.file.as_deref().map(|path| open(path, Wait::No)).transpose()?;
-        sink().file = file;
+        sink().go_to(file);
         self.init()
     }
 
@@ -170,7 +170,7 @@ fn flush() {
     let unopened = sink().unopened();
     if let Some(path) = unopened {
         match open(path, Wait::Yes) {
-            Ok(file) => sink().file = Some(file),
+            Ok(file) => sink().go_to(Some(file)),
             Err(error) => log::error!("{error:#}: the log goes to standard error"),
         }
     }
@@ -194,7 +194,6 @@ fn open(path: &Path, wait: Wait) -> anyhow::Result<Arc<File>> {
     let file = file.and_then(|file| {
         // What is written to it later may wait, in the thread for that.
         rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
-        LOG_FD.store(file.as_raw_fd(), Ordering::Relaxed);
         Ok(Arc::new(file))
     });
     file.with_context(|| {
@@ -229,6 +228,12 @@ pub(crate) fn last_words(text: &[u8]) {
     }
 }
 
+/// In a child of a test, whatever another test's log was just then.
+#[cfg(test)]
+pub(crate) fn last_words_to_standard_error() {
+    LOG_FD.store(libc::STDERR_FILENO, Ordering::Relaxed);
+}
+
 /// Bytes of the log that were dropped, since this image was started.
 pub(crate) fn dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
@@ -244,6 +249,13 @@ struct Sink {
 }
 
 impl Sink {
+    /// From now on, and last words before it closes what it went to: nothing else may get those by its number.
+    fn go_to(&mut self, file: Option<Arc<File>>) {
+        let fd = file.as_ref().map_or(libc::STDERR_FILENO, |file| file.as_raw_fd());
+        LOG_FD.store(fd, Ordering::Relaxed);
+        self.file = file;
+    }
+
     fn takes_a_line(&self) -> bool {
         self.waiting.is_empty()
             && match &self.file {
@@ -326,7 +338,7 @@ mod tests {
     fn what_is_logged_waits_for_the_end_of_the_hold_and_a_log_that_takes_nothing_holds_nobody_up() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        sink().file = Some(open(&path, Wait::No).unwrap());
+        sink().go_to(Some(open(&path, Wait::No).unwrap()));
         let line = |text: &str| Lines.write_all(text.as_bytes()).unwrap();
         line("1 ");
         let (outer, inner) = (Held::new(), Held::new());
@@ -342,7 +354,7 @@ mod tests {
         let (reader, writer) = std::io::pipe().unwrap();
         let full = rustix::pipe::fcntl_getpipe_size(&writer).unwrap();
         (&writer).write_all(&vec![b'.'; full]).unwrap();
-        sink().file = Some(Arc::new(File::from(std::os::fd::OwnedFd::from(writer))));
+        sink().go_to(Some(Arc::new(File::from(std::os::fd::OwnedFd::from(writer)))));
         drop({
             let held = Held::new();
             line("5 ");
@@ -373,7 +385,7 @@ mod tests {
         rustix::event::poll(&mut [PollFd::new(&*file, PollFlags::empty())], None).unwrap();
         line("9 ");
         assert_eq!(dropped(), WAITING_MAX as u64 + 2);
-        sink().file = None;
+        sink().go_to(None);
         let fifo = folder.path().join("fifo");
         rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
         assert!(format!("{:#}", open(&fifo, Wait::No).unwrap_err()).contains("does anybody read it"));

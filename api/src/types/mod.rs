@@ -18,7 +18,7 @@ pub use config::{
 pub use event::{Event, EventLine, Threads, Timestamp, UpdateEvent, VmEvent, VmmEvent};
 pub(crate) use json::from_body;
 pub use update::{BuildInfo, PhaseTime, UpdateMode, UpdateOutcome, UpdateReport, UpdateRequest};
-pub use validate::{MAX_VCPUS, MIN_MEMORY, SOCKET_PATH_MAX};
+pub use validate::{MAX_VCPUS, MIN_MEMORY, SERIAL_ID, SOCKET_PATH_MAX};
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

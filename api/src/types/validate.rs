@@ -114,6 +114,11 @@ fn check_serial(serial: &SerialConfig, problems: &mut Vec<String>) {
     }
 }
 
+/// The node of vm.info that the serial port has.
+pub const SERIAL_ID: &str = "serial";
+/// How the second section of each device in a saved state is named, which follows its id.
+const HANDLES: &str = ".handles";
+
 fn check_devices(devices: &[DeviceConfig], problems: &mut Vec<String>) {
     let (mut paths, mut ids) = (HashSet::new(), HashSet::new());
     for (i, device) in devices.iter().enumerate() {
@@ -132,6 +137,12 @@ fn check_devices(devices: &[DeviceConfig], problems: &mut Vec<String>) {
             check_name(&format!("devices[{i}].id"), id, problems);
             if !ids.insert(id) {
                 problems.push(format!("devices[{i}].id {id:?} is there twice: ids must differ"));
+            }
+            if id == SERIAL_ID || id.ends_with(HANDLES) {
+                problems.push(format!(
+                    "devices[{i}].id is {id:?}, but {SERIAL_ID:?} is the serial port, and no id may end in {HANDLES:?}: \
+                     give it another"
+                ));
             }
         }
         if let Some(name) = container {
@@ -236,6 +247,8 @@ mod tests {
                 "devices[1].id \"n\" is there twice",
             ),
             (|c| c.devices = vec![device(BDF, Some("a/b"))], "devices[0].id"),
+            (|c| c.devices = vec![device(BDF, Some("a.handles"))], "no id may end in \".handles\""),
+            (|c| c.devices = vec![device(BDF, Some("serial"))], "\"serial\" is the serial port"),
             (
                 |c| c.devices = vec![DeviceConfig { container: Some(String::new()), ..device(BDF, None) }],
                 "devices[0].container",

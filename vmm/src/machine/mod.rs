@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use theseus_api::types::{DeviceNode, Resource};
+use theseus_api::types::{DeviceNode, Resource, SERIAL_ID};
 use theseus_devices::device::{Buses, DeviceError, Operation};
 use theseus_devices::legacy::{pm, pm::Pm, serial, serial::SerialDevice};
 use theseus_devices::set::DeviceSet;
@@ -184,7 +184,7 @@ impl Machine {
     /// What is on the guest's buses, for vm.info.
     pub(crate) fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
         let serial = self.serial().map(|_| DeviceNode {
-            id: "serial".into(),
+            id: SERIAL_ID.into(),
             resources: vec![Resource::PioAddressRange { base: layout::SERIAL_PORT, size: serial::SERIAL_SIZE as u16 }],
             pty: self.pty(),
             ..Default::default()

@@ -25,6 +25,7 @@ fn fenced(role: Role, action: &SeccompAction, act: impl Fn()) -> (ExitStatus, St
     let status = sandbox::in_child(|| {
         // SAFETY: the child's own descriptors.
         unsafe { libc::dup2(writer.as_raw_fd(), libc::STDERR_FILENO) };
+        crate::logging::last_words_to_standard_error();
         let failed = trap::install().is_err() || fence(role, action).is_err();
         if !failed {
             act();
@@ -166,7 +167,8 @@ fn who_was_stopped_says_by_what() {
     assert_eq!(status.signal(), Some(libc::SIGSYS), "{said}");
     assert_eq!(
         timeline.cause(),
-        "the thread 'populate' has called system call 257 (ausyscall 257), which its seccomp filter does not allow"
+        "the thread 'populate' has called system call 257 (ausyscall 257), which its seccomp filter does not allow",
+        "{said}"
     );
 }
 
