@@ -168,26 +168,31 @@ impl VfioDevice {
 
     /// Enables MSI-X with an eventfd for each vector; they stay the kernel's until [`VfioDevice::disable_msix`].
     pub(super) fn enable_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
-        let set = |fds| self.irqs.set(VFIO_PCI_MSIX_IRQ_INDEX, fds);
-        let mut done = set(eventfds).map_err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)"));
-        // Nothing is enabled then (vfio_msi_enable). Go on with what the host has, as a driver there would.
-        if let Ok(got @ 1..) = done
-            && let Some(fewer) = eventfds.get(..got as usize)
-        {
-            log::warn!(
-                "device {}: the host has only {got} of {} MSI-X vectors: the rest stay silent",
-                self.bdf,
-                eventfds.len()
-            );
-            done = set(fewer).map_err(os("cannot enable MSI-X with the vectors the host has"));
+        let mut wanted = eventfds;
+        let done = loop {
+            let got = match self.irqs.set(VFIO_PCI_MSIX_IRQ_INDEX, wanted) {
+                Ok(0) => break Ok(()),
+                Ok(got) => got as usize,
+                Err(error) => break Err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)")(error)),
+            };
+            // Nothing is enabled then (vfio_msi_enable). Go on with what the host has, as a driver there would; that
+            // may have become less again.
+            wanted = match wanted.get(..got) {
+                Some(fewer) if got < wanted.len() => fewer,
+                _ => break Err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)")(io::ErrorKind::InvalidData.into())),
+            };
+        };
+        if done.is_ok() && wanted.len() < eventfds.len() {
+            let (got, all) = (wanted.len(), eventfds.len());
+            log::warn!("device {}: the host has only {got} of {all} MSI-X vectors: the rest stay silent", self.bdf);
         }
         match done {
-            Ok(_) => self.signals.store(true, Ordering::Relaxed),
+            Ok(()) => self.signals.store(true, Ordering::Relaxed),
             // A try that failed leaves INTx as the end of MSI-X does.
             Err(_) if !self.signals() => self.silence_intx(),
             Err(_) => {}
         }
-        done.map(drop)
+        done
     }
 
     pub(super) fn disable_msix(&self) -> Result<(), DeviceError> {

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use parking_lot::Mutex;
 use theseus_resources::alloc::Windows;
 use theseus_resources::{FdKind, FdStore, StateReader, StateWriter};
 
@@ -29,6 +30,11 @@ pub struct FakeIrqs {
     pub refused: AtomicBool,
     /// How many requests there were, refused or not.
     pub asked: AtomicU32,
+    /// What the next requests to switch MSI-X on are answered, the last of these first: so many vectors there are, and
+    /// it stays off.
+    pub fewer: Mutex<Vec<u32>>,
+    /// How many vectors the last request named that was not refused.
+    pub vectors: AtomicU32,
 }
 
 impl Irqs for Arc<FakeIrqs> {
@@ -39,6 +45,10 @@ impl Irqs for Arc<FakeIrqs> {
         if refused && eventfds.is_empty() {
             return Err(std::io::ErrorKind::OutOfMemory.into());
         }
+        if let Some(fewer) = on.then(|| self.fewer.lock().pop()).flatten() {
+            return Ok(fewer);
+        }
+        self.vectors.store(eventfds.len() as u32, Ordering::Relaxed);
         assert!(on || refused || self.on.load(Ordering::Relaxed), "EINVAL: it is off");
         self.on.store(on, Ordering::Relaxed);
         if let Some(file) = self.file.as_ref().filter(|_| !on) {

@@ -302,6 +302,19 @@ fn vfio_that_refused_msix_is_asked_again() {
     assert_eq!((new.pci.device.signals(), new.pci.msix().enabled()), (false, true));
 }
 
+#[test]
+fn a_host_with_ever_fewer_vectors_gives_what_it_has() {
+    let mut rig = rig();
+    let signals = |rig: &Rig| (rig.irqs.on.load(Ordering::Relaxed), rig.pci.device.signals());
+    // As many as asked for, and yet not: nothing that the kernel says. It is no success.
+    *rig.irqs.fewer.lock() = vec![3];
+    enable_vector0(&mut rig);
+    assert_eq!(signals(&rig), (false, false));
+    *rig.irqs.fewer.lock() = vec![1, 2];
+    rig.read32(0);
+    assert_eq!((signals(&rig), rig.irqs.vectors.load(Ordering::Relaxed)), ((true, true), 1));
+}
+
 fn readable_count(rig: &mut Rig) -> u64 {
     let mut count = [0; 8];
     rustix::io::read(rig.pci.msix().eventfds().unwrap()[0], &mut count).unwrap();
