@@ -1,6 +1,8 @@
 //! The bodies of the fuzz targets: what is done with the bytes that a fuzzer makes up, and what has to hold then. The
 //! targets (`targets/`) only call them, and so does the test that replays `corpus/`.
 
+#![allow(missing_docs, reason = "nothing outside of this package uses it")]
+
 pub mod arguments;
 mod devices;
 pub mod http;

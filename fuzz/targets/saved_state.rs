@@ -1,3 +1,4 @@
+//! The target `saved_state`: its body is in `src/saved_state.rs`.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};

@@ -2,6 +2,8 @@
 //!
 //! Modules used on both sides of the serial line come first; `agent` is the guest's side, the others are L1's.
 
+#![allow(missing_docs, reason = "nothing outside of this package uses it")]
+
 /// How long what is sure to come may take. This finds a hang, and nothing else: how fast a machine is, and what else it
 /// does, must not decide whether a test passes.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(600);
