@@ -176,20 +176,27 @@ impl Bar {
         self.placed.put(address)
     }
 
-    /// Lets the other devices of the domain reach the BAR (peer-to-peer). Not all domains can: then they do not.
-    pub(super) fn map_dma(&mut self, device: &str, domain: &dyn DmaDomain, complaints: &mut RateLimitedLog) {
-        let Some(address) = self.address().filter(|_| domain.maps_device_memory()) else { return };
+    /// Lets the other devices of the domain reach the BAR (peer-to-peer) where they do not yet. Not all domains can:
+    /// then they do not. False if the host has refused something.
+    pub(super) fn map_dma(&mut self, device: &str, domain: &dyn DmaDomain, complaints: &mut RateLimitedLog) -> bool {
+        let Some(address) = self.address().filter(|_| domain.maps_device_memory()) else { return true };
+        let mut is_whole = true;
         for (offset, mapping) in self.placed.direct() {
             let iova = address.saturating_add(*offset);
+            if self.dma.contains(&iova) {
+                continue;
+            }
             let source = MapSource::Bar { device: device.to_owned(), region: self.region, offset: *offset };
             // SAFETY: the mapping lives until this Bar is dropped.
             match unsafe { domain.map_device_memory(iova, mapping.size(), mapping.hva(), source) } {
                 Ok(()) => self.dma.push(iova),
                 Err(e) => {
-                    complaints.warn(|| format!("device '{device}': no peer-to-peer DMA to BAR {}: {e}", self.region))
+                    is_whole = false;
+                    complaints.warn(|| format!("device '{device}': no peer-to-peer DMA to BAR {}: {e}", self.region));
                 }
             }
         }
+        is_whole
     }
 
     /// Takes the BAR away from the guest and from the other devices. False if something of it is left.

@@ -205,14 +205,13 @@ impl VfioPci {
         for n in 0..self.bars.len() {
             let wanted = self.wanted(&self.bars[n]);
             let bar = &mut self.bars[n];
-            let Some(address) = wanted.filter(|_| bar.address().is_none()) else { continue };
-            match bar.map(address) {
-                Ok(()) => bar.map_dma(&self.id, &**self.group.domain(), &mut self.complaints),
-                Err(e) => {
-                    self.dirty = true;
-                    self.complaints.warn(|| format!("device '{}': BAR {n} at {address:#x}: {e}", self.id));
-                }
+            if let Some(address) = wanted.filter(|_| bar.address().is_none())
+                && let Err(e) = bar.map(address)
+            {
+                self.dirty = true;
+                self.complaints.warn(|| format!("device '{}': BAR {n} at {address:#x}: {e}", self.id));
             }
+            self.dirty |= !bar.map_dma(&self.id, &**self.group.domain(), &mut self.complaints);
         }
     }
 

@@ -276,6 +276,26 @@ fn memslots_that_were_refused_are_tried_again() {
 }
 
 #[test]
+fn peer_to_peer_mappings_that_were_refused_are_tried_again() {
+    let mut kernel = None;
+    let mut rig = rig_in(|fd_store| {
+        let (container, its) = container(fd_store, DEFAULT_CONTAINER, false);
+        kernel = Some(its);
+        container
+    });
+    let kernel = kernel.unwrap();
+    kernel.refuses.store(true, Ordering::Relaxed);
+    rig.write(COMMAND, ON);
+    assert_eq!((rig.slots().len(), rig.dma().len()), (3, 0), "the guest has its BARs all the same");
+    kernel.refuses.store(false, Ordering::Relaxed);
+    rig.read32(0);
+    assert_eq!((rig.slots().len(), rig.dma().len()), (3, 3));
+    rig.read32(0);
+    rig.write(COMMAND, &[0, 0]);
+    assert_eq!((rig.slots().len(), rig.dma().len()), (0, 0), "each was mapped once");
+}
+
+#[test]
 fn vfio_that_refused_msix_is_asked_again() {
     let mut rig = rig();
     let signals = |rig: &Rig| (rig.irqs.on.load(Ordering::Relaxed), rig.pci.device.signals());

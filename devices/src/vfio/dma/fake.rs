@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use theseus_resources::memory_listener::{MemoryListener, RamBlock};
@@ -18,6 +19,8 @@ use super::type1::{Container, Type1};
 pub(crate) struct Kernel {
     pub(super) maps: Mutex<BTreeMap<u64, (u64, Option<u64>)>>,
     mdev: bool,
+    /// New mappings are refused while this is set.
+    pub(in crate::vfio) refuses: AtomicBool,
 }
 
 fn error(code: i32) -> io::Error {
@@ -32,6 +35,9 @@ impl Type1 for Arc<Kernel> {
     unsafe fn map(&self, flags: u32, vaddr: u64, iova: u64, size: u64) -> io::Result<()> {
         let mut maps = self.maps.lock();
         if flags & VFIO_DMA_MAP_FLAG_VADDR == 0 {
+            if self.refuses.load(Ordering::Relaxed) {
+                return Err(error(libc::ENOMEM));
+            }
             if maps.contains_key(&iova) {
                 return Err(error(libc::EEXIST));
             }
