@@ -211,8 +211,9 @@ impl Seen {
         match self.reported {
             None => Verdict::Lost,
             Some(_) if self.by_itself => Verdict::Delivered,
-            // The next tick was to come when the guest ran already.
-            Some(_) if self.took + PROMPT < TICK => Verdict::Lost,
+            // The next tick was to come when the guest had run for long already, and that is when the packet came to
+            // light. Sooner, and the tick before was none: another packet had raised the vector.
+            Some(reported) if reported > PROMPT && self.took + PROMPT < TICK => Verdict::Lost,
             Some(_) => Verdict::Unclear,
         }
     }
@@ -310,4 +311,30 @@ fn fresh_token(ram: &GuestRam) -> Result<u16> {
         .map(|i| (seed.wrapping_add(i.wrapping_mul(7919)) % 0xd000) as u16 + 0x1001)
         .find(|&token| token.to_ne_bytes()[0] != token.to_ne_bytes()[1] && ram.find_filler(token).is_none())
         .context("every filler is in guest memory already")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_attempt_shows() {
+        let seen = |reported: Option<u64>, by_itself, took| Seen {
+            dma_after: Duration::ZERO,
+            reported: reported.map(Duration::from_millis),
+            by_itself,
+            took: Duration::from_millis(took),
+        };
+        for (seen, verdict) in [
+            (seen(Some(20), true, 500), Verdict::Delivered),
+            (seen(Some(1400), true, 500), Verdict::Delivered),
+            (seen(None, false, 500), Verdict::Lost),
+            (seen(Some(1400), false, 500), Verdict::Lost),
+            // A watchdog at once, though it had just run: it had not.
+            (seen(Some(6), false, 554), Verdict::Unclear),
+            (seen(Some(300), false, 1700), Verdict::Unclear),
+        ] {
+            assert_eq!(seen.verdict(), verdict, "{seen:?}");
+        }
+    }
 }
