@@ -99,3 +99,18 @@ fn commands() {
     let output = run(&dir.path().join("none"), "ping", "");
     assert!(String::from_utf8_lossy(&output.stderr).contains("is theseus running"), "{output:?}");
 }
+
+/// As in `ch-remote ping | head -1`: how it went is the exit status all the same.
+#[test]
+fn nobody_reads_its_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("api");
+    let _server = Server::start(bind(&socket).unwrap(), vec![], Arc::new(Fake)).unwrap();
+    for (words, code) in [("ping", 0), ("update --dry-run", 0), ("update", 1), ("pause", 1)] {
+        let closed = || Stdio::from(std::io::pipe().unwrap().1);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ch-remote"));
+        let command = command.arg("--api-socket").arg(&socket).args(words.split(' '));
+        let status = command.stdin(Stdio::null()).stdout(closed()).stderr(closed()).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{words}");
+    }
+}

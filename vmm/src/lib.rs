@@ -166,7 +166,7 @@ fn in_update(newcomer: Newcomer, started: u64) -> i32 {
 fn by_command_line(cli: &Cli) -> anyhow::Result<i32> {
     if cli.version {
         let build = build_info::this();
-        println!("theseus {} build {}", build.version, build.build_id);
+        let _ = writeln!(std::io::stdout(), "theseus {} build {}", build.version, build.build_id);
         return Ok(EXIT_OK);
     }
     if cli.check_update {

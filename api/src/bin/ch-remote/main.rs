@@ -3,7 +3,7 @@
 mod patience;
 mod report;
 
-use std::io::Read;
+use std::io::{Read, Write, stderr, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -161,7 +161,7 @@ fn finish_update(report: &UpdateReport, body: &str, args: &UpdateArgs) -> ExitCo
     if args.json {
         print_json(body);
     } else {
-        print!("{}", report::table(report));
+        tell(stdout(), &report::table(report));
     }
     match report.outcome {
         UpdateOutcome::Updated | UpdateOutcome::Ready => ExitCode::SUCCESS,
@@ -174,17 +174,20 @@ fn finish_update(report: &UpdateReport, body: &str, args: &UpdateArgs) -> ExitCo
 
 fn print_json(body: &str) {
     match serde_json::from_str::<serde_json::Value>(body) {
-        Ok(value) => println!("{value:#}"),
+        Ok(value) => tell(stdout(), &format!("{value:#}\n")),
         Err(_) if body.is_empty() => {}
-        Err(_) => println!("{body}"),
+        Err(_) => tell(stdout(), &format!("{body}\n")),
     }
 }
 
 fn print_causes(causes: impl IntoIterator<Item = String>) {
-    eprintln!("Error:");
-    for (i, cause) in causes.into_iter().enumerate() {
-        eprintln!("  {i}: {cause}");
-    }
+    let causes: String = causes.into_iter().enumerate().map(|(i, cause)| format!("  {i}: {cause}\n")).collect();
+    tell(stderr(), &format!("Error:\n{causes}"));
+}
+
+/// The exit status says how it went, to whoever reads nothing, too: `println!` would panic where nobody listens.
+fn tell(mut to: impl Write, text: &str) {
+    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
 }
 
 #[cfg(test)]
