@@ -1,11 +1,11 @@
-//! What a shell and its terminal do to the VMM: nohup, a hang-up, a job in the background.
+//! What a shell and its terminal do to the VMM: nohup, a hang-up, a job in the background, one that is killed.
 
 use std::{
     fs::{self, File},
     io::{self, Write},
     os::{
         fd::{AsRawFd, FromRawFd},
-        unix::process::CommandExt,
+        unix::process::{CommandExt, ExitStatusExt},
     },
     process::{Command, ExitStatus, Stdio},
 };
@@ -245,6 +245,25 @@ pub(super) fn background() -> Result<()> {
     proc::signal(job.pid, libc::SIGTERM)?;
     job.end()?;
     ensure!(pty.is_cooked()?, "the terminal is not as it was before");
+    Ok(())
+}
+
+/// A VMM that is killed cannot put its terminal back: its keeper does, of the build that it was started in and of
+/// another.
+pub(super) fn killed() -> Result<()> {
+    for updates in [0, 1, 2] {
+        let pty = Pty::open()?;
+        let mut job = Job::start(&pty, false, None)?;
+        job.goes_on("its start")?;
+        wait_for("a raw terminal", || Ok((!pty.is_cooked()?).then_some(())))?;
+        for _ in 0..updates {
+            job.update()?;
+        }
+        proc::signal(proc::newest_child(job.pid)?.context("no VMM")?, libc::SIGKILL)?;
+        let status = job.end()?;
+        ensure!(status.signal() == Some(libc::SIGKILL), "{status}");
+        ensure!(pty.is_cooked()?, "after {updates} updates the terminal was left raw");
+    }
     Ok(())
 }
 

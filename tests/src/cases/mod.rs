@@ -121,6 +121,7 @@ const CASES: &[Case] = &[
     plain("serial_terminal_gone", serial::terminal_gone),
     plain("job_hang_up", jobs::hang_up),
     plain("job_in_background", jobs::background),
+    plain("job_killed", jobs::killed),
     plain("limits_refuse_or_drop", limits::refuse_or_drop),
     plain("limits_signal_nothing", limits::signal_nothing),
     plain("limits_no_signal_queued", limits::no_signal_queued),

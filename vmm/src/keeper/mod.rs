@@ -15,6 +15,7 @@ mod link;
 mod program;
 pub(crate) mod settings;
 mod signals;
+mod terminal;
 pub(crate) mod watch;
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -33,6 +34,7 @@ use children::{Fork, fork};
 use link::{Answer, Ask, Tell};
 use program::Inherited;
 use signals::Signals;
+use terminal::Terminal;
 
 /// A VMM as its keeper knows it.
 pub(crate) struct Vmm {
@@ -70,15 +72,22 @@ struct Life {
     update: Option<Update>,
     /// What was handed on in this update: to a VMM that may have ended before it looked.
     handed_on: Vec<libc::c_int>,
+    terminal: Terminal,
+}
+
+impl Life {
+    fn new(signals: Signals, vmm: Vmm, update: Option<Update>, terminal: Terminal) -> Self {
+        Self { signals, vmm, update, handed_on: Vec::new(), terminal }
+    }
 }
 
 /// First of all in `main`. Does not return in a keeper.
 pub(crate) fn role() -> std::io::Result<Role> {
     let Some(Inherited { vmm, id, update }) = Inherited::from_env()? else { return Ok(Role::Beginner) };
-    let signals = Signals::block()?;
+    let (signals, terminal) = (Signals::block()?, Terminal::from_env());
     let Some((channel, page)) = update else {
         tell(&vmm.link, id, Answer::Became, &[]);
-        serve(Life { signals, vmm, update: None, handed_on: Vec::new() });
+        serve(Life::new(signals, vmm, None, terminal));
     };
     match begin(&page) {
         Ok((Fork::Child(keeper), _)) => {
@@ -91,12 +100,12 @@ pub(crate) fn role() -> std::io::Result<Role> {
             tell(&vmm.link, id, Answer::Became, &[pidfd.as_fd()]);
             drop(pidfd);
             let update = Some(Update { new, page: timeline });
-            serve(Life { signals, vmm, update, handed_on: Vec::new() });
+            serve(Life::new(signals, vmm, update, terminal));
         }
         Err(error) => {
             let remedy = "raise pids.max or RLIMIT_NPROC";
             tell(&vmm.link, id, Answer::Childless(format!("cannot start a new VMM: {error}: {remedy}")), &[]);
-            serve(Life { signals, vmm, update: None, handed_on: Vec::new() });
+            serve(Life::new(signals, vmm, None, terminal));
         }
     }
 }
@@ -109,7 +118,7 @@ fn begin(page: &OwnedFd) -> std::io::Result<(Fork, Timeline)> {
 /// Starts a VMM and keeps it. Returns in the VMM only. To be called before there are other threads, or anything that a
 /// keeper must not have.
 pub(crate) fn start() -> std::io::Result<Keeper> {
-    let signals = Signals::block()?;
+    let (signals, terminal) = (Signals::block()?, Terminal::before_all());
     match fork()? {
         Fork::Child(keeper) => {
             signals.give_back();
@@ -119,7 +128,7 @@ pub(crate) fn start() -> std::io::Result<Keeper> {
             drop(pidfd);
             // What whoever started us has left open is the VMM's.
             close_all_but([signals.as_raw_fd(), vmm.link.as_fd().as_raw_fd()]);
-            serve(Life { signals, vmm, update: None, handed_on: Vec::new() })
+            serve(Life::new(signals, vmm, None, terminal))
         }
     }
 }
@@ -210,6 +219,9 @@ impl Life {
                     }
                     children::kill(new.pid);
                 }
+                if libc::WIFSIGNALED(status) {
+                    self.terminal.put_back();
+                }
                 children::end_as(status);
             }
             // One that failed: the old VMM, which has the guest, has seen it end.
@@ -245,10 +257,18 @@ impl Life {
         }
         let reason = match (update, fds) {
             (true, [program, channel, page]) => {
-                let error = program::exec(program.as_fd(), id, &self.vmm, Some((channel.as_fd(), page.as_fd())));
+                let error = program::exec(
+                    program.as_fd(),
+                    id,
+                    &self.vmm,
+                    &self.terminal,
+                    Some((channel.as_fd(), page.as_fd())),
+                );
                 format!("exec failed: {error}")
             }
-            (false, [program]) => format!("exec failed: {}", program::exec(program.as_fd(), id, &self.vmm, None)),
+            (false, [program]) => {
+                format!("exec failed: {}", program::exec(program.as_fd(), id, &self.vmm, &self.terminal, None))
+            }
             _ => format!("{} descriptors came", fds.len()),
         };
         tell(&self.vmm.link, id, Answer::Refused(reason), &[]);

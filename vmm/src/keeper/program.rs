@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStringExt;
 use theseus_resources::Channel;
 
 use super::Vmm;
+use super::terminal::{self, Terminal};
 
 /// Names what the program before has left: see [`Inherited`].
 const VARIABLE: &str = "THESEUS_KEEPER";
@@ -91,6 +92,7 @@ pub(super) fn exec(
     program: BorrowedFd<'_>,
     id: u32,
     vmm: &Vmm,
+    terminal: &Terminal,
     update: Option<(BorrowedFd<'_>, BorrowedFd<'_>)>,
 ) -> std::io::Error {
     use std::os::fd::AsFd;
@@ -104,19 +106,20 @@ pub(super) fn exec(
     let set = |flags| {
         open.iter().flatten().try_for_each(|fd| rustix::io::fcntl_setfd(*fd, flags)).map_err(std::io::Error::from)
     };
-    let error = set(rustix::io::FdFlags::empty()).map_or_else(|error| error, |()| execute(program, &numbers));
+    let error = set(rustix::io::FdFlags::empty()).map_or_else(|error| error, |()| execute(program, &numbers, terminal));
     let _ = set(rustix::io::FdFlags::CLOEXEC);
     error
 }
 
-fn execute(program: BorrowedFd<'_>, numbers: &Numbers) -> std::io::Error {
+fn execute(program: BorrowedFd<'_>, numbers: &Numbers, terminal: &Terminal) -> std::io::Error {
     let c_string = |bytes: Vec<u8>| CString::new(bytes).unwrap_or_default();
     let args: Vec<CString> = std::env::args_os().map(|arg| c_string(arg.into_vec())).collect();
     let mut env: Vec<CString> = std::env::vars_os()
-        .filter(|(name, _)| name != VARIABLE)
+        .filter(|(name, _)| name != VARIABLE && name != terminal::VARIABLE)
         .map(|(name, value)| c_string([name.into_vec(), b"=".to_vec(), value.into_vec()].concat()))
         .collect();
     env.push(c_string(format!("{VARIABLE}={numbers}").into_bytes()));
+    env.extend(terminal.to_env().map(|text| c_string(format!("{}={text}", terminal::VARIABLE).into_bytes())));
     let pointers = |strings: &[CString]| -> Vec<*const c_char> {
         strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
     };

@@ -18,6 +18,8 @@ mod stream;
 mod tests;
 mod tty;
 
+pub use tty::SavedTermios;
+
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;

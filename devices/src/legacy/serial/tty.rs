@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use theseus_resources::fd_store::StoredFd;
 use vmm_sys_util::signal::{block_signal, unblock_signal};
 
-/// A `termios` that can be serialised (termios(3)).
+/// The settings of a terminal, a `termios` that can be serialised (termios(3)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct SavedTermios {
+pub struct SavedTermios {
     iflag: u32,
     oflag: u32,
     cflag: u32,
@@ -18,6 +18,21 @@ pub(super) struct SavedTermios {
     cc: Vec<u8>,
     ispeed: u32,
     ospeed: u32,
+}
+
+impl SavedTermios {
+    /// None where `fd` is no terminal.
+    pub fn of(fd: BorrowedFd<'_>) -> Option<Self> {
+        get(fd).ok().map(|termios| save(&termios))
+    }
+
+    /// Sets the terminal so again, unless another job has it now, which sets it as it likes.
+    pub fn put_back(&self, fd: BorrowedFd<'_>) -> std::io::Result<()> {
+        if is_anothers(fd) {
+            return Ok(());
+        }
+        set(fd, &load(get(fd)?, self))
+    }
 }
 
 /// A terminal in raw mode; dropping it puts back the settings it had before. An exec does not drop it: the next image
@@ -58,11 +73,7 @@ impl RawMode {
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        if is_anothers(self.fd.as_fd()) {
-            return;
-        }
-        let restored = get(self.fd.as_fd()).and_then(|now| set(self.fd.as_fd(), &load(now, &self.before)));
-        if let Err(error) = restored {
+        if let Err(error) = self.before.put_back(self.fd.as_fd()) {
             log::warn!("serial: cannot restore the terminal: {error}: `reset` does");
         }
     }
