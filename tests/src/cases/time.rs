@@ -10,10 +10,12 @@ use anyhow::{Context, Result, ensure};
 use crate::{
     cases::{MANY, check, note},
     clock::slope,
-    harness::{PATIENCE, clock, proc, rig, vm::Vm, wait_for},
+    harness::{PATIENCE, clock, exits::PortAccesses, proc, rig, vm::Vm, wait_for},
     proto::{Request, TimerFired},
 };
 
+/// The port of the power management timer (X_PM_TMR_BLK of the FADT).
+const PM_TIMER: u16 = 0x604;
 /// How far the guest's clock may be off L1's after all updates, more than before them.
 const CLOCK_LIMIT_US: f64 = 20.0;
 /// The same for one that is read by an exit to the VMM, which takes its time in the lab.
@@ -155,15 +157,39 @@ pub(super) fn four_busy_vcpus() -> Result<()> {
     Ok(())
 }
 
-/// The power management timer as the clock source of a guest, which reads it all the time then.
+/// The power management timer as the clock source of a guest, which reads it all the time then. Left to itself a guest
+/// does not: no exit is on the way of whoever reads a clock.
 pub(super) fn power_management_timer() -> Result<()> {
     let mut vm = Vm::builder().boot()?;
     let usual = vm.agent()?.machine()?.clocksource;
     ensure!(usual == "tsc" || usual == "kvm-clock", "left to itself the guest takes {usual}");
+    let reads = PortAccesses::count(PM_TIMER)?;
+    let started = Instant::now();
+    read_clocks(&vm)?;
+    let (before, took) = (reads.so_far()?, started.elapsed());
+    // Linux looks whether the TSC is steady, twice a second (kernel/time/clocksource.c, clocksource_watchdog), by up to
+    // five pairs of reads.
+    let by_watchdog = 10 * (2 * took.as_secs() + 2);
+    ensure!(before <= by_watchdog, "{before} reads of the timer within {took:?}, with {usual}");
     vm.agent()?.call::<()>(&Request::ClockSource { name: "acpi_pm".into() })?;
     let now = vm.agent()?.machine()?.clocksource;
     ensure!(now == "acpi_pm", "the clock source is {now}");
+    read_clocks(&vm)?;
+    let after = reads.so_far()? - before;
+    note(format_args!("reads of the timer: {before} with {usual}, {after} with acpi_pm, the guest doing the same"));
+    ensure!(after > 0, "this count counts nothing");
+    drop(reads);
     exact_over_updates(&mut vm, "acpi_pm")
+}
+
+/// Clocks are read and timers set for two seconds.
+fn read_clocks(vm: &Vm) -> Result<()> {
+    vm.agent()?.call::<()>(&Request::TimersArm { after_ms: (1..=20).map(|i| i * 100).collect() })?;
+    for _ in 0..5 {
+        clock::read(vm)?;
+    }
+    vm.agent()?.call::<Vec<TimerFired>>(&Request::TimersWait)?;
+    Ok(())
 }
 
 /// A guest that does not use kvmclock. It is told the frequency of its TSC here, where it would else measure it by the

@@ -5,6 +5,7 @@ pub mod builder;
 pub mod capabilities;
 pub mod clock;
 pub mod credit;
+pub mod exits;
 pub mod fences;
 pub mod hooks;
 pub mod http;
