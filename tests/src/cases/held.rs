@@ -50,6 +50,8 @@ const DMA: Duration = Duration::from_secs(60);
 /// Of an update that is held so long.
 pub(super) const HELD_DEADLINE_MS: u64 = 120_000;
 const ATTEMPTS: usize = 12;
+/// How many interrupts may be none of a tick, one after the other.
+const TICKS: usize = 5;
 const PORT: u16 = 9900;
 const SOURCES: u8 = 24;
 /// Packets by which a source's vector is found.
@@ -248,8 +250,7 @@ fn attempt(
     let mut hold = Hold::arm(&rig.vm.dir, held_at)?;
     let mut caller = rig.vm.api.connect()?;
 
-    // A driver without ticks forgives nothing.
-    let _ = agent.call::<Vec<Vector>>(&Request::InterruptsWait { name: vector.into(), timeout_ms: 10_000 });
+    await_tick(agent, vector)?;
     let tick = Instant::now();
     agent.call::<()>(&Request::TraceStart { vector: vector.into() })?;
     caller.send("PUT", "vm.update", request)?;
@@ -294,6 +295,23 @@ fn attempt(
     traced.sort_by_key(|event| event.at_ns);
     let by_itself = traced.first().is_some_and(|event| event.is_interrupt);
     Ok(Seen { dma_after, reported: Some(reported), by_itself, took })
+}
+
+/// Waits for an interrupt of `vector` that the driver's watchdog has raised, and no other packet. A driver without ticks
+/// forgives nothing.
+fn await_tick(agent: &Agent, vector: &str) -> Result<()> {
+    for _ in 0..TICKS {
+        agent.call::<()>(&Request::TraceStart { vector: vector.into() })?;
+        let wait = Request::InterruptsWait { name: vector.into(), timeout_ms: 10_000 };
+        if agent.call::<Vec<Vector>>(&wait).is_err() {
+            break;
+        }
+        let traced: Vec<Traced> = agent.call(&Request::TraceRead)?;
+        if traced.iter().any(|event| !event.is_interrupt) {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Length of a TSC tick of L1.
