@@ -152,8 +152,9 @@ fn measure(size: u64, options: &str) -> Result<(Vec<u64>, Vec<u64>)> {
         sleep(Duration::from_millis(300 + 100 * (size >> 30)));
         let asked = sampler.now();
         let report = vm.update()?;
+        let answered = sampler.now();
         ensure!(report.phases.iter().any(|phase| phase.name == "exec"), "the phases do not name the exec: {report:?}");
-        let back = sampler.back(asked, report.pause_us)?;
+        let back = sampler.back(asked, answered)?;
         pauses.push(report.pause_us);
         backs.extend(back);
     }
@@ -255,13 +256,13 @@ impl Sampler {
         self.samples.lock().clone()
     }
 
-    /// How long after the pause, which was asked for at `asked`, the guest was back at its speed, µs; None if not
-    /// within [`BACK`].
-    fn back(&self, asked: u64, pause_us: u64) -> Result<Option<u64>> {
+    /// How long after the answer to an update the guest was back at its speed from before it was asked for, µs; None if
+    /// not within [`BACK`].
+    fn back(&self, asked: u64, answered: u64) -> Result<Option<u64>> {
         let deadline = self.now() + BACK.as_micros() as u64;
         loop {
             let samples = self.samples();
-            if let Some(back) = recovery(&samples, asked, pause_us) {
+            if let Some(back) = recovery(&samples, asked, answered) {
                 return Ok(Some(back));
             }
             if self.now() > deadline {
@@ -281,30 +282,17 @@ impl Drop for Sampler {
     }
 }
 
-/// From the end of the longest standstill after `asked` to the first window at [`BACK_PERCENT`] of the speed before it,
-/// µs. `samples`: (µs, count).
-fn recovery(samples: &[(u64, u64)], asked: u64, pause_us: u64) -> Option<u64> {
+/// From `answered` to the first window at [`BACK_PERCENT`] of the speed before `asked`, µs. `samples`: (µs, count). A
+/// pause is shorter than the time from a sample to the next; the answer comes right after it.
+fn recovery(samples: &[(u64, u64)], asked: u64, answered: u64) -> Option<u64> {
     let before: Vec<_> = samples.iter().filter(|(at, _)| *at < asked).collect();
     let (first, last) = (before.first()?, before.last()?);
     let speed = (last.1 - first.1) as f64 / (last.0 - first.0) as f64;
-    let after = samples.iter().position(|(at, _)| *at >= asked)?;
-    // The standstill: the longest time over which the count did not change.
-    let (mut still, mut from) = ((0, 0), after);
-    for n in after..samples.len() {
-        if samples[n].1 != samples[from].1 {
-            from = n;
-        } else if samples[n].0 - samples[from].0 > still.0 {
-            still = (samples[n].0 - samples[from].0, n);
-        }
-    }
-    let resumed = still.1;
-    if still.0 * 2 < pause_us {
-        return None;
-    }
-    (resumed..samples.len()).find_map(|n| {
+    let after = samples.iter().position(|(at, _)| *at >= answered)?;
+    (after..samples.len()).find_map(|n| {
         let end = samples[n..].iter().find(|(at, _)| *at >= samples[n].0 + WINDOW_US)?;
         let now = (end.1 - samples[n].1) as f64 / (end.0 - samples[n].0) as f64;
-        (now * 100.0 >= speed * BACK_PERCENT as f64).then(|| samples[n].0 - samples[resumed].0)
+        (now * 100.0 >= speed * BACK_PERCENT as f64).then(|| samples[n].0 - answered)
     })
 }
 
@@ -335,7 +323,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn recovery_counts_from_the_end_of_the_standstill() {
+    fn recovery_counts_from_the_answer() {
         // 10 pages a ms; stands still from 100 to 150 ms; half the speed until 200 ms, then the old one.
         let count = |ms: u64| match ms {
             0..100 => ms * 10,
@@ -344,8 +332,9 @@ mod tests {
             _ => 1250 + (ms - 200) * 10,
         };
         let samples: Vec<_> = (0..400).map(|ms| (ms * 1000, count(ms))).collect();
-        let back = recovery(&samples, 90_000, 50_000).unwrap();
+        let back = recovery(&samples, 90_000, 150_000).unwrap();
         assert!((45_000..=52_000).contains(&back), "{back}");
-        assert_eq!(recovery(&samples[..180], 90_000, 50_000), None, "not back yet");
+        assert_eq!(recovery(&samples[..180], 90_000, 150_000), None, "not back yet");
+        assert_eq!(recovery(&samples, 50_000, 60_000), Some(0), "it never was slower");
     }
 }
