@@ -140,8 +140,8 @@ fn check_devices(devices: &[DeviceConfig], problems: &mut Vec<String>) {
             }
             if id == SERIAL_ID || id.ends_with(HANDLES) {
                 problems.push(format!(
-                    "devices[{i}].id is {id:?}, but {SERIAL_ID:?} is the serial port, and no id may end in {HANDLES:?}: \
-                     give it another"
+                    "devices[{i}].id is {id:?}, but {SERIAL_ID:?} is the serial port, and no id may end in \
+                     {HANDLES:?}: give it another"
                 ));
             }
         }

@@ -297,8 +297,8 @@ fn attempt(
     Ok(Seen { dma_after, reported: Some(reported), by_itself, took })
 }
 
-/// Waits for an interrupt of `vector` that the driver's watchdog has raised, and no other packet. A driver without ticks
-/// forgives nothing.
+/// Waits for an interrupt of `vector` that the driver's watchdog has raised, and no other packet. A driver without
+/// ticks forgives nothing.
 fn await_tick(agent: &Agent, vector: &str) -> Result<()> {
     for _ in 0..TICKS {
         agent.call::<()>(&Request::TraceStart { vector: vector.into() })?;

@@ -119,8 +119,8 @@ pub(crate) enum MachineError {
     },
     /// The guest is of a machine that only a later build knows.
     #[error(
-        "the guest was booted as version {0} of the machine, this build knows those up to {MACHINE_VERSION}: update to a \
-         later build"
+        "the guest was booted as version {0} of the machine, this build knows those up to {MACHINE_VERSION}: update \
+         to a later build"
     )]
     MachineVersion(u32),
     /// A descriptor that the saved state names was not handed over.
