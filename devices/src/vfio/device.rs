@@ -173,13 +173,13 @@ impl VfioDevice {
             let got = match self.irqs.set(VFIO_PCI_MSIX_IRQ_INDEX, wanted) {
                 Ok(0) => break Ok(()),
                 Ok(got) => got as usize,
-                Err(error) => break Err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)")(error)),
+                Err(error) => break Err(error),
             };
             // Nothing is enabled then (vfio_msi_enable). Go on with what the host has, as a driver there would; that
             // may have become less again.
             wanted = match wanted.get(..got) {
                 Some(fewer) if got < wanted.len() => fewer,
-                _ => break Err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)")(io::ErrorKind::InvalidData.into())),
+                _ => break Err(io::ErrorKind::InvalidData.into()),
             };
         };
         if done.is_ok() && wanted.len() < eventfds.len() {
@@ -192,7 +192,7 @@ impl VfioDevice {
             Err(_) if !self.signals() => self.silence_intx(),
             Err(_) => {}
         }
-        done
+        done.map_err(os("cannot enable MSI-X (VFIO_DEVICE_SET_IRQS)"))
     }
 
     pub(super) fn disable_msix(&self) -> Result<(), DeviceError> {

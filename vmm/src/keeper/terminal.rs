@@ -27,8 +27,10 @@ impl Terminal {
     }
 
     pub(super) fn put_back(&self) {
-        // One that has hung up needs none.
-        let _ = self.0.as_ref().map(|settings| settings.put_back(stdin()));
+        if let Some(settings) = &self.0 {
+            // One that has hung up needs none.
+            let _ = settings.put_back(stdin());
+        }
     }
 }
 
