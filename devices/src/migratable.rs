@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use theseus_resources::StateReader;
 use theseus_resources::fd_store::FdStoreError;
-use theseus_resources::state::{Encoded, Format, Kind, Section, StateError};
+use theseus_resources::state::{Encoded, Format, HANDLES, Kind, Section, StateError};
 use theseus_resources::survivor::look;
 
 /// Why a device could not be saved or restored; the caller adds the device's name.
@@ -122,7 +122,7 @@ impl<H: HostHandles> Handles for H {
 
 /// Of the section with the handles of `name`.
 pub fn handles_name(name: &str) -> String {
-    format!("{name}.handles")
+    format!("{name}{HANDLES}")
 }
 
 /// A section of the saved state that is not written yet.

@@ -16,6 +16,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 const MAGIC: [u8; 8] = *b"THESEUS\0";
+
+/// How the name of a device's second section ends, that with what only this host has of it, behind the device's name.
+pub const HANDLES: &str = ".handles";
+
 /// Readers take the format before and the one after theirs.
 pub const FORMAT: u32 = 1;
 const HEADER: usize = 24;

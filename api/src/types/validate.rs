@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use theseus_resources::state::HANDLES;
+
 use super::config::{
     CpuAffinity, CpusConfig, DeviceConfig, HOST_CPUS_MAX, HUGEPAGE_SIZE, LandlockConfig, MemoryConfig, PayloadConfig,
     SerialConfig, SerialMode, VmConfig,
@@ -116,8 +118,6 @@ fn check_serial(serial: &SerialConfig, problems: &mut Vec<String>) {
 
 /// The node of vm.info that the serial port has.
 pub const SERIAL_ID: &str = "serial";
-/// How the second section of each device in a saved state is named, which follows its id.
-const HANDLES: &str = ".handles";
 
 fn check_devices(devices: &[DeviceConfig], problems: &mut Vec<String>) {
     let (mut paths, mut ids) = (HashSet::new(), HashSet::new());
