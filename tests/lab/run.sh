@@ -49,12 +49,16 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM HUP
 
+# Not below TMPDIR: labs that do not see each other's locks may take the same ports, and QEMU shares them without a word.
+locked=/tmp/theseus-lab-$(id -u)
+mkdir -p "$locked"
+
 # Two labs at a time, as each keeps one CPU busy; more would only wait for each other.
 locks=()
 take_place() { # flock's options
     local n
     for n in 1 2; do
-        exec {lock}>"${TMPDIR:-/tmp}/theseus-lab.lock.$n"
+        exec {lock}>"$locked/place.$n"
         if flock "$@" "$lock"; then
             locks+=("$lock")
             [[ $alone ]] || return 0
@@ -84,10 +88,9 @@ udp_free() { # FIRST LAST
         ((p < $1 || p > $2)) || return 1
     done </proc/net/udp
 }
-mkdir -p "${TMPDIR:-/tmp}/theseus-lab-ports"
 ports=''
 for base in $(seq 21000 8 22600); do
-    exec {lock}>"${TMPDIR:-/tmp}/theseus-lab-ports/$base"
+    exec {lock}>"$locked/ports.$base"
     if flock -n "$lock" && udp_free "$base" $((base + 5)); then
         ports=$base
         break
