@@ -22,7 +22,8 @@ pub const HANDLES: &str = ".handles";
 
 /// Readers take the format before and the one after theirs.
 pub const FORMAT: u32 = 1;
-const HEADER: usize = 24;
+/// Bytes before the MessagePack.
+pub const HEADER: usize = 24;
 
 /// A kind of section: the version that this build writes, and those that it reads. A build one step back or on has the
 /// version before or the one after; what a state loses on that way has a default (`#[serde(default)]`) or is made up

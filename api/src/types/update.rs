@@ -114,8 +114,8 @@ pub struct UpdateReport {
     /// The threads of its vCPUs, in order.
     #[serde(default)]
     pub vcpu_threads: Vec<i32>,
-    /// Microseconds from the moment the vCPUs are asked to stop to the one in which they have been told to run;
-    /// absent where they were not asked.
+    /// Microseconds from the moment the vCPUs are asked to stop to the one in which the last of them goes into the guest
+    /// again; absent where they were not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause_us: Option<u64>,
     /// In the order they passed.

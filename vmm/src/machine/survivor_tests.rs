@@ -23,6 +23,7 @@ use super::spec::MachineSpec;
 use super::state::{SaveScope, take_vcpus};
 use super::{Host, Machine};
 use crate::heap;
+use crate::timeline::now_ns;
 use crate::vcpus::{Saving, install_kick_handler, saved};
 
 const VCPUS: u32 = 2;
@@ -93,6 +94,16 @@ fn machine(code: &[u8]) -> Option<Machine> {
     .unwrap();
     let spec = MachineSpec::of(&config.settled()).unwrap();
     Some(Machine::build(&spec, &host, &AtomicBool::new(false)).unwrap())
+}
+
+/// When all vCPUs have gone into the guest.
+fn entered(machine: &Machine) -> u64 {
+    loop {
+        if let Some(at) = machine.vcpus.entered() {
+            return at;
+        }
+        std::thread::yield_now();
+    }
 }
 
 /// One that has halted for ever, and is paused, and its state as all threads save it.
@@ -172,6 +183,20 @@ fn a_paused_vcpu_has_left_nothing_to_be_done() {
         std::thread::yield_now();
         machine.pause(LONG).unwrap();
         assert_eq!(machine.vcpus.begin_save_alone().finish().unwrap().len(), VCPUS as usize);
+    }
+}
+
+#[test]
+fn it_is_known_since_when_all_vcpus_run() {
+    let Some(mut machine) = machine(&HALTS) else { return };
+    assert_eq!(machine.vcpus.entered(), None);
+    let mut last = now_ns();
+    for _ in 0..3 {
+        machine.resume().unwrap();
+        let since = entered(&machine);
+        assert!(since > last && since <= now_ns());
+        last = since;
+        machine.pause(LONG).unwrap();
     }
 }
 

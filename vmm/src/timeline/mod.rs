@@ -39,7 +39,7 @@ pub(crate) enum Phase {
     Remap,
     /// Only where the new VMM failed: when it gave up, or was given up.
     Failed,
-    /// The vCPUs have been told to run: the guest's pause ends here.
+    /// The last vCPU has gone into the guest again: the guest's pause ends here.
     Commit,
 }
 
@@ -154,6 +154,14 @@ impl Timeline {
     /// `at`: see [`now_ns`].
     pub(crate) fn stamp_at(&self, phase: Phase, at: u64) {
         self.page().stamps[phase as usize].store(at, Ordering::Relaxed);
+    }
+
+    /// The guest runs. `entered`: when its last vCPU went into it; None where one has not yet, and so stands still until
+    /// now.
+    pub(crate) fn resumed(&self, entered: Option<u64>) {
+        // One that never stopped went in long before.
+        let since = entered.filter(|at| self.at(Phase::Freeze).is_none_or(|freeze| freeze < *at));
+        self.stamp_at(Phase::Commit, since.unwrap_or_else(now_ns));
     }
 
     /// The end of `phase`, which fails if the update has taken too long by now.
@@ -274,6 +282,18 @@ mod tests {
         assert_eq!(old.cause().len(), CAUSE);
         let empty = rustix::fs::memfd_create("t", MemfdFlags::CLOEXEC).unwrap();
         assert!(Timeline::map(empty, untouched()).is_err());
+    }
+
+    #[test]
+    fn a_pause_ends_when_the_last_vcpu_runs_and_not_when_somebody_looks() {
+        let (timeline, _fd) = Timeline::new(untouched()).unwrap();
+        timeline.stamp_at(Phase::Freeze, 1_000_000);
+        timeline.resumed(Some(3_000_000));
+        assert_eq!(timeline.pause_us(), Some(2000));
+        for entered in [None, Some(500_000)] {
+            timeline.resumed(entered);
+            assert!(timeline.pause_us() > Some(2000), "{entered:?}: it stands still, or was never stopped");
+        }
     }
 
     #[test]

@@ -127,6 +127,9 @@ pub(crate) fn adopt(
     }
     let mut supervisor = Supervisor::restore(std::mem::take(&mut handover.supervisor));
     supervisor.is_started_from(handover.target.take().or_else(super::target::started_from));
+    if let Some(machine) = machine.as_ref().filter(|_| running) {
+        timeline.resumed(machine.vcpus.entered());
+    }
     let report = report(&handover, timeline, machine.as_ref());
     log::info!("{:?} from build {}: pause {} us", report.outcome, report.from.build_id, report.pause_us.unwrap_or(0));
     events.emit(UpdateEvent::from(report.clone()));

@@ -42,7 +42,8 @@ use crate::main_thread::MainThread;
 use crate::panics::panic_text;
 use crate::sandbox::Confinement;
 use crate::supervisor::Supervisor;
-use crate::timeline::{Phase, Timeline};
+use crate::timeline::Timeline;
+use crate::vcpus::Vcpus;
 pub(crate) use error::{Undone, UpdateError};
 use pause::Paused;
 use prepare::WayBack;
@@ -120,20 +121,23 @@ pub(crate) fn hand_over(
         Ok(Ok(reason) | Err(reason)) => reason,
         Err(panic) => UpdateError::Panic(panic_text(&*panic)),
     };
-    back_to(back, Some(to), timeline, reason, false)
+    let vcpus = subject.machine.as_deref().map(|machine| &machine.vcpus).filter(|vcpus| vcpus.is_running());
+    let entered = vcpus.and_then(Vcpus::entered);
+    back_to(back, Some(to), timeline, reason, false, entered)
 }
 
 /// The update did not happen. `is_whole`: the keeper still is the program that it was; else it becomes that again,
-/// around this VMM, or, if it is gone, this VMM goes on alone.
+/// around this VMM, or, if it is gone, this VMM goes on alone. `entered`: [`Vcpus::entered`].
 fn back_to(
     back: WayBack,
     to: Option<BuildInfo>,
     timeline: Arc<Timeline>,
     source: UpdateError,
     is_whole: bool,
+    entered: Option<u64>,
 ) -> NotUpdated {
     let reason = Undone { phase: timeline.current(), source }.to_string();
-    timeline.stamp(Phase::Commit);
+    timeline.resumed(entered);
     log::error!("the update did not happen, the guest goes on as it was: {reason}");
     let WayBack { keeper, supervisor, program, alone } = back;
     if !is_whole && !keeper::is_there() {

@@ -14,6 +14,7 @@ use crate::build_info;
 use crate::logging::Held;
 use crate::machine::state::SaveScope;
 use crate::machine::{Machine, MachineError};
+use crate::spin::Spin;
 use crate::timeline::{Phase, Timeline};
 
 /// How long running requests may take to end, and vCPUs to stop: a hung device must not hold the guest for longer.
@@ -104,8 +105,10 @@ impl<'a> Paused<'a> {
     /// Pure: the guest and its devices stay as they are.
     pub(super) fn save(self) -> Result<Saved<'a>, UpdateError> {
         let mut writer = StateWriter::new(&build_info::this().build_id);
-        // A new VMM that has not heard it only takes a little longer.
-        let soon = || drop(self.new.soon());
+        // Where there is one CPU the new VMM would take it from those that save. One that has not heard it only takes a
+        // little longer.
+        let has_room = Spin::of_threads(1).is_spinning();
+        let soon = || drop(has_room.then(|| self.new.soon()));
         // In parallel with all the rest.
         let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save(&soon)).transpose();
         let vcpus = vcpus.map_err(MachineError::from)?;

@@ -157,7 +157,7 @@ impl Order {
         };
         match catch_unwind(AssertUnwindSafe(new)).map_err(half).flatten() {
             Ok(new) => Ok(Ready { to, target: target.path, timeline, new, back }),
-            Err(NotStarted { reason, is_whole }) => Err(back_to(back, Some(to), timeline, reason, is_whole)),
+            Err(NotStarted { reason, is_whole }) => Err(back_to(back, Some(to), timeline, reason, is_whole, None)),
         }
     }
 }

@@ -50,11 +50,14 @@ pub(super) fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
         return Err(std::io::Error::other("its memfd is not sealed"));
     }
     let len = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(std::io::Error::other)?;
-    let mut bytes = vec![0; len];
-    // Its offset is where its writer has left it.
-    File::from(fd.try_clone_to_owned()?).read_exact_at(&mut bytes, 0)?;
+    // Not the room behind the state. Its offset is where its writer has left it.
+    let mut header = [0; envelope::HEADER];
+    let read = rustix::io::pread(fd, &mut header, 0)?;
+    let said = envelope::length(&header[..read]).unwrap_or(len);
     // One that is shorter than it says is found by who reads it.
-    bytes.truncate(envelope::length(&bytes).unwrap_or(len));
+    let mut bytes = vec![0; said.min(len)];
+    let file = File::from(fd.try_clone_to_owned()?);
+    file.read_exact_at(&mut bytes, 0)?;
     Ok(bytes)
 }
 

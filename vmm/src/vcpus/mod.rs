@@ -16,7 +16,7 @@ mod thread;
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -109,6 +109,8 @@ struct Handle {
     /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a
     /// flag that is taken back before a slow thread has looked would leave its command in the queue.
     pauses: Arc<AtomicU32>,
+    /// When it went into the guest; 0 where it has not since it was told to.
+    entered: Arc<AtomicU64>,
     exit_flag: ExitFlag,
     commands: Sender<Command>,
     commander: Commander,
@@ -152,6 +154,7 @@ struct Newcomer {
     tid: Receiver<libc::pid_t>,
     vm: Sender<ReadyVm>,
     pauses: Arc<AtomicU32>,
+    entered: Arc<AtomicU64>,
     commands: Sender<Command>,
     thread: JoinHandle<()>,
     introduced: Receiver<Introduction>,
@@ -179,7 +182,7 @@ impl Starting {
             let _ = newcomer.vm.send(vm.clone());
         }
         let mut vcpus = Vcpus { handles: Vec::new(), checks, answers, running: false, late: 0, saves: Cell::new(0) };
-        for Newcomer { placement: _, tid: _, vm: _, pauses, commands, thread, introduced } in waiting {
+        for Newcomer { placement: _, tid: _, vm: _, pauses, entered, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok(Introduction { tid, processor, exit_flag, shape, tsc_khz }) = introduced.recv() {
                 vcpus.handles.push(Handle {
@@ -188,6 +191,7 @@ impl Starting {
                     shape,
                     tsc_khz,
                     pauses,
+                    entered,
                     exit_flag,
                     commands,
                     commander: commander.clone(),
@@ -228,7 +232,7 @@ impl Vcpus {
             commander: commander.clone(),
         };
         for (index, start) in (0u32..).zip(starts) {
-            let pauses = Arc::new(AtomicU32::new(0));
+            let (pauses, entered) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU64::new(0)));
             let (commands, receiver) = channel();
             let (introduce, introduced) = channel();
             let (vm, given) = channel();
@@ -242,6 +246,7 @@ impl Vcpus {
                 shared: shared.clone(),
                 checks: checks.clone(),
                 pauses: pauses.clone(),
+                entered: entered.clone(),
                 commands: receiver,
                 events: event_sender.clone(),
                 spin,
@@ -249,7 +254,7 @@ impl Vcpus {
             };
             let life = move || body.guarded(|body| body.main(start, &begun, &given, &introduce));
             let thread = threads::spawn(Role::Vcpu(index), life)?;
-            starting.waiting.push(Newcomer { placement, tid, vm, pauses, commands, thread, introduced });
+            starting.waiting.push(Newcomer { placement, tid, vm, pauses, entered, commands, thread, introduced });
         }
         Ok(starting)
     }
@@ -297,6 +302,7 @@ impl Vcpus {
     pub(crate) fn resume(&mut self) -> Result<(), VcpuError> {
         self.running = true;
         for handle in &self.handles {
+            handle.entered.store(0, Ordering::Relaxed);
             handle.send(Command::Run)?;
         }
         Ok(())
@@ -384,6 +390,15 @@ impl Vcpus {
 
     pub(crate) fn is_running(&self) -> bool {
         self.running
+    }
+
+    /// When the last of them has gone into the guest since [`Vcpus::resume`]; None while one has not. As
+    /// [`crate::timeline::now_ns`].
+    ///
+    /// Where CPUs are few, a vCPU runs long before whoever has told it to gets to look at the clock.
+    pub(crate) fn entered(&self) -> Option<u64> {
+        let each = self.handles.iter().map(|handle| handle.entered.load(Ordering::Relaxed));
+        each.map(|at| (at != 0).then_some(at)).collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     /// In order of their index.

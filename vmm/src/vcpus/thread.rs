@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 
 use parking_lot::Mutex;
@@ -20,12 +20,14 @@ use crate::boot;
 use crate::memory_errors;
 use crate::panics::panic_text;
 use crate::spin::{Commander, Spin};
+use crate::timeline;
 
 pub(super) struct Body {
     pub index: u32,
     pub shared: Shared,
     pub checks: Arc<Checks>,
     pub pauses: Arc<AtomicU32>,
+    pub entered: Arc<AtomicU64>,
     pub commands: Receiver<Command>,
     pub events: Sender<Event>,
     pub spin: Spin,
@@ -207,6 +209,7 @@ impl Body {
         // Whatever it stood still for: a pause that was asked for, an update, an update that was undone.
         vcpu.note_pause();
         self.take_checks(vcpu);
+        self.entered.store(timeline::now_ns(), Ordering::Relaxed);
         while !self.shared.requests.pending() {
             if !owed.0.is_empty() {
                 // Not one more instruction: KVM only completes the one whose write this is.
