@@ -39,7 +39,7 @@ pub trait Migratable: Sized {
     /// Of the sections with its state.
     const FORMAT: Format;
     /// What the guest can see of it.
-    type State: Serialize + DeserializeOwned;
+    type State: Serialize + DeserializeOwned + 'static;
     /// What only this host has of it: slots of stored fds above all. [`NoHandles`] where there is nothing.
     type Handles: Handles;
     /// What restore needs from the new image: buses, interrupt lines, claims on stored fds.
@@ -74,7 +74,7 @@ pub struct Saved<D: Migratable> {
 pub struct NoHandles;
 
 /// Handles that there are. They have a section of their own, and so a format.
-pub trait HostHandles: Serialize + DeserializeOwned {
+pub trait HostHandles: Serialize + DeserializeOwned + 'static {
     /// Of the sections with them.
     const FORMAT: Format;
 

@@ -8,6 +8,7 @@
 //! All integers little endian; the checksum covers the MessagePack. A section is consumed exactly once, and what is
 //! left over is an error.
 
+use std::any::Any;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -271,10 +272,38 @@ pub fn check(bytes: &[u8]) -> Result<&[u8], StateError> {
     Ok(body)
 }
 
+/// Sections of a state that may come again as they are, decoded in advance: most of what a device has saved while its
+/// guest ran is the same when that stands still, and then nobody has the time to decode it.
+#[derive(Default)]
+pub struct Expected(BTreeMap<String, ExpectedSection>);
+
+struct ExpectedSection {
+    version: u16,
+    data: Vec<u8>,
+    value: Box<dyn Any>,
+}
+
+impl Expected {
+    /// Its value, once, if it is the very same section.
+    fn take<T: 'static>(&mut self, name: &str, version: u16, data: &[u8]) -> Option<T> {
+        let is_same = |section: &ExpectedSection| section.version == version && section.data == data;
+        self.0.get(name).filter(|section| is_same(section) && section.value.is::<T>())?;
+        self.0.remove(name)?.value.downcast().ok().map(|value| *value)
+    }
+}
+
+/// What a reader has to do with what is [`Expected`].
+enum Foresight<'a> {
+    None,
+    Adds(&'a mut Expected),
+    Uses(&'a mut Expected),
+}
+
 /// A checked envelope whose sections wait to be taken.
 pub struct StateReader<'a> {
     build_id: String,
     sections: BTreeMap<Cow<'a, str>, Section<'a>>,
+    foresight: Foresight<'a>,
 }
 
 impl<'a> StateReader<'a> {
@@ -292,7 +321,17 @@ impl<'a> StateReader<'a> {
                 return Err(StateError::Section { name: name.into(), reason: "is there twice".into() });
             }
         }
-        Ok(Self { build_id: body.build_id, sections })
+        Ok(Self { build_id: body.build_id, sections, foresight: Foresight::None })
+    }
+
+    /// Whatever is taken is decoded once more, for `expected`.
+    pub fn expects(self, expected: &'a mut Expected) -> Self {
+        Self { foresight: Foresight::Adds(expected), ..self }
+    }
+
+    /// What is just as it was in a state that was read with [`StateReader::expects`] is not decoded again.
+    pub fn expected(self, expected: &'a mut Expected) -> Self {
+        Self { foresight: Foresight::Uses(expected), ..self }
     }
 
     /// The build that wrote it.
@@ -314,8 +353,17 @@ impl<'a> StateReader<'a> {
     ///
     /// # Errors
     /// It is missing, of another kind, of a version that `format` does not read, or no `T`. It is gone all the same.
-    pub fn take<T: DeserializeOwned>(&mut self, name: &str, format: &Format) -> Result<(u16, T), StateError> {
+    pub fn take<T: DeserializeOwned + 'static>(&mut self, name: &str, format: &Format) -> Result<(u16, T), StateError> {
         let Section { version, data, .. } = self.take_section(name, format)?;
+        if let Foresight::Uses(expected) = &mut self.foresight
+            && let Some(value) = expected.take(name, version, &data)
+        {
+            return Ok((version, value));
+        }
+        if let Foresight::Adds(expected) = &mut self.foresight {
+            let value = Box::new(decode::<T>(name, &data)?);
+            expected.0.insert(name.to_owned(), ExpectedSection { version, data: data.to_vec(), value });
+        }
         Ok((version, decode(name, &data)?))
     }
 
@@ -401,6 +449,46 @@ mod tests {
         assert_eq!(reader.take::<V1>("x", &Format { reads: (1, 4), ..Format::new("thing", 3) }).unwrap().0, 1);
         assert!(reader.take::<V1>("y", &Format::new("other", 1)).is_err());
         assert!(StateReader::new(&written()).unwrap().finish().is_err());
+    }
+
+    #[test]
+    fn what_is_as_expected_is_not_decoded_again() {
+        /// Tells how often it was decoded.
+        #[derive(Serialize, PartialEq, Debug)]
+        struct Counted(u32);
+
+        thread_local!(static DECODED: std::cell::Cell<u32> = const { std::cell::Cell::new(0) });
+
+        impl<'de> Deserialize<'de> for Counted {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                DECODED.set(DECODED.get() + 1);
+                u32::deserialize(deserializer).map(Self)
+            }
+        }
+
+        let state = |same: u32, other: u32| {
+            let mut writer = StateWriter::new("id");
+            writer.add("same", &ONE, &Counted(same)).unwrap();
+            writer.add("other", &ONE, &Counted(other)).unwrap();
+            writer.finish().unwrap()
+        };
+        let (first, second, third) = (state(1, 2), state(1, 3), state(1, 2));
+        let mut expected = Expected::default();
+        let mut reader = StateReader::new(&first).unwrap().expects(&mut expected);
+        let mut take = |name| reader.take::<Counted>(name, &ONE).unwrap().1;
+        assert_eq!((take("same"), take("other")), (Counted(1), Counted(2)));
+        reader.finish().unwrap();
+
+        DECODED.set(0);
+        let mut reader = StateReader::new(&second).unwrap().expected(&mut expected);
+        assert!(reader.take::<Counted>("same", &Format::new("thing", 3)).is_err(), "of a version that is not read");
+        let mut reader = StateReader::new(&second).unwrap().expected(&mut expected);
+        let mut take = |name| reader.take::<Counted>(name, &ONE).unwrap().1;
+        assert_eq!((take("same"), take("other"), DECODED.get()), (Counted(1), Counted(3), 1));
+        // Once, and for no other type.
+        let mut reader = StateReader::new(&third).unwrap().expected(&mut expected);
+        assert_eq!(reader.take::<u32>("other", &ONE).unwrap().1, 2);
+        assert_eq!((reader.take::<Counted>("same", &ONE).unwrap().1, DECODED.get()), (Counted(1), 2));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use theseus_api::types::{UpdateEvent, UpdateOutcome, UpdateReport, VmConfig};
 use theseus_api::{Body, Reply};
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::Hypervisor;
+use theseus_resources::state::Expected;
 use theseus_resources::{Channel, Claims, FdKind, FdStore, StateReader, StoredFd};
 
 use super::UpdateError;
@@ -80,7 +81,9 @@ pub(crate) fn adopt(
     let old = Incoming::new(channel, &**timeline.seams());
     let mut inbox = Inbox { old, fd_store: FdStore::new(), claims: Claims::default() };
     let Arrived { bytes, fds } = inbox.old.state(ToNew::Rehearsal, || ())?;
-    let Saved { mut handover, config: _, machine } = inbox.decode(open(&bytes)?, fds)?;
+    let mut expected = Expected::default();
+    let reader = StateReader::new(&bytes)?.expects(&mut expected);
+    let Saved { mut handover, config: _, machine } = inbox.decode(Opened::new(reader)?, fds)?;
     if let Err(error) = LogConfig::restore(std::mem::take(&mut handover.log)).start_held() {
         crate::emit(std::io::stderr(), &format!("after an update: {error:#}"));
     }
@@ -94,7 +97,7 @@ pub(crate) fn adopt(
 
     // From here on the guest stands still. Its vCPUs' threads begin before the rest is decoded.
     let Arrived { bytes, fds } = inbox.old.state(ToNew::State, || prewarmed.iter().for_each(Prewarmed::awake))?;
-    let mut state = open(&bytes)?;
+    let mut state = Opened::new(StateReader::new(&bytes)?.expected(&mut expected))?;
     let vcpus = state.take_vcpus();
     prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus))?;
     let Saved { mut handover, config, machine } = inbox.decode(state, fds)?;
@@ -138,10 +141,6 @@ pub(crate) fn adopt(
     let Handover { was_shut_down, peers, .. } = handover;
     let peers = Peers::restore(peers);
     Ok(Adopted { host, machine, config, was_shut_down, api, peers, supervisor, confinement, events })
-}
-
-fn open(bytes: &[u8]) -> Result<Opened<'_>, UpdateError> {
-    Ok(Opened::new(StateReader::new(bytes)?)?)
 }
 
 /// Tells the old VMM why this one ends, before it has touched anything.
