@@ -44,7 +44,12 @@ impl Rig {
 
     /// Numbered packets both ways over every wire.
     pub fn traffic(&self) -> Result<Traffic> {
-        Traffic::start(self.agent()?, &self.wires.iter().collect::<Vec<_>>(), traffic::RATE)
+        self.traffic_of(traffic::RATE)
+    }
+
+    /// At most `rate` packets a second, each way over each wire.
+    pub fn traffic_of(&self, rate: u32) -> Result<Traffic> {
+        Traffic::start(self.agent()?, &self.wires.iter().collect::<Vec<_>>(), rate)
     }
 }
 
