@@ -1,8 +1,11 @@
 //! Waits for who is about to answer, without going to sleep: to be woken takes tens of microseconds, most of them a
 //! CPU's way out of its idle state, and in the pause of an update one wait follows another.
+//!
+//! Only on a host that has CPUs to spare. Where others wait for one, who spins uses up his turn and then stands behind
+//! them: pauses of seconds, where a thread that sleeps and is woken goes first (docs/adr/0015).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -10,6 +13,29 @@ use rustix::thread::CpuSet;
 
 /// What one step of a pause takes, and then some.
 const LONGEST: Duration = Duration::from_micros(300);
+
+/// Whether the host had CPUs to spare when it was last looked at.
+static HAS_ROOM: AtomicBool = AtomicBool::new(false);
+
+/// Looks whether the host has CPUs to spare: to be called when somebody is about to wait awake.
+pub(crate) fn look_for_room() {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    HAS_ROOM.store(cpus > 1 && load().is_some_and(|load| has_room(load, cpus)), Ordering::Relaxed);
+}
+
+/// How many threads have run or waited for a CPU, on the average of the last minute, in 1/65536.
+fn load() -> Option<u64> {
+    let mut info = std::mem::MaybeUninit::uninit();
+    // SAFETY: room for what the kernel writes.
+    let said = unsafe { libc::sysinfo(info.as_mut_ptr()) };
+    // SAFETY: it has been written.
+    (said == 0).then(|| unsafe { info.assume_init() }.loads[0])
+}
+
+fn has_room(load: u64, cpus: usize) -> bool {
+    // A quarter of them free: the load lags behind.
+    load.saturating_mul(4) <= (cpus as u64).saturating_mul(3 << 16)
+}
 
 /// How long to stay awake.
 #[derive(Clone, Copy)]
@@ -26,7 +52,7 @@ impl Spin {
     }
 
     pub(crate) fn is_spinning(self) -> bool {
-        !self.0.is_zero()
+        !self.0.is_zero() && HAS_ROOM.load(Ordering::Relaxed)
     }
 
     /// For a command, which `commander` gives.
@@ -57,7 +83,7 @@ impl Spin {
         let began = Instant::now();
         loop {
             let found = look();
-            if found.is_some() || began.elapsed() >= self.0 {
+            if found.is_some() || !self.is_spinning() || began.elapsed() >= self.0 {
                 return found;
             }
             // Not a mere pause: whom this waits for may have been put on the same CPU.
@@ -146,6 +172,17 @@ mod tests {
             assert_eq!(spin.receive_until(&receiver, soon()), Err(RecvTimeoutError::Disconnected));
         }
     }
+
+    #[test]
+    fn nobody_spins_where_cpus_are_few() {
+        let load = |tenths: u64| (tenths << 16) / 10;
+        assert!(has_room(load(0), 1) && has_room(load(15), 2) && has_room(load(90), 12));
+        assert!(!has_room(load(16), 2) && !has_room(load(91), 12) && !has_room(u64::MAX, 12));
+        look_for_room();
+        let cpus = std::thread::available_parallelism().unwrap().get();
+        assert!(super::load().is_some() && (cpus > 1 || !Spin(LONGEST).is_spinning()));
+    }
+
     #[test]
     fn who_waits_leaves_the_cpu_of_whom_it_waits_for() {
         let allowed = rustix::thread::sched_getaffinity(None).unwrap();

@@ -27,6 +27,7 @@ use crate::logging::LogConfig;
 use crate::machine::restore::Prewarmed;
 use crate::machine::{Host, Machine};
 use crate::sandbox::Confinement;
+use crate::spin;
 use crate::supervisor::Supervisor;
 use crate::timeline::{Phase, Timeline};
 
@@ -92,6 +93,7 @@ pub(crate) fn adopt(
     let (hypervisor, fd_store) = (Arc::new(Hypervisor::from_kept(kvm)), inbox.fd_store.clone());
     let host = Host { hypervisor, fd_store, requests, seams: timeline.seams().clone() };
     let prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose()?;
+    spin::look_for_room();
     timeline.pass(Phase::Prewarm)?;
     inbox.old.say(&ToOld::Ready)?;
 

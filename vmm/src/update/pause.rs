@@ -14,7 +14,7 @@ use crate::build_info;
 use crate::logging::Held;
 use crate::machine::state::SaveScope;
 use crate::machine::{Machine, MachineError};
-use crate::spin::Spin;
+use crate::spin::{self, Spin};
 use crate::timeline::{Phase, Timeline};
 
 /// How long running requests may take to end, and vCPUs to stop: a hung device must not hold the guest for longer.
@@ -68,6 +68,7 @@ impl<'a> Paused<'a> {
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.fd_store, &mut kept_connections)).transpose();
         let api = api.map_err(UpdateError::os("cannot keep the API's connections"))?;
         let mut handover = saved::Handover::new(subject, Some(target), Vec::new(), api).map_err(MachineError::from)?;
+        spin::look_for_room();
         timeline.start_deadline(deadline);
         timeline.pass(Phase::Freeze)?;
 

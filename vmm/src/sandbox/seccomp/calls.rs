@@ -61,6 +61,8 @@ fn all(pid: u32) -> Rules {
         libc::SYS_sched_yield,
         libc::SYS_set_robust_list,
         libc::SYS_sigaltstack,
+        // Whether there are CPUs to spare (spin.rs).
+        libc::SYS_sysinfo,
         libc::SYS_write,
         libc::SYS_writev,
     ]);
