@@ -2,7 +2,7 @@
 //! CPU's way out of its idle state, and in the pause of an update one wait follows another.
 //!
 //! Only on a host that has CPUs to spare. Where others wait for one, who spins uses up his turn and then stands behind
-//! them: pauses of seconds, where a thread that sleeps and is woken goes first (docs/adr/0015).
+//! them: pauses of seconds, where a thread that sleeps and is woken goes first (docs/adr/0018).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
