@@ -69,6 +69,16 @@ pub struct Saved<D: Migratable> {
     pub handles: D::Handles,
 }
 
+impl<D: Migratable> PartialEq for Saved<D>
+where
+    D::State: PartialEq,
+    D::Handles: PartialEq,
+{
+    fn eq(&self, other: &Self) -> bool {
+        self.state == other.state && self.handles == other.handles
+    }
+}
+
 /// Of a device that is all state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoHandles;
@@ -126,6 +136,7 @@ pub fn handles_name(name: &str) -> String {
 }
 
 /// A section of the saved state that is not written yet.
+#[derive(Clone)]
 pub struct SavedSection {
     /// With which it is written into the envelope.
     pub format: Format,
@@ -141,6 +152,7 @@ impl SavedSection {
 }
 
 /// A device in the saved state.
+#[derive(Clone)]
 pub struct SavedDevice {
     /// Named as the device.
     pub state: SavedSection,
@@ -151,8 +163,13 @@ pub struct SavedDevice {
 impl SavedDevice {
     /// Saves `device` under its `name`.
     pub fn of<D: Migratable>(device: &D, name: &str) -> Result<Self, MigrateError> {
-        let Saved { state, handles } = device.save()?;
-        let state = SavedSection::new(D::FORMAT, name.to_owned(), &state)?;
+        Ok(Self::written(&device.save()?, name)?)
+    }
+
+    /// A device's state, under its `name`.
+    pub fn written<D: Migratable>(saved: &Saved<D>, name: &str) -> Result<Self, StateError> {
+        let Saved { state, handles } = saved;
+        let state = SavedSection::new(D::FORMAT, name.to_owned(), state)?;
         Ok(Self { state, handles: handles.encode(name)? })
     }
 

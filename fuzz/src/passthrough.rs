@@ -81,7 +81,7 @@ impl Subject {
     fn carried(mut self, damage: Option<&[u8]>) -> Next {
         self.refuse(0);
         self.rig.pci.settle();
-        self.rig.pci.quiesce_irqfds().expect("nothing is refused");
+        self.rig.pci.msix_turn().lock().quiesce_irqfds().expect("nothing is refused");
         let mut state = self.rig.saved();
         assert!(state.len() <= STATE_MAX, "a state of {} bytes", state.len());
         for change in damage.unwrap_or_default().chunks_exact(3) {
@@ -102,7 +102,7 @@ impl Subject {
             new = new.carried(&state).expect("what was taken once is taken again");
         }
         assert!(new.saved() == state, "another state than it came with");
-        let attached = new.pci.attach_irqfds();
+        let attached = new.pci.msix_turn().lock().resume_irqfds();
         let is_damaged = self.is_damaged || damage.is_some();
         assert!(is_damaged || attached.is_ok(), "nothing is refused");
         Next::GoesOn(Self { rig: new, is_damaged, is_carried: true })
@@ -132,7 +132,9 @@ impl Subject {
             21..24 => self.signal(usize::from(input.u8()?) % VECTORS),
             24 | 25 => self.refuse(input.u8()?),
             _ => {
-                let _ = (self.rig.pci.quiesce_irqfds(), self.rig.pci.attach_irqfds());
+                let turn = self.rig.pci.msix_turn();
+                let mut msix = turn.lock();
+                let _ = (msix.quiesce_irqfds(), msix.resume_irqfds());
             }
         }
         Some(())

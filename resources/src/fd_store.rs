@@ -230,6 +230,12 @@ impl FdStore {
         (records, live.into_iter().filter(|kept| !known.contains(&kept.slot())).collect())
     }
 
+    /// The same twice: in between nothing was taken into keeping, and nothing was dropped.
+    pub fn generation(&self) -> (u32, usize) {
+        let inner = look(&self.0);
+        (inner.next, inner.entries.values().filter(|entry| entry.strong_count() > 0).count())
+    }
+
     /// Everything in keeping once more, as another process would get it. For tests.
     pub fn handed_over(&self) -> Result<(Self, Claims), FdStoreError> {
         let (records, fds) = self.offer(&BTreeSet::new());

@@ -174,6 +174,12 @@ impl<T: Serialize> Encoded<T> {
     }
 }
 
+impl<T> Clone for Encoded<T> {
+    fn clone(&self) -> Self {
+        Self { name: self.name.clone(), data: self.data.clone(), of: PhantomData }
+    }
+}
+
 impl<T> Encoded<T> {
     /// For who only passes it on.
     pub fn untyped(self) -> Encoded<()> {
@@ -253,6 +259,17 @@ pub fn length(bytes: &[u8]) -> Option<usize> {
 
 /// That an envelope is whole: its header, length and checksum. Returns its body.
 pub fn check(bytes: &[u8]) -> Result<&[u8], StateError> {
+    let (body, sum) = measured(bytes)?;
+    if checksum(body) == sum { Ok(body) } else { Err(StateError::Checksum) }
+}
+
+/// The same without a look at the body, which its reader checks.
+pub fn check_length(bytes: &[u8]) -> Result<(), StateError> {
+    measured(bytes).map(drop)
+}
+
+/// The body of an envelope that is as long as its header says, and its checksum by that.
+fn measured(bytes: &[u8]) -> Result<(&[u8], u32), StateError> {
     let (header, body) = bytes.split_at_checked(HEADER).ok_or(StateError::Magic)?;
     let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     if header[..8] != MAGIC {
@@ -266,10 +283,7 @@ pub fn check(bytes: &[u8]) -> Result<&[u8], StateError> {
     if body.len() as u64 != want {
         return Err(StateError::Length { have: body.len() as u64, want });
     }
-    if checksum(body) != word(12) {
-        return Err(StateError::Checksum);
-    }
-    Ok(body)
+    Ok((body, word(12)))
 }
 
 /// Sections of a state that may come again as they are, decoded in advance: most of what a device has saved while its
@@ -347,6 +361,22 @@ impl<'a> StateReader<'a> {
     /// Whether a section of this name is left to be taken.
     pub fn has(&self, name: &str) -> bool {
         self.sections.contains_key(name)
+    }
+
+    /// Takes out all sections whose names begin with `prefix`, if they are just those of a state that was read with
+    /// [`StateReader::expects`]. Whether they are.
+    pub fn take_unchanged(&mut self, prefix: &str) -> bool {
+        let Foresight::Uses(Expected(expected)) = &self.foresight else { return false };
+        let found: Vec<_> = self.sections.iter().filter(|(name, _)| name.starts_with(prefix)).collect();
+        let count = expected.keys().filter(|name| name.starts_with(prefix)).count();
+        let is_same = |name: &str, section: &Section<'_>| {
+            expected.get(name).is_some_and(|was| was.version == section.version && was.data == *section.data)
+        };
+        if found.len() != count || !found.iter().all(|(name, section)| is_same(name, section)) {
+            return false;
+        }
+        self.sections.retain(|name, _| !name.starts_with(prefix));
+        true
     }
 
     /// Takes one section out, with the version that it has.
@@ -485,6 +515,12 @@ mod tests {
         let mut reader = StateReader::new(&second).unwrap().expected(&mut expected);
         let mut take = |name| reader.take::<Counted>(name, &ONE).unwrap().1;
         assert_eq!((take("same"), take("other"), DECODED.get()), (Counted(1), Counted(3), 1));
+        let mut reader = StateReader::new(&second).unwrap().expected(&mut expected);
+        assert!(!reader.take_unchanged("o"), "it is another");
+        assert!(reader.has("other"));
+        let mut reader = StateReader::new(&third).unwrap().expected(&mut expected);
+        assert!(reader.take_unchanged("o") && reader.has("same") && !reader.has("other"));
+        assert!(!StateReader::new(&third).unwrap().take_unchanged("o"), "nothing is expected");
         // Once, and for no other type.
         let mut reader = StateReader::new(&third).unwrap().expected(&mut expected);
         assert_eq!(reader.take::<u32>("other", &ONE).unwrap().1, 2);

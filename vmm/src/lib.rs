@@ -235,7 +235,7 @@ fn start(control: Control, if_none: IfNone) -> anyhow::Result<()> {
 pub fn check_state(bytes: &[u8]) -> anyhow::Result<()> {
     let mut opened = update::saved::Opened::new(theseus_resources::StateReader::new(bytes)?)?;
     let vcpus = opened.take_vcpus();
-    opened.decode()?;
+    opened.decode(None)?;
     // As their threads do.
     Ok((0..).zip(vcpus).try_for_each(|(index, vcpu)| vcpu.decode(index).map(drop))?)
 }

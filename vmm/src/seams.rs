@@ -21,6 +21,9 @@ pub(crate) trait Seams: Send + Sync {
     /// A saved state as it was written (`save`), or as it is going to be read (`claim`, `check-update`).
     fn state(&self, _moment: &str, _bytes: &mut Vec<u8>) {}
 
+    /// The kinds and versions of sections that a target says it writes.
+    fn writes(&self, _writes: &mut [(String, u16)]) {}
+
     /// The thread of a vCPU is about to restore it.
     fn restores_vcpu(&self) {}
 

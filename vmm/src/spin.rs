@@ -14,13 +14,23 @@ use rustix::thread::CpuSet;
 /// What one step of a pause takes, and then some.
 const LONGEST: Duration = Duration::from_micros(300);
 
-/// Whether the host had CPUs to spare when it was last looked at.
+/// See [`has_room`].
 static HAS_ROOM: AtomicBool = AtomicBool::new(false);
 
 /// Looks whether the host has CPUs to spare: to be called when somebody is about to wait awake.
 pub(crate) fn look_for_room() {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    HAS_ROOM.store(cpus > 1 && load().is_some_and(|load| has_room(load, cpus)), Ordering::Relaxed);
+    let cpus = cpus();
+    HAS_ROOM.store(cpus > 1 && load().is_some_and(|load| is_room(load, cpus)), Ordering::Relaxed);
+}
+
+/// How many CPUs this process may be on, and have the time of. Opens files of the cgroup: nothing for a pause.
+pub(crate) fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Whether the host had CPUs to spare when it was last looked at, more than one of them.
+pub(crate) fn has_room() -> bool {
+    HAS_ROOM.load(Ordering::Relaxed)
 }
 
 /// How many threads have run or waited for a CPU, on the average of the last minute, in 1/65536.
@@ -32,7 +42,7 @@ fn load() -> Option<u64> {
     (said == 0).then(|| unsafe { info.assume_init() }.loads[0])
 }
 
-fn has_room(load: u64, cpus: usize) -> bool {
+fn is_room(load: u64, cpus: usize) -> bool {
     // A quarter of them free: the load lags behind.
     load.saturating_mul(4) <= (cpus as u64).saturating_mul(3 << 16)
 }
@@ -47,12 +57,11 @@ impl Spin {
     /// For so many threads and the one that commands them. Not at all where there is no CPU for each: they would keep
     /// those whom they wait for from running.
     pub(crate) fn of_threads(count: usize) -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        if cpus > count { Self(LONGEST) } else { Self::NOT }
+        if cpus() > count { Self(LONGEST) } else { Self::NOT }
     }
 
     pub(crate) fn is_spinning(self) -> bool {
-        !self.0.is_zero() && HAS_ROOM.load(Ordering::Relaxed)
+        !self.0.is_zero() && has_room()
     }
 
     /// For a command, which `commander` gives.
@@ -176,8 +185,8 @@ mod tests {
     #[test]
     fn nobody_spins_where_cpus_are_few() {
         let load = |tenths: u64| (tenths << 16) / 10;
-        assert!(has_room(load(0), 1) && has_room(load(15), 2) && has_room(load(90), 12));
-        assert!(!has_room(load(16), 2) && !has_room(load(91), 12) && !has_room(u64::MAX, 12));
+        assert!(is_room(load(0), 1) && is_room(load(15), 2) && is_room(load(90), 12));
+        assert!(!is_room(load(16), 2) && !is_room(load(91), 12) && !is_room(u64::MAX, 12));
         look_for_room();
         let cpus = std::thread::available_parallelism().unwrap().get();
         assert!(super::load().is_some() && (cpus > 1 || !Spin(LONGEST).is_spinning()));

@@ -7,6 +7,7 @@
 //! | `hold` | `PHASE`: at its end, before any fault, a line to the FIFO `held`, and waits for one from `release` |
 //! | `skip-irqfds` | the new image does not attach irqfds, so that a test can be seen to go red |
 //! | `state-version` | as a target, this build claims to read only saved states of another format |
+//! | `whole-handover` | as a target, this build writes handovers as builds do that do not know one ahead |
 //! | `skip-state-check` | state that KVM would not take is saved all the same |
 //! | `counting-device` | a guest that boots has a device that counts (devices/src/counting.rs) |
 //! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
@@ -16,7 +17,8 @@
 //!
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
 //! kill, stop, hang (N seconds), sleep (N ms), oom (takes memory until it is killed). The phase `become` is the moment
-//! right before the keeper is asked to become the new image, `word` the one between the last look at the deadline and
+//! right before the keeper is asked to become the new image, `ahead` the one in which the new VMM gets what goes over
+//! ahead of the machine, `word` the one between the last look at the deadline and
 //! the word, `committed` the one right after that word. Some are of one phase: `save:truncated` and `claim:truncated`
 //! (the state as written, as read), `invalidate:ebusy:N` (container N refuses), `remap:refused:N` (MAP of range N is
 //! refused).
@@ -62,6 +64,13 @@ impl Seams for Hooks {
         if moment == "check-update" && path("state-version").is_some() {
             // Behind the eight bytes of the magic number.
             bytes.splice(8..12, (FORMAT + 2).to_le_bytes());
+        }
+    }
+
+    fn writes(&self, writes: &mut [(String, u16)]) {
+        let handover = writes.iter_mut().find(|(kind, _)| kind == "handover");
+        if let Some((_, version)) = handover.filter(|_| path("whole-handover").is_some()) {
+            *version -= 1;
         }
     }
 

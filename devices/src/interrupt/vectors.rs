@@ -86,9 +86,13 @@ impl Vectors {
         self.vectors.iter().map(|vector| vector.route.eventfd()).collect()
     }
 
-    /// Whether an event of the vector waits.
+    /// Whether an event of the vector waits, and not only for the end of a quiescence, in which it is on its way.
     pub(crate) fn is_pending(&self, vector: usize) -> bool {
-        self.vectors.get(vector).is_some_and(|vector| vector.route.is_pending())
+        self.vectors.get(vector).is_some_and(|vector| self.waits(vector) && vector.route.is_pending())
+    }
+
+    fn waits(&self, vector: &Vector) -> bool {
+        !self.quiesced || vector.wanted.is_none()
     }
 
     /// What the vectors of `range` are to send from now on; None: they are masked. What KVM refuses is logged, as the
@@ -156,7 +160,7 @@ impl Vectors {
         if self.dirty { self.reconcile_all() } else { Ok(()) }
     }
 
-    /// Detaches all, with vCPUs stopped. Undone by [`Vectors::resume`], after an error too.
+    /// Detaches all, and attaches none until [`Vectors::resume`], which undoes it, after an error too.
     pub(crate) fn quiesce(&mut self) -> Result<(), InterruptError> {
         self.quiesced = true;
         self.reconcile_all()
@@ -189,10 +193,10 @@ impl Vectors {
         self.dirty = false;
     }
 
-    /// Those with an event that waits. One call for all: it is made in the pause of an update.
+    /// As [`Vectors::is_pending`], of all. One call for all: it is made in the pause of an update.
     pub(crate) fn pending(&self) -> Vec<u16> {
-        let routes: Vec<_> = (0..).zip(self.vectors.iter().map(|vector| &vector.route)).collect();
-        route::pending(&routes)
+        let waiting = (0..).zip(&self.vectors).filter(|(_, vector)| self.waits(vector));
+        route::pending(&waiting.map(|(n, vector)| (n, &vector.route)).collect::<Vec<_>>())
     }
 
     pub(crate) fn save(&self) -> Vec<RouteHandles> {

@@ -1,6 +1,6 @@
 //! MSI-X emulation (PCI Local Bus 3.0, 6.8.2): the table and the pending bits the guest sees, over [`Vectors`].
 //!
-//! An update detaches all vectors: quiesced, what comes while vCPUs are stopped waits in the eventfds, which go over.
+//! An update detaches all vectors: quiesced, what comes waits in the eventfds, which go over.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -163,15 +163,15 @@ impl Msix {
         Ok(self.vectors.settle()?)
     }
 
-    /// Detaches all irqfds, with vCPUs stopped, before an update. Undone by [`Msix::resume_irqfds`], after an error
-    /// too.
-    pub(crate) fn quiesce_irqfds(&mut self) -> Result<(), MsixError> {
+    /// Detaches all irqfds, before an update: what comes waits in the eventfds, whatever a guest that still runs does to
+    /// its table. Undone by [`Msix::resume_irqfds`], after an error too.
+    pub fn quiesce_irqfds(&mut self) -> Result<(), MsixError> {
         Ok(self.vectors.quiesce()?)
     }
 
     /// Attaches the irqfds of all unmasked vectors, which injects what has come meanwhile: in the old image after an
     /// update that did not happen, in the new one once all LAPICs and the GSI routes are in place.
-    pub(crate) fn resume_irqfds(&mut self) -> Result<(), MsixError> {
+    pub fn resume_irqfds(&mut self) -> Result<(), MsixError> {
         Ok(self.vectors.resume()?)
     }
 

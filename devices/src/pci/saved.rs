@@ -81,7 +81,8 @@ pub(crate) struct MsixState {
     pub(super) table: Vec<u8>,
     /// Message control: MSI-X Enable and Function Mask.
     pub(super) control: u16,
-    /// The vectors whose pending bit is set. They wait in the eventfds, where these go over too.
+    /// The vectors whose pending bit is set. They wait in the eventfds, where these go over too, as does what is on its
+    /// way and has no pending bit.
     pub(super) pending: Vec<u16>,
 }
 

@@ -30,7 +30,7 @@ use crate::pci::PciDevice;
 use crate::pci::bar::{BarAddress, BarRegister};
 use crate::pci::config::PhysicalConfig;
 use crate::pci::decoding::Decoding;
-use crate::pci::msix::{Msix, MsixError};
+use crate::pci::msix::Msix;
 use crate::pci::msix_capability::MsixLayout;
 use crate::pci::placement::{Decoded, place, reserve, vacate};
 use crate::pci::regs::*;
@@ -149,7 +149,8 @@ impl VfioPci {
         self.msix.lock()
     }
 
-    /// What accesses to its MSI-X table and the pages around it wait for, beside the device itself.
+    /// What accesses to its MSI-X table and the pages around it wait for, beside the device itself: never for long, as
+    /// nobody has it while the function is being reset.
     pub fn msix_turn(&self) -> Arc<Turn<Msix>> {
         self.msix.clone()
     }
@@ -157,18 +158,6 @@ impl VfioPci {
     /// Where this process has a part of a BAR mapped, for [`super::remap_all`]. None: not all of it is mapped.
     pub fn bar_vaddr(&self, region: u32, offset: u64, size: u64) -> Option<u64> {
         self.bars.iter().find(|bar| bar.region() == region)?.vaddr(offset, size)
-    }
-
-    /// Detaches all irqfds before an update; undone by [`VfioPci::attach_irqfds`], after an error too. vCPUs must be
-    /// stopped.
-    pub fn quiesce_irqfds(&self) -> Result<(), MsixError> {
-        self.msix().quiesce_irqfds()
-    }
-
-    /// Attaches the irqfds of all unmasked vectors, which injects what came meanwhile. In a new image: after all LAPICs
-    /// and the GSI routes.
-    pub fn attach_irqfds(&self) -> Result<(), MsixError> {
-        self.msix().resume_irqfds()
     }
 
     /// The orderly end of a device that no other image has taken over: interrupts off, bus mastering off, unmapped, its
@@ -304,7 +293,7 @@ impl Migratable for VfioPci {
         Ok(state)
     }
 
-    /// Comes up with its irqfds detached: [`VfioPci::attach_irqfds`] is a later step.
+    /// Comes up with its irqfds detached: [`Msix::resume_irqfds`] is a later step.
     fn restore(saved: Saved<Self>, parts: VfioPciParts<'_>) -> Result<Self, MigrateError> {
         let Saved { state, handles } = saved;
         let VfioPciState { id, config, layout, msix, bars, decoding } = state;

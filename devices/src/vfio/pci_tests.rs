@@ -180,7 +180,7 @@ fn a_device_that_was_made_ready_is_mended() {
         let mut pci = VfioPci::restore(state, parts).unwrap();
 
         last(&mut rig);
-        rig.pci.quiesce_irqfds().unwrap();
+        rig.pci.msix().quiesce_irqfds().unwrap();
         let late = saved(&rig);
         let (records, fds) = rig.wiring.fd_store.offer(&known);
         fd_store.receive(&mut claims, records, again(fds)).unwrap();
@@ -194,8 +194,8 @@ fn a_device_that_was_made_ready_is_mended() {
         assert_eq!(saved(&new), late, "{name}");
         assert_eq!(new.slots(), slots, "{name}");
         assert_eq!(new.msi.attached(), 0, "{name}");
-        rig.pci.attach_irqfds().unwrap();
-        new.pci.attach_irqfds().unwrap();
+        rig.pci.msix().resume_irqfds().unwrap();
+        new.pci.msix().resume_irqfds().unwrap();
         assert_eq!(new.msi.attached(), rig.msi.attached(), "{name}");
     }
 }
@@ -229,7 +229,7 @@ fn a_moved_and_running_device_goes_over_whole() {
     let mut rig = rig();
     rig.write(0x10, &0xD000_0000u32.to_le_bytes());
     enable_vector0(&mut rig);
-    rig.pci.quiesce_irqfds().unwrap();
+    rig.pci.msix().quiesce_irqfds().unwrap();
     let (slots, dma, memslots) = (rig.slots(), rig.dma(), rig.memslots.clone());
     let msix_fd = rig.pci.msix().eventfds().unwrap()[0].try_clone_to_owned().unwrap();
     assert_eq!(with_slots(&saved(&rig)), ["nic0.handles", "vfio.handles"]);
@@ -244,7 +244,7 @@ fn a_moved_and_running_device_goes_over_whole() {
         assert!(new.pci.bar_vaddr(region, offset, map.size).is_some());
     }
     assert_eq!(new.msi.attached(), 0);
-    new.pci.attach_irqfds().unwrap();
+    new.pci.msix().resume_irqfds().unwrap();
     assert_eq!(new.msi.injected(), [0x41], "what came in the pause");
     assert_eq!(new.windows.mmio32.allocate(0x1_0000), Some(0xC002_0000), "the addresses stay taken");
     new.pci.settle();

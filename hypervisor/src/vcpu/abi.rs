@@ -1,7 +1,10 @@
 //! Arrays of KVM's structures in a saved state: one run of bytes, as the kernel's ABI has them, which no kernel
 //! changes. Element by element they are most of what it takes to decode a vCPU, which is a part of an update's pause.
 
-use serde::de::Error;
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{Error, Visitor};
 use serde::{Deserializer, Serializer};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -9,11 +12,29 @@ pub(super) fn serialize<T: IntoBytes + Immutable, S: Serializer>(items: &[T], to
     serde_bytes::serialize(items.as_bytes(), to)
 }
 
-pub(super) fn deserialize<'de, T: FromBytes, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
-    let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
-    let items = bytes.chunks(size_of::<T>()).map(|item| T::read_from_bytes(item).ok());
-    let whole: Option<Vec<T>> = items.collect();
-    whole.ok_or_else(|| D::Error::custom(format!("{} bytes are no array of {} each", bytes.len(), size_of::<T>())))
+pub(super) fn deserialize<'de, T: FromBytes + IntoBytes, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+    from.deserialize_bytes(Items(PhantomData))
+}
+
+/// Copies them as a whole.
+struct Items<T>(PhantomData<T>);
+
+impl<T: FromBytes + IntoBytes> Visitor<'_> for Items<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an array of {} bytes each", size_of::<T>())
+    }
+
+    fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<T>, E> {
+        if !bytes.len().is_multiple_of(size_of::<T>()) {
+            return Err(E::custom(format!("{} bytes are no array of {} each", bytes.len(), size_of::<T>())));
+        }
+        let mut items = Vec::new();
+        items.resize_with(bytes.len() / size_of::<T>(), T::new_zeroed);
+        items.as_mut_slice().as_mut_bytes().copy_from_slice(bytes);
+        Ok(items)
+    }
 }
 
 #[cfg(test)]

@@ -161,6 +161,31 @@ pub(super) fn exec_fails() -> Result<()> {
     })
 }
 
+/// What goes over ahead of the machine does not arrive, or the update ends when the guest still runs and its interrupts
+/// wait already: it runs on, with its interrupts. A target that does not know of what goes ahead gets all at once.
+pub(super) fn ahead() -> Result<()> {
+    rig::shared(|rig| {
+        let faults = [
+            ("ahead:error", "error (test)"),
+            ("ahead:panic", "panic"),
+            ("ahead:kill", "died"),
+            ("freeze:error", "error (test)"),
+            ("freeze:panic", "panic"),
+        ];
+        for (fault, word) in faults {
+            unharmed(rig, End::RolledBack, &[word], |rig| {
+                let _fault = Switch::with(&rig.vm.dir, "fault", fault)?;
+                rig.vm.ask_update(&rig.vm.other_build()?)
+            })
+            .context(fault)?;
+        }
+        let whole = Switch::on(&rig.vm.dir, "whole-handover")?;
+        rig.update_under_traffic()?;
+        drop(whole);
+        rig.update_under_traffic()
+    })
+}
+
 /// A lower version is refused, unless it is asked for by name.
 pub(super) fn downgrade() -> Result<()> {
     rig::shared(|rig| {

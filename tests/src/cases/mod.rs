@@ -158,6 +158,7 @@ const CASES: &[Case] = &[
     shared("fails_older_state_version", failures::older_state_version),
     shared("fails_downgrade", failures::downgrade),
     shared("fails_exec", failures::exec_fails),
+    shared("fails_ahead", failures::ahead),
     shared("target_of_others", target::of_others),
     shared("fails_vcpu_thread", deaths::vcpu_panic),
     shared("fails_vcpu_filter", deaths::vcpu_filter),

@@ -3,6 +3,7 @@
 
 mod build;
 mod devices;
+mod draft;
 mod error;
 mod fits;
 mod glue;
@@ -118,7 +119,14 @@ impl Machine {
         Ok(self.vcpus.resume()?)
     }
 
-    /// In a pause, so that another VMM may have the guest: from now on interrupts wait in their eventfds. Undone by
+    /// While the guest runs, right before it is paused so that another VMM may have it: what the pause need not hold.
+    /// From now on interrupts wait in their eventfds. Undone by [`Self::activate`], after an error too.
+    pub(crate) fn prepare_quiesce(&self) -> Result<(), MachineError> {
+        self.passthrough.draft()?;
+        self.passthrough.withhold_interrupts()
+    }
+
+    /// In a pause, after [`Self::prepare_quiesce`], so that another VMM may have the guest. Undone by
     /// [`Self::activate`].
     pub(crate) fn quiesce(&self) -> Result<(), MachineError> {
         // What has come to stand in the way since it was asked before.
@@ -141,6 +149,11 @@ impl Machine {
 
     /// In the one VMM that has the guest: interrupts arrive again, and if it is to run, it does.
     pub(crate) fn activate(&mut self, running: bool) -> Result<(), MachineError> {
+        if self.vcpus.is_running() {
+            // It was not stopped: its devices are in use.
+            self.passthrough.attach_irqfds();
+            return Ok(());
+        }
         self.passthrough.resume(&self.vm);
         if running {
             self.devices.resume();

@@ -13,20 +13,23 @@ use theseus_devices::migratable::{self, Handles, Migratable, Saved, SavedDevice,
 use theseus_devices::pci::bar::{BarAddress, BarKind};
 use theseus_devices::pci::msix::Msix;
 use theseus_devices::pci::placed_bar::AddressSpace;
-use theseus_devices::turn::Turn;
+use theseus_devices::turn::{Turn, TurnGuard};
 use theseus_devices::vfio::saved::PassthroughHandles;
 use theseus_devices::vfio::{self, DmaDomain, Invalidated, Passthrough, VfioPci, VfioPciParts, Wiring};
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
 use theseus_resources::state::Format;
+use theseus_resources::survivor::look;
 use theseus_resources::{Claims, FdStore, MemoryListeners, RamBlock, StateReader, StateWriter};
 
+use super::draft::Draft;
 use super::glue::{VmInterrupts, VmMemslots};
 use super::spec::PassthroughSpec;
 use super::{Host, MachineError};
 use crate::seams::Seams;
 
-/// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
+/// How long vm.info waits for a device, and an update for its MSI-X: longer than a reset of a function takes
+/// (pcie_flr).
 const A_MOMENT: Duration = Duration::from_millis(500);
 
 struct Plugged {
@@ -47,6 +50,26 @@ impl Plugged {
         };
         Self { slot, id, host_bdf, device, msix }
     }
+
+    fn save(&self) -> Result<Saved<VfioPci>, MachineError> {
+        let device = self.device.look().map_err(|held| MachineError::Held { device: self.id.clone(), held })?;
+        device.save().map_err(|source| MachineError::Device { name: section(&self.id), source })
+    }
+
+    fn encode(&self, saved: &Saved<VfioPci>) -> Result<Vec<SavedSection>, MachineError> {
+        let SavedDevice { state, handles } = SavedDevice::written(saved, &section(&self.id))?;
+        Ok([Some(state), handles].into_iter().flatten().collect())
+    }
+
+    /// Before all vCPUs, and however long it takes: without its interrupts the guest is lost.
+    fn own_msix(&self) -> TurnGuard<'_, Msix> {
+        loop {
+            match self.msix.lock_first(A_MOMENT) {
+                Ok(msix) => return msix,
+                Err(held) => log::warn!("device '{}': its MSI-X: {held}", self.id),
+            }
+        }
+    }
 }
 
 pub(super) struct PassthroughDevices {
@@ -55,7 +78,16 @@ pub(super) struct PassthroughDevices {
     registry: Passthrough,
     window64: Range<u64>,
     windows: Mutex<Windows>,
+    /// None until a first update.
+    drafts: Mutex<Option<Drafts>>,
     seams: Arc<dyn Seams>,
+}
+
+/// As all of it was right before a pause.
+struct Drafts {
+    registry: Draft<PassthroughHandles>,
+    /// In the order of those that are plugged.
+    devices: Vec<Draft<Saved<VfioPci>>>,
 }
 
 /// What the other sections of passed-through devices hang on.
@@ -70,6 +102,13 @@ pub(super) const LAYOUT: Format = Format::new("vfio-layout", 1);
 
 /// The name of containers and groups.
 const REGISTRY: &str = "vfio";
+
+/// In a state that follows another one of the same guest.
+pub(crate) enum PassthroughChange {
+    /// It is the same.
+    None,
+    To(PassthroughState),
+}
 
 /// Decoded; nothing is claimed yet.
 pub(crate) struct PassthroughState {
@@ -110,7 +149,8 @@ impl PassthroughDevices {
             let slot = buses.pci.add(None, device.clone())?;
             plugged.push(Plugged::new(slot, device));
         }
-        let this = Self { plugged, registry, window64, windows: Mutex::new(windows), seams };
+        let (windows, drafts) = (Mutex::new(windows), Mutex::default());
+        let this = Self { plugged, registry, window64, windows, drafts, seams };
         this.tell_kvm(vm)?;
         Ok(this)
     }
@@ -158,15 +198,25 @@ impl PassthroughDevices {
         self.plugged.iter().map(node).collect()
     }
 
-    /// vCPUs are stopped: from now on interrupts wait in their eventfds, and the old VM is off the groups, so that its
-    /// late release does not clear their VM pointer under the new one. Undone by [`Self::resume`].
-    pub(super) fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
-        self.settle(vm);
-        for plugged in &self.plugged {
-            let device = plugged.device.lock();
-            let failed = |source| MachineError::Interrupts { device: device.id().to_owned(), source };
-            device.quiesce_irqfds().map_err(failed)?;
+    /// From now on interrupts wait in their eventfds. The guest may run meanwhile, and had better: KVM takes irqfds off
+    /// one after the other, each with a grace period (irqfd_shutdown). Undone by [`Self::attach_irqfds`], after an error
+    /// too.
+    pub(super) fn withhold_interrupts(&self) -> Result<(), MachineError> {
+        for Plugged { id, device, msix, .. } in &self.plugged {
+            let held = |held| MachineError::Held { device: id.clone(), held };
+            // What the host has refused before it may not refuse now. What it refuses still is tried again by the VMM in
+            // which the guest goes on.
+            device.lock_first(A_MOMENT).map_err(held)?.settle();
+            let mut msix = msix.lock_first(A_MOMENT).map_err(held)?;
+            let failed = |source| MachineError::Interrupts { device: id.clone(), source };
+            msix.quiesce_irqfds().map_err(failed)?;
         }
+        Ok(())
+    }
+
+    /// vCPUs are stopped: from now on the old VM is off the groups, so that its late release does not clear their VM
+    /// pointer under the new one. Undone by [`Self::resume`].
+    pub(super) fn quiesce(&self, vm: &Vm) -> Result<(), MachineError> {
         self.registry.group_fds().iter().try_for_each(|group| Ok(vm.vfio_del(group.as_fd())?))
     }
 
@@ -178,17 +228,22 @@ impl PassthroughDevices {
         self.plugged.iter().for_each(|plugged| plugged.device.lock().settle());
     }
 
-    /// Attaches all irqfds, in the one VMM that has the guest, before its vCPUs run. What the host refuses is logged
-    /// and tried again: see [`Self::settle`].
-    pub(super) fn resume(&self, vm: &Vm) {
-        if self.seams.attaches_irqfds() {
-            for plugged in &self.plugged {
-                let device = plugged.device.lock();
-                if let Err(error) = device.attach_irqfds() {
-                    log::error!("{}: {error}", device.id());
-                }
+    /// Attaches all irqfds, in the one VMM that has the guest, which may run. What the host refuses is logged and tried
+    /// again: see [`Self::settle`].
+    pub(super) fn attach_irqfds(&self) {
+        if !self.seams.attaches_irqfds() {
+            return;
+        }
+        for plugged in &self.plugged {
+            if let Err(error) = plugged.own_msix().resume_irqfds() {
+                log::error!("{}: {error}", plugged.id);
             }
         }
+    }
+
+    /// The end of a pause, before the vCPUs run.
+    pub(super) fn resume(&self, vm: &Vm) {
+        self.attach_irqfds();
         self.settle(vm);
     }
 
@@ -205,8 +260,8 @@ impl PassthroughDevices {
     }
 
     /// Takes a later state of the same guest, while none of it is in use.
-    pub(super) fn mend(&self, state: PassthroughState, claims: &mut Claims) -> Result<(), MachineError> {
-        let PassthroughState { layout, registry, devices } = state;
+    pub(super) fn mend(&self, change: PassthroughChange, claims: &mut Claims) -> Result<(), MachineError> {
+        let PassthroughChange::To(PassthroughState { layout, registry, devices }) = change else { return Ok(()) };
         self.registry.mend(registry).map_err(|source| MachineError::Device { name: REGISTRY.into(), source })?;
         let here = self.plugged.iter().map(|plugged| (plugged.slot, &plugged.id));
         if !here.eq(layout.devices.iter().map(|(slot, id)| (*slot, id))) {
@@ -249,35 +304,46 @@ impl PassthroughDevices {
         self.registry.release();
     }
 
+    /// Encodes all of it ahead of [`Self::save`].
+    pub(super) fn draft(&self) -> Result<(), MachineError> {
+        let registry = Draft::new(self.registry.save(), &encode_registry)?;
+        let draft = |plugged: &Plugged| Draft::new(plugged.save()?, &|saved| plugged.encode(saved));
+        let devices = self.plugged.iter().map(draft).collect::<Result<_, _>>()?;
+        *self.drafts.lock() = Some(Drafts { registry, devices });
+        Ok(())
+    }
+
     pub(super) fn save(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
-        let Self { plugged, registry, window64, windows: _, seams: _ } = self;
+        let Self { plugged, registry, window64, windows: _, drafts, seams: _ } = self;
         let layout = Layout {
             window64: (window64.start, window64.end),
             devices: plugged.iter().map(|plugged| (plugged.slot, plugged.id.clone())).collect(),
         };
         writer.add("vfio-layout", &LAYOUT, &layout)?;
-        let mut sections = vec![registry.save().encode(REGISTRY)?];
-        for (plugged, (_, id)) in plugged.iter().zip(&layout.devices) {
-            let name = section(id);
-            let device = plugged.device.look().map_err(|held| MachineError::Held { device: id.clone(), held })?;
-            let saved = SavedDevice::of(&*device, &name).map_err(|source| MachineError::Device { name, source })?;
-            sections.extend([Some(saved.state), saved.handles]);
+        let drafts = look(drafts);
+        let of_registry = drafts.as_ref().map(|drafts| &drafts.registry);
+        let mut sections = Draft::sections(of_registry, &registry.save(), &encode_registry)?;
+        for (n, plugged) in plugged.iter().enumerate() {
+            let draft = drafts.as_ref().and_then(|drafts| drafts.devices.get(n));
+            sections.extend(Draft::sections(draft, &plugged.save()?, &|saved| plugged.encode(saved))?);
         }
-        let mut sections = sections.into_iter().flatten();
+        let mut sections = sections.into_iter();
         sections.try_for_each(|SavedSection { format, encoded }| Ok(writer.add_encoded(encoded, &format)?))
     }
 
     /// Touches neither VFIO nor the interrupts: see [`Self::remap`]. The BARs' memslots come before the interrupt
     /// controllers.
     pub(super) fn restore(
-        state: PassthroughState,
+        state: PassthroughChange,
         vm: &BareVm,
         buses: &Buses,
         memory: &Arc<MemoryListeners>,
         host: &Host,
         claims: &mut Claims,
     ) -> Result<Self, MachineError> {
-        let PassthroughState { layout, registry, devices } = state;
+        let PassthroughChange::To(PassthroughState { layout, registry, devices }) = state else {
+            return Err(MachineError::OtherDevices);
+        };
         let (fd_store, seams) = (&host.fd_store, host.seams.clone());
         let registry = Passthrough::restore(registry, fd_store.clone(), memory.clone(), claims)
             .map_err(|source| MachineError::Device { name: REGISTRY.into(), source })?;
@@ -297,7 +363,8 @@ impl PassthroughDevices {
             buses.pci.add(Some(slot), device.clone())?;
             plugged.push(Plugged::new(slot, device));
         }
-        Ok(Self { plugged, registry, window64, windows: Mutex::new(windows), seams })
+        let (windows, drafts) = (Mutex::new(windows), Mutex::default());
+        Ok(Self { plugged, registry, window64, windows, drafts, seams })
     }
 }
 
@@ -311,12 +378,22 @@ fn bar(bar: BarAddress) -> Resource {
     Resource::PciBar { index: index.into(), base: address, size, type_, prefetchable }
 }
 
+fn encode_registry(handles: &PassthroughHandles) -> Result<Vec<SavedSection>, MachineError> {
+    Ok(handles.encode(REGISTRY)?.into_iter().collect())
+}
+
 fn section(id: &str) -> String {
     format!("vfio-pci/{id}")
 }
 
-impl PassthroughState {
+impl PassthroughChange {
     pub(crate) fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
+        if reader.take_unchanged("vfio") { Ok(Self::None) } else { PassthroughState::decode(reader).map(Self::To) }
+    }
+}
+
+impl PassthroughState {
+    fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
         let (_, layout): (_, Layout) = reader.take("vfio-layout", &LAYOUT)?;
         let registry = PassthroughHandles::take(reader, REGISTRY)?;
         let devices = layout

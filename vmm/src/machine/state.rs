@@ -8,7 +8,7 @@ use theseus_resources::ram::{RamHandles, RamState};
 use theseus_resources::state::{Format, Kind};
 use theseus_resources::{StateReader, StateWriter};
 
-use super::passthrough::PassthroughState;
+use super::passthrough::PassthroughChange;
 use super::{Machine, MachineError};
 use crate::boot::MACHINE_VERSION;
 use crate::build_info;
@@ -75,35 +75,34 @@ pub(crate) struct MachineState {
     /// Of a dry run.
     pub shapes: Vec<(VcpuShape, Placement)>,
     pub devices: DecodedSet,
-    pub passthrough: PassthroughState,
+    pub passthrough: PassthroughChange,
 }
 
 /// How much of the machine is saved.
-pub(crate) enum SaveScope<'a> {
+pub(crate) enum SaveScope {
     /// No vCPU states, as the guest is running, but where and how each vCPU's thread is scheduled.
     DryRun(Vec<Placement>),
-    /// With those that are being saved. A save that [`crate::vcpus::Vcpus::begin_save_alone`] has begun needs no other
-    /// thread, neither environment nor log, and of a survivor ([`theseus_resources::survivor`]) no lock.
-    Full(Saving<'a>),
+    Full,
 }
 
 impl Machine {
-    /// Pure. `was_running`: whether the guest is to run again.
-    pub(crate) fn save(
+    /// The first part: what the guest does not change, so that it can be written while it still runs. Pure.
+    /// `was_running`: whether the guest is to run again.
+    pub(crate) fn save_frame(
         &self,
         writer: &mut StateWriter,
-        depth: SaveScope<'_>,
+        scope: SaveScope,
         was_running: bool,
     ) -> Result<(), MachineError> {
-        let Self { version, vcpus, passthrough, devices, memory: _, vm, ram, clock, unfilled: _, populating: _ } = self;
-        let (saving, shapes, placements) = match depth {
-            SaveScope::Full(saving) => (Some(saving), Vec::new(), Vec::new()),
+        let Self { version, vcpus, ram, .. } = self;
+        let (count, shapes, placements) = match scope {
+            SaveScope::Full => (Some(vcpus.count()), Vec::new(), Vec::new()),
             SaveScope::DryRun(placements) => (None, vcpus.shapes(), placements),
         };
         let section = MachineSection {
             machine_version: *version,
             running: was_running,
-            vcpus: saving.as_ref().map(|_| vcpus.count()),
+            vcpus: count,
             shapes,
             #[cfg(later_build)]
             of_a_later_version: Some(1),
@@ -113,7 +112,15 @@ impl Machine {
         writer.add(&handles_name("machine"), &MACHINE_HANDLES, &handles)?;
         let (ram, handles) = ram.save();
         writer.add("ram", &RAM, &ram)?;
-        writer.add(&handles_name("ram"), &RAM_HANDLES, &handles)?;
+        Ok(writer.add(&handles_name("ram"), &RAM_HANDLES, &handles)?)
+    }
+
+    /// The rest, with the states of the vCPUs if the guest stands still. Pure. What
+    /// [`crate::vcpus::Vcpus::begin_save_alone`] has begun needs no other thread, neither environment nor log, and of a
+    /// survivor ([`theseus_resources::survivor`]) no lock.
+    pub(crate) fn save(&self, writer: &mut StateWriter, saving: Option<Saving<'_>>) -> Result<(), MachineError> {
+        let Self { version: _, vcpus, passthrough, devices, memory: _, vm, ram: _, clock, unfilled: _, populating: _ } =
+            self;
         writer.add("irqchip", &IRQCHIP, &vm.save_irqchip()?)?;
         let clock = vm.save_clock(*clock, vcpus.tsc_khz())?;
         writer.add(&handles_name("clock"), &CLOCK_HANDLES, &clock.handles())?;
@@ -174,7 +181,7 @@ impl MachineState {
             clock: ClockAnchor::restore(clock),
             shapes: shapes.into_iter().map(|shape| (shape, placements.next().unwrap_or_default())).collect(),
             devices: DecodedSet::decode(reader)?,
-            passthrough: PassthroughState::decode(reader)?,
+            passthrough: PassthroughChange::decode(reader)?,
         })
     }
 }

@@ -124,7 +124,8 @@ fn halted() -> Option<(Machine, Vec<u8>)> {
 
 fn save(machine: &Machine, saving: Saving<'_>) -> Vec<u8> {
     let mut writer = StateWriter::new("id");
-    machine.save(&mut writer, SaveScope::Full(saving), true).unwrap();
+    machine.save_frame(&mut writer, SaveScope::Full, true).unwrap();
+    machine.save(&mut writer, Some(saving)).unwrap();
     writer.finish().unwrap()
 }
 

@@ -18,7 +18,7 @@ use theseus_resources::{Channel, Claims, FdKind, FdStore, StateReader, StoredFd}
 
 use super::UpdateError;
 use super::dispensable::Dispensable;
-use super::saved::{ApiSlots, Handover, Opened, Saved};
+use super::saved::{ApiSlots, Beside, Handover, Opened, Saved};
 use super::transport::{Arrived, Incoming};
 use super::words::{ToNew, ToOld};
 use crate::build_info;
@@ -29,7 +29,7 @@ use crate::machine::{Host, Machine};
 use crate::sandbox::Confinement;
 use crate::spin;
 use crate::supervisor::Supervisor;
-use crate::timeline::{Phase, Timeline};
+use crate::timeline::{NotPassed, Phase, Timeline};
 
 /// The running guest in its new VMM, and what is left to do outside of its pause.
 pub(crate) struct Adopted {
@@ -57,13 +57,25 @@ struct Inbox<'a> {
 }
 
 impl Inbox<'_> {
-    /// Decodes a state, and gets the rest of the descriptors. `fds`: those that came with it.
-    fn decode(&mut self, state: Opened<'_>, fds: Vec<OwnedFd>) -> Result<Saved, UpdateError> {
-        let mut saved = state.decode()?;
-        let records = std::mem::take(&mut saved.handover.fd_store);
-        let fds = self.old.descriptors(fds, self.fd_store.missing(&records))?;
-        self.fd_store.receive(&mut self.claims, records, fds)?;
+    /// Decodes a state, and gets the rest of the descriptors. `fds`: those that came with it; `ahead`: what came ahead
+    /// of it.
+    fn decode(&mut self, state: Opened<'_>, ahead: Option<Beside>, fds: Vec<OwnedFd>) -> Result<Saved, UpdateError> {
+        let mut saved = state.decode(ahead)?;
+        self.receive(&mut saved.beside, fds)?;
         Ok(saved)
+    }
+
+    /// What comes ahead of the state of the guest that stands still.
+    fn ahead(&mut self, Arrived { bytes, fds, .. }: Arrived) -> Result<Beside, UpdateError> {
+        let mut beside = Beside::decode(&bytes)?;
+        self.receive(&mut beside, fds)?;
+        Ok(beside)
+    }
+
+    fn receive(&mut self, beside: &mut Beside, fds: Vec<OwnedFd>) -> Result<(), UpdateError> {
+        let Some(records) = beside.fd_store.take() else { return Ok(()) };
+        let fds = self.old.descriptors(fds, self.fd_store.missing(&records))?;
+        Ok(self.fd_store.receive(&mut self.claims, records, fds)?)
     }
 }
 
@@ -81,10 +93,10 @@ pub(crate) fn adopt(
 
     let old = Incoming::new(channel, &**timeline.seams());
     let mut inbox = Inbox { old, fd_store: FdStore::new(), claims: Claims::default() };
-    let Arrived { bytes, fds } = inbox.old.state(ToNew::Rehearsal, || ())?;
+    let Arrived { bytes, fds, .. } = inbox.old.state(&[ToNew::Rehearsal], || ())?;
     let mut expected = Expected::default();
     let reader = StateReader::new(&bytes)?.expects(&mut expected);
-    let Saved { mut handover, config: _, machine } = inbox.decode(Opened::new(reader)?, fds)?;
+    let Saved { beside: Beside { mut handover, .. }, machine } = inbox.decode(Opened::new(reader)?, None, fds)?;
     if let Err(error) = LogConfig::restore(std::mem::take(&mut handover.log)).start_held() {
         crate::emit(std::io::stderr(), &format!("after an update: {error:#}"));
     }
@@ -97,12 +109,22 @@ pub(crate) fn adopt(
     timeline.pass(Phase::Prewarm)?;
     inbox.old.say(&ToOld::Ready)?;
 
-    // From here on the guest stands still. Its vCPUs' threads begin before the rest is decoded.
-    let Arrived { bytes, fds } = inbox.old.state(ToNew::State, || prewarmed.iter().for_each(Prewarmed::awake))?;
+    let soon = || prewarmed.iter().for_each(Prewarmed::awake);
+    let mut arrived = inbox.old.state(&[ToNew::Ahead, ToNew::State], soon)?;
+    let mut ahead = None;
+    if arrived.word == ToNew::Ahead {
+        timeline.seams().at("ahead").map_err(NotPassed::from)?;
+        ahead = Some(inbox.ahead(arrived)?);
+        spin::look_for_room();
+        inbox.old.say(&ToOld::Ready)?;
+        arrived = inbox.old.state(&[ToNew::State], soon)?;
+    }
+    let Arrived { bytes, fds, .. } = arrived;
+    // The guest stands still. Its vCPUs' threads begin before the rest is decoded.
     let mut state = Opened::new(StateReader::new(&bytes)?.expected(&mut expected))?;
     let vcpus = state.take_vcpus();
     prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus))?;
-    let Saved { mut handover, config, machine } = inbox.decode(state, fds)?;
+    let Saved { beside: Beside { mut handover, config, .. }, machine } = inbox.decode(state, ahead, fds)?;
     timeline.pass(Phase::Claim)?;
     let Inbox { old, mut claims, .. } = inbox;
     let api = handover.api.take().map(|slots| ClaimedApi::new(slots, &mut claims)).transpose()?;

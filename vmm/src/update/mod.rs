@@ -12,6 +12,7 @@
 //! VMM, which was never changed: a way back restores nothing.
 
 pub(crate) mod adopt;
+mod ahead;
 mod dispensable;
 mod error;
 mod pause;

@@ -7,14 +7,13 @@ use std::time::Duration;
 use theseus_api::server::{ConnId, Frozen};
 use theseus_resources::{FdKind, FdStore, Slot, StateWriter, StoredFd};
 
-use super::saved::{self, ApiSlots};
+use super::ahead::{Begun, HeldGuest};
+use super::saved::{ApiSlots, Handover};
 use super::standby::{End, Standby};
 use super::{UpdateContext, UpdateError};
-use crate::build_info;
 use crate::logging::Held;
-use crate::machine::state::SaveScope;
-use crate::machine::{Machine, MachineError};
-use crate::spin::{self, Spin};
+use crate::machine::MachineError;
+use crate::spin;
 use crate::timeline::{Phase, Timeline};
 
 /// How long running requests may take to end, and vCPUs to stop: a hung device must not hold the guest for longer.
@@ -24,28 +23,16 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// Dropped in the order of the fields: the new VMM ends first, then the guest runs again, then the log and the API.
 pub(super) struct Paused<'a> {
     new: Standby,
-    guest: Option<StoppedGuest<'a>>,
+    guest: Option<HeldGuest<'a>>,
     _held: Held,
     _frozen: Option<Frozen<'a>>,
-    handover: saved::Handover,
+    /// With what was written before the guest stood still.
+    writer: StateWriter,
     /// What the new VMM does not have yet.
     fds: Vec<StoredFd>,
     /// Held so that the fd store keeps them: their slots are in the handover.
     _kept_connections: Vec<StoredFd>,
     timeline: Arc<Timeline>,
-}
-
-struct StoppedGuest<'a> {
-    machine: &'a mut Machine,
-    was_running: bool,
-}
-
-impl Drop for StoppedGuest<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.machine.activate(self.was_running) {
-            log::error!("the guest cannot go on: {error}");
-        }
-    }
 }
 
 impl<'a> Paused<'a> {
@@ -67,36 +54,32 @@ impl<'a> Paused<'a> {
         let api =
             frozen.as_ref().map(|frozen| keep_api(frozen, &subject.host.fd_store, &mut kept_connections)).transpose();
         let api = api.map_err(UpdateError::os("cannot keep the API's connections"))?;
-        let mut handover = saved::Handover::new(subject, Some(target), Vec::new(), api).map_err(MachineError::from)?;
+        let handover = Handover::new(subject, Some(target), Vec::new(), api).map_err(MachineError::from)?;
+        let fd_store = &subject.host.fd_store;
+        let mut guest = subject.machine.as_deref_mut().map(HeldGuest::new);
+        let begun = Begun::new(handover, guest.as_ref(), &new, fd_store)?;
         spin::look_for_room();
+        guest.as_ref().map_or(Ok(()), |guest| guest.machine.prepare_quiesce())?;
         timeline.start_deadline(deadline);
         timeline.pass(Phase::Freeze)?;
 
         let held = Held::new();
-        let guest = match subject.machine.as_deref_mut() {
-            Some(machine) => {
-                let was_running = machine.vcpus.is_running();
-                // vCPUs first: a vector that the guest enables while we look would be missed.
-                machine.pause(drain)?;
-                let guest = StoppedGuest { machine, was_running };
-                if (subject.guest_asked)() {
-                    return Err(UpdateError::GuestAsked);
-                }
-                guest.machine.quiesce()?;
-                Some(guest)
+        if let Some(HeldGuest { machine, .. }) = &mut guest {
+            machine.pause(drain)?;
+            if (subject.guest_asked)() {
+                return Err(UpdateError::GuestAsked);
             }
-            None => None,
-        };
-        // Only now: a guest that turns MSI-X on has eventfds made for it until its last vCPU stands.
-        let (records, fds) = new.missing(&subject.host.fd_store);
-        handover.fd_store = records;
+            machine.quiesce()?;
+        }
+        // A guest that turns MSI-X on has eventfds made for it until its last vCPU stands.
+        let Begun { writer, fds, .. } = begun.renew(guest.as_ref(), &new, fd_store)?;
         timeline.pass(Phase::Pause)?;
         Ok(Self {
             new,
             guest,
             _held: held,
             _frozen: frozen,
-            handover,
+            writer,
             fds,
             _kept_connections: kept_connections,
             timeline,
@@ -104,20 +87,17 @@ impl<'a> Paused<'a> {
     }
 
     /// Pure: the guest and its devices stay as they are.
-    pub(super) fn save(self) -> Result<Saved<'a>, UpdateError> {
-        let mut writer = StateWriter::new(&build_info::this().build_id);
+    pub(super) fn save(mut self) -> Result<Saved<'a>, UpdateError> {
         // Where there is one CPU the new VMM would take it from those that save. One that has not heard it only takes a
         // little longer.
-        let has_room = Spin::of_threads(1).is_spinning();
-        let soon = || drop(has_room.then(|| self.new.soon()));
+        let soon = || drop(spin::has_room().then(|| self.new.soon()));
         // In parallel with all the rest.
         let vcpus = self.guest.as_ref().map(|guest| guest.machine.vcpus.begin_save(&soon)).transpose();
         let vcpus = vcpus.map_err(MachineError::from)?;
-        self.handover.encode(&mut writer)?;
-        if let (Some(StoppedGuest { machine, was_running }), Some(vcpus)) = (&self.guest, vcpus) {
-            machine.save(&mut writer, SaveScope::Full(vcpus), *was_running)?;
+        if let Some(guest) = &self.guest {
+            guest.machine.save(&mut self.writer, vcpus)?;
         }
-        self.new.store(writer.finish()?)?;
+        self.new.store(self.writer.finish()?)?;
         self.timeline.pass(Phase::Save)?;
         Ok(Saved { paused: self })
     }

@@ -119,9 +119,10 @@ impl Order {
         let target = Target::open(&request, build_info::this(), &supervisor);
         let target = target.map_err(|more| reasons.extend(more.iter().map(Unfit::to_string))).ok();
         let rehearsed = rehearsed.map_err(|reason| reasons.push(reason.to_string())).ok();
-        let mut images = Vec::new();
+        let (mut images, mut is_ahead) = (Vec::new(), false);
         if let (Some(target), Some(rehearsed)) = (&target, &rehearsed) {
-            let Rehearsal { reasons: more, capabilities } = target::ask(target, &rehearsed.bytes, &main);
+            let Rehearsal { reasons: more, capabilities, takes_ahead } = target::ask(target, &rehearsed.bytes, &main);
+            is_ahead = takes_ahead;
             reasons.extend(more.iter().map(Unfit::to_string));
             let image = |has| Image::new("the new image", &target.path, &target.file, has);
             images.extend(capabilities.map(image));
@@ -150,7 +151,7 @@ impl Order {
         }
         events.emit(UpdateEvent::Prepared { to: to.clone() });
         let back = WayBack { keeper, supervisor, program, alone: MayBeAlone::new() };
-        let new = || stand_by(&target, &back, &page, &timeline, &rehearsed, given_up);
+        let new = || stand_by(&target, &back, &page, &timeline, &rehearsed, given_up, is_ahead);
         let half = |panic: Box<dyn Any + Send>| NotStarted {
             reason: UpdateError::Panic(panic_text(&*panic)),
             is_whole: false,
@@ -170,6 +171,7 @@ fn stand_by(
     timeline: &Arc<Timeline>,
     rehearsed: &Rehearsed,
     given_up: Arc<AtomicBool>,
+    takes_ahead: bool,
 ) -> Result<Standby, NotStarted> {
     let whole = |reason| NotStarted { reason, is_whole: true };
     timeline.become_other().map_err(|error| whole(error.into()))?;
@@ -177,7 +179,8 @@ fn stand_by(
     target.unchanged().map_err(UpdateError::from).map_err(whole)?;
     let blank = Blank::new("saved-state", rehearsed.room)
         .map_err(|error| whole(UpdateError::Memory { remedy: preflight::remedy(&error), source: error }))?;
-    let new = Standby::start(&back.keeper, target.file.as_fd(), page.as_fd(), timeline.clone(), given_up, blank)?;
+    let (program, page, timeline) = (target.file.as_fd(), page.as_fd(), timeline.clone());
+    let new = Standby::start(&back.keeper, program, page, timeline, given_up, blank, takes_ahead)?;
     new.prewarm(rehearsed).map_err(|reason| NotStarted { reason, is_whole: false })?;
     Ok(new)
 }

@@ -42,7 +42,9 @@ const VCPU: usize = 16 << 10;
 pub(super) fn rehearse(subject: &UpdateContext<'_>, needs: &Requirements) -> Result<Rehearsed, NotRehearsed> {
     let mut writer = StateWriter::new(&build_info::this().build_id);
     if let Some(machine) = &subject.machine {
-        machine.save(&mut writer, SaveScope::DryRun(needs.placements.clone()), machine.vcpus.is_running())?;
+        let scope = SaveScope::DryRun(needs.placements.clone());
+        machine.save_frame(&mut writer, scope, machine.vcpus.is_running())?;
+        machine.save(&mut writer, None)?;
     }
     // Afterwards: a guest that has MSI-X made just now has its eventfds in the state.
     let (records, fds) = subject.host.fd_store.offer(&BTreeSet::new());

@@ -18,7 +18,16 @@ use crate::sandbox::ConfinementHandles;
 use crate::supervisor::SupervisorHandles;
 use crate::vcpus::saved::EncodedVcpu;
 
-const HANDOVER: Format = Format::new("handover", 3);
+const HANDOVER: Format = Format::new("handover", 4);
+/// The name of its section.
+const NAME: &str = "handover";
+/// From this version on it may come ahead of the machine, in a state of its own.
+pub(crate) const AHEAD: u16 = 4;
+
+/// Whether a build that writes sections of these kinds and versions takes a handover that comes ahead.
+pub(crate) fn takes_ahead(writes: &[(String, u16)]) -> bool {
+    writes.iter().any(|(kind, version)| kind == HANDOVER.kind && *version >= AHEAD)
+}
 
 /// What the new VMM needs beside the machine: all of it this host's.
 #[derive(Serialize, Deserialize)]
@@ -96,9 +105,16 @@ pub(crate) fn reread(reader: &StateReader<'_>) -> Result<Vec<u8>, StateError> {
     writer.finish()
 }
 
-pub(crate) struct Saved {
+/// What goes over beside the machine.
+pub(crate) struct Beside {
     pub handover: Handover,
     pub config: Option<VmConfig>,
+    /// The handover's, until they have been taken over.
+    pub fd_store: Option<Vec<Record>>,
+}
+
+pub(crate) struct Saved {
+    pub beside: Beside,
     pub machine: Option<MachineState>,
 }
 
@@ -136,12 +152,28 @@ impl Handover {
     }
 
     pub(crate) fn encode(&self, writer: &mut StateWriter) -> Result<(), MachineError> {
-        Ok(writer.add("handover", &HANDOVER, self)?)
+        Ok(writer.add(NAME, &HANDOVER, self)?)
     }
 }
 
 fn wrong_config(error: impl std::fmt::Display) -> StateError {
-    StateError::Section { name: "handover".into(), reason: format!("config: {error}") }
+    StateError::Section { name: NAME.into(), reason: format!("config: {error}") }
+}
+
+impl Beside {
+    /// One that has come ahead.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let mut reader = StateReader::new(bytes)?;
+        let this = Self::take(&mut reader)?;
+        reader.finish()?;
+        Ok(this)
+    }
+
+    fn take(reader: &mut StateReader<'_>) -> Result<Self, StateError> {
+        let (_, mut handover): (_, Handover) = reader.take(NAME, &HANDOVER)?;
+        let fd_store = Some(std::mem::take(&mut handover.fd_store));
+        Ok(Self { config: handover.vm_config()?, handover, fd_store })
+    }
 }
 
 /// A state whose vCPUs can go ahead of the rest, as they are on the longest way.
@@ -163,12 +195,16 @@ impl<'a> Opened<'a> {
     }
 
     /// Decodes everything else; nothing is claimed or created. A section that is left over is an error.
-    pub(crate) fn decode(self) -> Result<Saved, MachineError> {
+    /// `ahead`: a handover that has come before, for a state without one.
+    pub(crate) fn decode(self, ahead: Option<Beside>) -> Result<Saved, MachineError> {
         let Self { mut reader, vcpus: _, count } = self;
-        let (_, handover): (_, Handover) = reader.take("handover", &HANDOVER)?;
-        let machine = handover.booted.then(|| MachineState::decode(&mut reader, count)).transpose()?;
+        let beside = match ahead {
+            Some(ahead) if !reader.has(NAME) => ahead,
+            _ => Beside::take(&mut reader)?,
+        };
+        let machine = beside.handover.booted.then(|| MachineState::decode(&mut reader, count)).transpose()?;
         reader.finish()?;
-        Ok(Saved { config: handover.vm_config()?, handover, machine })
+        Ok(Saved { beside, machine })
     }
 }
 

@@ -50,14 +50,23 @@ pub(super) fn unseal(fd: BorrowedFd<'_>) -> std::io::Result<Vec<u8>> {
         return Err(std::io::Error::other("its memfd is not sealed"));
     }
     let len = usize::try_from(rustix::fs::fstat(fd)?.st_size).map_err(std::io::Error::other)?;
-    // Not the room behind the state. Its offset is where its writer has left it.
+    // Not the room behind the state.
     let mut header = [0; envelope::HEADER];
     let read = rustix::io::pread(fd, &mut header, 0)?;
     let said = envelope::length(&header[..read]).unwrap_or(len);
     // One that is shorter than it says is found by who reads it.
-    let mut bytes = vec![0; said.min(len)];
-    let file = File::from(fd.try_clone_to_owned()?);
-    file.read_exact_at(&mut bytes, 0)?;
+    let said = said.min(len);
+    let mut bytes = Vec::with_capacity(said);
+    while bytes.len() < said {
+        // It may take a little more than was asked for.
+        let at = bytes.len() as u64;
+        match rustix::io::pread(fd, rustix::buffer::spare_capacity(&mut bytes), at) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    bytes.truncate(said);
     Ok(bytes)
 }
 

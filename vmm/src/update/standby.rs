@@ -25,6 +25,9 @@ use crate::timeline::Timeline;
 /// one that nobody can end.
 const PREWARM: Duration = Duration::from_secs(60);
 
+/// How long it may take for what comes ahead: the guest runs, but the API stands still.
+const AHEAD: Duration = Duration::from_secs(10);
+
 /// How soon a wait ends that nobody wants any more.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -37,6 +40,8 @@ pub(crate) struct Standby {
     ended: Cell<bool>,
     /// Where the state of the guest that stands still goes.
     blank: Blank,
+    /// Whether it knows [`Standby::send_ahead`].
+    pub takes_ahead: bool,
 }
 
 /// Why there is no new VMM.
@@ -63,6 +68,7 @@ impl Standby {
         timeline: Arc<Timeline>,
         given_up: Arc<AtomicBool>,
         blank: Blank,
+        takes_ahead: bool,
     ) -> Result<Self, NotStarted> {
         let whole = |reason| NotStarted { reason, is_whole: true };
         let (transport, theirs) = Outgoing::new().map_err(|error| whole(error.into()))?;
@@ -70,14 +76,20 @@ impl Standby {
             NotBecome::Refused(reason) => whole(reason.into()),
             NotBecome::Half(reason) => NotStarted { reason: reason.into(), is_whole: false },
         })?;
-        Ok(Self { transport, pidfd, timeline, given_up, ended: Cell::new(false), blank })
+        Ok(Self { transport, pidfd, timeline, given_up, ended: Cell::new(false), blank, takes_ahead })
     }
 
     /// Gives it the state of the running guest, and waits until it is ready for the true one.
     pub(crate) fn prewarm(&self, rehearsed: &Rehearsed) -> Result<(), UpdateError> {
         let sent = self.transport.send_state(&ToNew::Rehearsal, rehearsed.state.as_fd(), rehearsed.fds.clone());
         sent.map_err(|error| self.why(error))?;
-        self.converse(Instant::now() + PREWARM, &ToOld::Ready)
+        self.converse(PREWARM, &ToOld::Ready)
+    }
+
+    /// Gives it what goes over beside the machine, while the guest runs, and waits until it has that.
+    pub(crate) fn send_ahead(&self, handover: BorrowedFd<'_>, fds: Vec<StoredFd>) -> Result<(), UpdateError> {
+        self.transport.send_state(&ToNew::Ahead, handover, fds).map_err(|error| self.why(error))?;
+        self.converse(AHEAD, &ToOld::Ready)
     }
 
     /// See [`Outgoing::missing`]; for [`Standby::hand_over`].
@@ -90,28 +102,28 @@ impl Standby {
         self.transport.say(&ToNew::Soon).map_err(|error| self.why(error))
     }
 
-    /// Stores the state of the guest that stands still. What is not whole is found here, before the guest's DMA is
+    /// Stores the state of the guest that stands still. What is cut off is found here, before the guest's DMA is
     /// touched.
     pub(crate) fn store(&self, mut state: Vec<u8>) -> Result<(), UpdateError> {
         self.timeline.seams().state("save", &mut state);
-        envelope::check(&state)?;
+        envelope::check_length(&state)?;
         self.blank.seal(&state).map_err(UpdateError::os("cannot keep the state"))
     }
 
     /// Gives it the state that was stored, and waits for what becomes of it, until the update's deadline.
     pub(crate) fn hand_over(&self, fds: Vec<StoredFd>) -> End {
         let sent = self.transport.send_state(&ToNew::State, self.blank.as_fd(), fds).map_err(|error| self.why(error));
-        let until = || Instant::now() + self.timeline.left();
-        match sent.and_then(|()| self.converse(until(), &ToOld::Committed)) {
+        match sent.and_then(|()| self.converse(self.timeline.left(), &ToOld::Committed)) {
             Ok(()) => End::Committed,
             Err(reason) => End::Failed(reason),
         }
     }
 
     /// Serves it until it says `wanted`.
-    fn converse(&self, until: Instant, wanted: &ToOld) -> Result<(), UpdateError> {
+    fn converse(&self, within: Duration, wanted: &ToOld) -> Result<(), UpdateError> {
+        let until = Instant::now() + within;
         loop {
-            self.await_word(until)?;
+            self.await_word(until, within)?;
             match self.transport.hear() {
                 Ok(None) => {}
                 Ok(Some(ToOld::Failed(reason))) => return Err(UpdateError::GaveUp(reason)),
@@ -122,7 +134,7 @@ impl Standby {
         }
     }
 
-    fn await_word(&self, until: Instant) -> Result<(), UpdateError> {
+    fn await_word(&self, until: Instant, within: Duration) -> Result<(), UpdateError> {
         loop {
             if self.given_up.load(Ordering::SeqCst) {
                 return Err(UpdateError::GuestAsked);
@@ -135,7 +147,7 @@ impl Standby {
                 // What it said before it died comes first.
                 Ok(_) if !fds[0].revents().is_empty() => return Ok(()),
                 Ok(0) if left > rest => {}
-                Ok(0) => return Err(self.how_late()),
+                Ok(0) => return Err(self.how_late(within)),
                 Ok(_) => return Err(self.how_it_died()),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(UpdateError::os("cannot wait for the new VMM")(error.into())),
@@ -156,9 +168,9 @@ impl Standby {
         if said.is_empty() { UpdateError::Died } else { UpdateError::GaveUp(said) }
     }
 
-    fn how_late(&self) -> UpdateError {
+    fn how_late(&self, within: Duration) -> UpdateError {
         let patience = self.timeline.patience();
-        if patience.is_zero() { UpdateError::NotReady(PREWARM) } else { UpdateError::Stuck(patience) }
+        if patience.is_zero() { UpdateError::NotReady(within) } else { UpdateError::Stuck(patience) }
     }
 
     /// Kills it and waits until nothing of it is left, unless the guest is its own: then this process has nothing to do

@@ -37,7 +37,7 @@ pub(crate) enum TransportError {
     #[error("the new VMM says {0:?} where nobody has asked")]
     NewSays(ToOld),
     #[error("the old VMM says {said:?} instead of {wanted:?}")]
-    OldSays { said: ToNew, wanted: ToNew },
+    OldSays { said: ToNew, wanted: Vec<ToNew> },
     #[error("the old VMM has sent no state")]
     NoState,
     #[error("the saved state cannot be read: {0}")]
@@ -119,6 +119,7 @@ pub(super) struct Incoming<'a> {
 
 /// A state, and as many of the descriptors that it names as came with it.
 pub(super) struct Arrived {
+    pub word: ToNew,
     pub bytes: Vec<u8>,
     pub fds: Vec<OwnedFd>,
 }
@@ -129,7 +130,7 @@ impl<'a> Incoming<'a> {
     }
 
     /// `soon` is called when the old VMM says that it is about to come.
-    fn hear(&self, wanted: ToNew, soon: impl Fn()) -> Result<Vec<OwnedFd>, TransportError> {
+    fn hear(&self, wanted: &[ToNew], soon: impl Fn()) -> Result<(ToNew, Vec<OwnedFd>), TransportError> {
         let now = || match talk::receive::<ToNew>(self.channel, Duration::ZERO) {
             Err(ChannelError::Silent(_)) => None,
             heard => Some(heard),
@@ -141,30 +142,31 @@ impl<'a> Incoming<'a> {
                     spin = self.spin;
                     soon();
                 }
-                Ok((word, fds)) if word == wanted => return Ok(fds),
-                Ok((said, _)) => return Err(TransportError::OldSays { said, wanted }),
+                Ok((word, fds)) if wanted.contains(&word) => return Ok((word, fds)),
+                Ok((said, _)) => return Err(TransportError::OldSays { said, wanted: wanted.to_vec() }),
                 Err(error) => return Err(TransportError::ToOld(error)),
             }
         }
     }
 
-    /// The state that comes with `word`. `soon` is called when the old VMM says that it is about to come.
-    pub(super) fn state(&self, word: ToNew, soon: impl Fn()) -> Result<Arrived, TransportError> {
-        let is_last = word == ToNew::State;
-        let mut came = self.hear(word, soon)?.into_iter();
+    /// The state that comes with one of these words, which is told too. `soon` is called when the old VMM says that it
+    /// is about to come.
+    pub(super) fn state(&self, words: &[ToNew], soon: impl Fn()) -> Result<Arrived, TransportError> {
+        let (word, came) = self.hear(words, soon)?;
+        let mut came = came.into_iter();
         let state = came.next().ok_or(TransportError::NoState)?;
         let mut bytes = sealed::unseal(state.as_fd()).map_err(TransportError::Unreadable)?;
-        if is_last {
+        if word == ToNew::State {
             self.seams.state("claim", &mut bytes);
         }
-        Ok(Arrived { bytes, fds: came.collect() })
+        Ok(Arrived { word, bytes, fds: came.collect() })
     }
 
     /// `fds`, and the others of the `named` descriptors that a state has named.
     pub(super) fn descriptors(&self, mut fds: Vec<OwnedFd>, named: usize) -> Result<Vec<OwnedFd>, TransportError> {
         while fds.len() < named {
             self.say(&ToOld::More)?;
-            let more = self.hear(ToNew::Fds, || ())?;
+            let (_, more) = self.hear(&[ToNew::Fds], || ())?;
             if more.is_empty() {
                 return Err(TransportError::TooFew { came: fds.len(), named });
             }
@@ -212,7 +214,7 @@ mod tests {
             for (word, text, records) in
                 [(ToNew::Rehearsal, &b"rehearsal"[..], all), (ToNew::State, b"state", Vec::new())]
             {
-                let Arrived { bytes, fds } = incoming.state(word, || ()).unwrap();
+                let Arrived { bytes, fds, .. } = incoming.state(&[word], || ()).unwrap();
                 assert_eq!(bytes, text);
                 let more = if records.is_empty() { 3 } else { new.missing(&records) };
                 let fds = incoming.descriptors(fds, more).unwrap();
@@ -244,18 +246,18 @@ mod tests {
         let seams = untouched();
         let new = Incoming::new(&channel, &*seams);
         old.say(&ToNew::State).unwrap();
-        assert!(matches!(new.state(ToNew::State, || ()), Err(TransportError::NoState)));
+        assert!(matches!(new.state(&[ToNew::State], || ()), Err(TransportError::NoState)));
         old.send_state(&ToNew::State, file().as_fd(), Vec::new()).unwrap();
         assert!(
-            matches!(new.state(ToNew::State, || ()), Err(TransportError::Unreadable(_))),
+            matches!(new.state(&[ToNew::State], || ()), Err(TransportError::Unreadable(_))),
             "nobody promises that it stays"
         );
         old.say(&ToNew::State).unwrap();
-        let error = new.state(ToNew::Rehearsal, || ()).err().unwrap().to_string();
-        assert_eq!(error, "the old VMM says State instead of Rehearsal");
+        let error = new.state(&[ToNew::Rehearsal], || ()).err().unwrap().to_string();
+        assert_eq!(error, "the old VMM says State instead of [Rehearsal]");
         old.say(&ToNew::Fds).unwrap();
         assert!(matches!(new.descriptors(Vec::new(), 2), Err(TransportError::TooFew { came: 0, named: 2 })));
         drop(old);
-        assert!(matches!(new.state(ToNew::State, || ()), Err(TransportError::ToOld(ChannelError::Gone))));
+        assert!(matches!(new.state(&[ToNew::State], || ()), Err(TransportError::ToOld(ChannelError::Gone))));
     }
 }

@@ -4,6 +4,9 @@
 //!   old --Rehearsal [state, fds]--> new       the guest runs
 //!       <--More-- ... --Fds [fds]-->          until all are there that the state names
 //!       <--Ready--
+//!       --Ahead [handover, fds]-->            if it knows this word: what goes over beside the machine
+//!       <--More-- ... --Fds [fds]-->
+//!       <--Ready--
 //!       --Soon-->                             it stands still
 //!       --State [state, fds]-->               those that were opened since
 //!       <--More-- ... --Fds [fds]-->
@@ -15,10 +18,12 @@
 
 use serde::{Deserialize, Serialize};
 
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum ToNew {
     Rehearsal,
     Fds,
+    /// Known to who writes handovers of version [`super::saved::AHEAD`].
+    Ahead,
     /// The state is nearly there: this is to wake the new VMM meanwhile.
     Soon,
     State,

@@ -29,12 +29,12 @@ use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
 use theseus_hypervisor::{Hypervisor, ReadyVm, VcpuShape};
 use theseus_resources::state::StateError;
-use theseus_resources::survivor::{self, look};
+use theseus_resources::survivor::{self, Look, look};
 use theseus_resources::threads::{self, Role, ThreadError};
 
 use crate::boot::{BootError, Entry};
 use crate::seams::Seams;
-use crate::spin::{Commander, Spin};
+use crate::spin::{self, Commander, Spin};
 use answers::{Answers, Command};
 use checks::Checks;
 use placement::{PinError, Placement};
@@ -166,12 +166,13 @@ pub(crate) struct Starting {
     checks: Arc<Checks>,
     answers: Answers,
     commander: Commander,
+    seams: Arc<dyn Seams>,
 }
 
 impl Starting {
     /// All vCPUs come into being, in parallel, and are stopped.
     pub(crate) fn create(self, vm: &ReadyVm) -> Result<Vcpus, VcpuError> {
-        let Self { waiting, checks, answers, commander } = self;
+        let Self { waiting, checks, answers, commander, seams } = self;
         for (index, newcomer) in (0u32..).zip(&waiting) {
             if let Some(placement) = newcomer.placement.as_ref().filter(|placement| placement.cgroup.is_some())
                 && let Ok(tid) = newcomer.tid.recv()
@@ -181,7 +182,16 @@ impl Starting {
             // One that has ended already has said why.
             let _ = newcomer.vm.send(vm.clone());
         }
-        let mut vcpus = Vcpus { handles: Vec::new(), checks, answers, running: false, late: 0, saves: Cell::new(0) };
+        let mut vcpus = Vcpus {
+            handles: Vec::new(),
+            checks,
+            answers,
+            running: false,
+            late: 0,
+            saves: Cell::new(0),
+            in_parallel: spin::cpus() > 1,
+            seams,
+        };
         for Newcomer { placement: _, tid: _, vm: _, pauses, entered, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok(Introduction { tid, processor, exit_flag, shape, tsc_khz }) = introduced.recv() {
@@ -216,6 +226,9 @@ pub(crate) struct Vcpus {
     late: usize,
     /// How often their state was asked for.
     saves: Cell<u64>,
+    /// Whether their threads can work at the same time as each other and as who commands them.
+    in_parallel: bool,
+    seams: Arc<dyn Seams>,
 }
 
 impl Vcpus {
@@ -230,6 +243,7 @@ impl Vcpus {
             checks: checks.clone(),
             answers: Answers { events, spin },
             commander: commander.clone(),
+            seams: shared.seams.clone(),
         };
         for (index, start) in (0u32..).zip(starts) {
             let (pauses, entered) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU64::new(0)));
@@ -334,8 +348,12 @@ impl Vcpus {
     }
 
     /// Has all (paused) vCPUs save their states, in parallel with each other and with the caller. `soon` is called when
-    /// no more than one is missing.
+    /// no more than one is missing. Where there is one CPU, the caller does it, as each thread would only take the CPU
+    /// from the next.
     pub(crate) fn begin_save<'a>(&'a self, soon: &'a dyn Fn()) -> Result<Saving<'a>, VcpuError> {
+        if !self.in_parallel {
+            return Ok(self.begin_save_alone());
+        }
         let turn = self.saves.get() + 1;
         self.saves.set(turn);
         for handle in &self.handles {
@@ -345,7 +363,6 @@ impl Vcpus {
     }
 
     /// The same, but the caller's thread will do it alone, in [`Saving::finish`].
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the rescue after a crash: docs/architecture.md"))]
     pub(crate) fn begin_save_alone(&self) -> Saving<'_> {
         Saving { vcpus: self, how: How::Alone }
     }
@@ -361,7 +378,9 @@ impl Vcpus {
             return Err(VcpuError::Unhandled(processor.index));
         }
         for (index, processor) in (0u32..).zip(&processors) {
-            for check in self.checks.waiting(index) {
+            // A survivor leaves them where they are: to take them it would need a lock.
+            let checks = if survivor::is_alone() { self.checks.waiting(index) } else { self.checks.take(index) };
+            for check in checks {
                 // What the guest is not told now it learns when it needs the page.
                 let _ = processor.vcpu.inject(check);
                 if matches!(check, Check::Optional(_)) && processor.vcpu.broadcasts() {
@@ -370,7 +389,12 @@ impl Vcpus {
                 }
             }
         }
-        processors.iter().map(|processor| processor.save()).collect()
+        let save = |processor: &Look<'_, Processor>| {
+            let mut saved = processor.save()?;
+            self.seams.saved_vcpu(&mut saved.refused);
+            Ok(saved)
+        };
+        processors.iter().map(save).collect()
     }
 
     /// How many threads have their vCPU locked.

@@ -60,17 +60,19 @@ pub(crate) struct Rehearsal {
     pub reasons: Vec<Unfit>,
     /// Of the target after its exec. None if it did not get that far.
     pub capabilities: Option<CapabilitySet>,
+    /// See [`saved::takes_ahead`].
+    pub takes_ahead: bool,
 }
 
 /// In the running image.
 pub(crate) fn ask(target: &Target, state: &[u8], main: &MainThread) -> Rehearsal {
     let mut capabilities = None;
-    let reasons = match converse(target, state, main, &mut capabilities) {
-        Ok(verdict) => judge(target, verdict),
-        Err(error) => vec![error],
+    let (takes_ahead, reasons) = match converse(target, state, main, &mut capabilities) {
+        Ok(verdict) => (saved::takes_ahead(&verdict.writes), judge(target, verdict)),
+        Err(error) => (false, vec![error]),
     };
     let unfit = |reason: DryRunError| Unfit { path: target.path.clone(), reason: reason.into() };
-    Rehearsal { reasons: reasons.into_iter().map(unfit).collect(), capabilities }
+    Rehearsal { reasons: reasons.into_iter().map(unfit).collect(), capabilities, takes_ahead }
 }
 
 /// Every reason against the target; empty if there is none.
@@ -150,11 +152,14 @@ pub(crate) fn answer(seams: &dyn Seams) -> std::io::Result<()> {
         Ok(reader) => {
             let foreign = foreign(&reader, &saved::formats());
             // What a decoder says of a section is of use only where all of them are known.
-            let decoded = if foreign.is_empty() { Opened::new(reader).and_then(Opened::decode).err() } else { None };
+            let decoded =
+                if foreign.is_empty() { Opened::new(reader).and_then(|state| state.decode(None)).err() } else { None };
             foreign.into_iter().chain(decoded.map(|error| error.to_string())).collect()
         }
     };
-    let writes = saved::formats().iter().map(|format| (format.kind.to_owned(), format.version)).collect();
+    let formats = saved::formats();
+    let mut writes: Vec<_> = formats.iter().map(|format| (format.kind.to_owned(), format.version)).collect();
+    seams.writes(&mut writes);
     let verdict = Verdict { build_id: build_info::this().build_id.clone(), reasons, writes };
     println!("{}", serde_json::to_string(&verdict)?);
     Ok(())
