@@ -24,7 +24,7 @@ pub(crate) fn look_for_room() {
 }
 
 /// How many CPUs this process may be on, and have the time of. Opens files of the cgroup: nothing for a pause.
-pub(crate) fn cpus() -> usize {
+fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 

@@ -355,9 +355,8 @@ fn all_features(cpuid: &[kvm_cpuid_entry2]) -> kvm_xcrs {
 
 /// As much of `from` as there is room for.
 fn fill(to: &mut [u8], from: &[u8]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = *from;
-    }
+    let len = to.len().min(from.len());
+    to[..len].copy_from_slice(&from[..len]);
 }
 
 impl Sregs {

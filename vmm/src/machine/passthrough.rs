@@ -28,9 +28,11 @@ use super::spec::PassthroughSpec;
 use super::{Host, MachineError};
 use crate::seams::Seams;
 
-/// How long vm.info waits for a device, and an update for its MSI-X: longer than a reset of a function takes
-/// (pcie_flr).
+/// How long vm.info waits for a device: longer than a reset of a function takes (pcie_flr).
 const A_MOMENT: Duration = Duration::from_millis(500);
+
+/// How long an update waits for a device before it stops the guest.
+const BEFORE_PAUSE: Duration = Duration::from_secs(5);
 
 struct Plugged {
     /// On PCI bus 0.
@@ -206,8 +208,8 @@ impl PassthroughDevices {
             let held = |held| MachineError::Held { device: id.clone(), held };
             // What the host has refused before it may not refuse now. What it refuses still is tried again by the VMM in
             // which the guest goes on.
-            device.lock_first(A_MOMENT).map_err(held)?.settle();
-            let mut msix = msix.lock_first(A_MOMENT).map_err(held)?;
+            device.lock_first(BEFORE_PAUSE).map_err(held)?.settle();
+            let mut msix = msix.lock_first(BEFORE_PAUSE).map_err(held)?;
             let failed = |source| MachineError::Interrupts { device: id.clone(), source };
             msix.quiesce_irqfds().map_err(failed)?;
         }

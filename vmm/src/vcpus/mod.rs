@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 use parking_lot::Mutex;
+use rustix::process::Pid;
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
@@ -34,7 +35,7 @@ use theseus_resources::threads::{self, Role, ThreadError};
 
 use crate::boot::{BootError, Entry};
 use crate::seams::Seams;
-use crate::spin::{self, Commander, Spin};
+use crate::spin::{Commander, Spin};
 use answers::{Answers, Command};
 use checks::Checks;
 use placement::{PinError, Placement};
@@ -182,16 +183,8 @@ impl Starting {
             // One that has ended already has said why.
             let _ = newcomer.vm.send(vm.clone());
         }
-        let mut vcpus = Vcpus {
-            handles: Vec::new(),
-            checks,
-            answers,
-            running: false,
-            late: 0,
-            saves: Cell::new(0),
-            in_parallel: spin::cpus() > 1,
-            seams,
-        };
+        let mut vcpus =
+            Vcpus { handles: Vec::new(), checks, answers, running: false, late: 0, saves: Cell::new(0), seams };
         for Newcomer { placement: _, tid: _, vm: _, pauses, entered, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
             if let Ok(Introduction { tid, processor, exit_flag, shape, tsc_khz }) = introduced.recv() {
@@ -226,8 +219,6 @@ pub(crate) struct Vcpus {
     late: usize,
     /// How often their state was asked for.
     saves: Cell<u64>,
-    /// Whether their threads can work at the same time as each other and as who commands them.
-    in_parallel: bool,
     seams: Arc<dyn Seams>,
 }
 
@@ -348,10 +339,10 @@ impl Vcpus {
     }
 
     /// Has all (paused) vCPUs save their states, in parallel with each other and with the caller. `soon` is called when
-    /// no more than one is missing. Where there is one CPU, the caller does it, as each thread would only take the CPU
-    /// from the next.
+    /// no more than one is missing. The one vCPU of a VMM that has one CPU is saved by the caller: its thread would only
+    /// take that CPU from him, and he from it.
     pub(crate) fn begin_save<'a>(&'a self, soon: &'a dyn Fn()) -> Result<Saving<'a>, VcpuError> {
-        if !self.in_parallel {
+        if self.is_on_this_cpu() {
             return Ok(self.begin_save_alone());
         }
         let turn = self.saves.get() + 1;
@@ -360,6 +351,13 @@ impl Vcpus {
             handle.send(Command::Save(turn))?;
         }
         Ok(Saving { vcpus: self, how: How::ByThreads { turn, soon } })
+    }
+
+    /// Whether there is one, whose thread may only be on the caller's one CPU.
+    fn is_on_this_cpu(&self) -> bool {
+        let of = |tid| rustix::thread::sched_getaffinity(tid).ok();
+        let [handle] = &self.handles[..] else { return false };
+        of(None).is_some_and(|own| own.count() == 1 && of(Pid::from_raw(handle.tid)) == Some(own))
     }
 
     /// The same, but the caller's thread will do it alone, in [`Saving::finish`].
