@@ -19,7 +19,7 @@ use theseus_devices::vfio::{self, DmaDomain, Invalidated, Passthrough, VfioPci, 
 use theseus_hypervisor::{BareVm, Vm};
 use theseus_resources::alloc::Windows;
 use theseus_resources::state::Format;
-use theseus_resources::survivor::look;
+use theseus_resources::survivor;
 use theseus_resources::{Claims, FdStore, MemoryListeners, RamBlock, StateReader, StateWriter};
 
 use super::draft::Draft;
@@ -322,11 +322,13 @@ impl PassthroughDevices {
             devices: plugged.iter().map(|plugged| (plugged.slot, plugged.id.clone())).collect(),
         };
         writer.add("vfio-layout", &LAYOUT, &layout)?;
-        let drafts = look(drafts);
-        let of_registry = drafts.as_ref().map(|drafts| &drafts.registry);
+        // Not by a survivor: whoever drafted may have died of it.
+        let drafts = (!survivor::is_alone()).then(|| drafts.lock());
+        let drafts = drafts.as_deref().and_then(Option::as_ref);
+        let of_registry = drafts.map(|drafts| &drafts.registry);
         let mut sections = Draft::sections(of_registry, &registry.save(), &encode_registry)?;
         for (n, plugged) in plugged.iter().enumerate() {
-            let draft = drafts.as_ref().and_then(|drafts| drafts.devices.get(n));
+            let draft = drafts.and_then(|drafts| drafts.devices.get(n));
             sections.extend(Draft::sections(draft, &plugged.save()?, &|saved| plugged.encode(saved))?);
         }
         let mut sections = sections.into_iter();
