@@ -152,7 +152,6 @@ impl SavedSection {
 }
 
 /// A device in the saved state.
-#[derive(Clone)]
 pub struct SavedDevice {
     /// Named as the device.
     pub state: SavedSection,

@@ -297,11 +297,17 @@ struct ExpectedSection {
     value: Box<dyn Any>,
 }
 
+impl ExpectedSection {
+    /// Whether this very section has come again.
+    fn is(&self, version: u16, data: &[u8]) -> bool {
+        self.version == version && self.data == data
+    }
+}
+
 impl Expected {
     /// Its value, once, if it is the very same section.
     fn take<T: 'static>(&mut self, name: &str, version: u16, data: &[u8]) -> Option<T> {
-        let is_same = |section: &ExpectedSection| section.version == version && section.data == data;
-        self.0.get(name).filter(|section| is_same(section) && section.value.is::<T>())?;
+        self.0.get(name).filter(|section| section.is(version, data) && section.value.is::<T>())?;
         self.0.remove(name)?.value.downcast().ok().map(|value| *value)
     }
 }
@@ -370,7 +376,7 @@ impl<'a> StateReader<'a> {
         let found: Vec<_> = self.sections.iter().filter(|(name, _)| name.starts_with(prefix)).collect();
         let count = expected.keys().filter(|name| name.starts_with(prefix)).count();
         let is_same = |name: &str, section: &Section<'_>| {
-            expected.get(name).is_some_and(|was| was.version == section.version && was.data == *section.data)
+            expected.get(name).is_some_and(|was| was.is(section.version, &section.data))
         };
         if found.len() != count || !found.iter().all(|(name, section)| is_same(name, section)) {
             return false;

@@ -18,10 +18,9 @@
 //! A fault strikes at the end of its phase, on the way there only: error, enomem, panic, segv, bus, abort, sigsys,
 //! kill, stop, hang (N seconds), sleep (N ms), oom (takes memory until it is killed). The phase `become` is the moment
 //! right before the keeper is asked to become the new image, `ahead` the one in which the new VMM gets what goes over
-//! ahead of the machine, `word` the one between the last look at the deadline and
-//! the word, `committed` the one right after that word. Some are of one phase: `save:truncated` and `claim:truncated`
-//! (the state as written, as read), `invalidate:ebusy:N` (container N refuses), `remap:refused:N` (MAP of range N is
-//! refused).
+//! ahead of the machine, `word` the one between the last look at the deadline and the word, `committed` the one right
+//! after that word. Some are of one phase: `save:truncated` and `claim:truncated` (the state as written, as read),
+//! `invalidate:ebusy:N` (container N refuses), `remap:refused:N` (MAP of range N is refused).
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -392,7 +392,8 @@ fn section(id: &str) -> String {
 
 impl PassthroughChange {
     pub(crate) fn decode(reader: &mut StateReader<'_>) -> Result<Self, MachineError> {
-        if reader.take_unchanged("vfio") { Ok(Self::None) } else { PassthroughState::decode(reader).map(Self::To) }
+        // The names of all their sections begin with it.
+        if reader.take_unchanged(REGISTRY) { Ok(Self::None) } else { PassthroughState::decode(reader).map(Self::To) }
     }
 }
 

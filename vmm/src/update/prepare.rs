@@ -119,10 +119,11 @@ impl Order {
         let target = Target::open(&request, build_info::this(), &supervisor);
         let target = target.map_err(|more| reasons.extend(more.iter().map(Unfit::to_string))).ok();
         let rehearsed = rehearsed.map_err(|reason| reasons.push(reason.to_string())).ok();
-        let (mut images, mut is_ahead) = (Vec::new(), false);
+        let (mut images, mut takes_ahead) = (Vec::new(), false);
         if let (Some(target), Some(rehearsed)) = (&target, &rehearsed) {
-            let Rehearsal { reasons: more, capabilities, takes_ahead } = target::ask(target, &rehearsed.bytes, &main);
-            is_ahead = takes_ahead;
+            let Rehearsal { reasons: more, capabilities, takes_ahead: takes } =
+                target::ask(target, &rehearsed.bytes, &main);
+            takes_ahead = takes;
             reasons.extend(more.iter().map(Unfit::to_string));
             let image = |has| Image::new("the new image", &target.path, &target.file, has);
             images.extend(capabilities.map(image));
@@ -151,7 +152,7 @@ impl Order {
         }
         events.emit(UpdateEvent::Prepared { to: to.clone() });
         let back = WayBack { keeper, supervisor, program, alone: MayBeAlone::new() };
-        let new = || stand_by(&target, &back, &page, &timeline, &rehearsed, given_up, is_ahead);
+        let new = || stand_by(&target, &back, &page, &timeline, &rehearsed, given_up, takes_ahead);
         let half = |panic: Box<dyn Any + Send>| NotStarted {
             reason: UpdateError::Panic(panic_text(&*panic)),
             is_whole: false,
