@@ -24,10 +24,13 @@ pub(crate) trait Seams: Send + Sync {
     /// The kinds and versions of sections that a target says it writes.
     fn writes(&self, _writes: &mut [(String, u16)]) {}
 
-    /// The thread of a vCPU is about to restore it.
+    /// The thread of a vCPU of a new VMM is about to create it, while the guest runs.
+    fn prewarms_vcpu(&self) {}
+
+    /// A vCPU is about to be restored.
     fn restores_vcpu(&self) {}
 
-    /// The thread of a vCPU has saved it. `refused`: what of that no KVM would take back.
+    /// A vCPU was saved. `refused`: what of that no KVM would take back.
     fn saved_vcpu(&self, _refused: &mut Vec<String>) {}
 
     /// What the steps of an update go over.

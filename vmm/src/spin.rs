@@ -16,16 +16,24 @@ const LONGEST: Duration = Duration::from_micros(300);
 
 /// See [`has_room`].
 static HAS_ROOM: AtomicBool = AtomicBool::new(false);
+/// See [`cpus_seen`].
+static CPUS: AtomicUsize = AtomicUsize::new(1);
 
 /// Looks whether the host has CPUs to spare: to be called when somebody is about to wait awake.
 pub(crate) fn look_for_room() {
     let cpus = cpus();
+    CPUS.store(cpus, Ordering::Relaxed);
     HAS_ROOM.store(cpus > 1 && load().is_some_and(|load| is_room(load, cpus)), Ordering::Relaxed);
 }
 
 /// How many CPUs this process may be on, and have the time of. Opens files of the cgroup: nothing for a pause.
 fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What [`cpus`] was when it was last looked at; 1 where it never was.
+pub(crate) fn cpus_seen() -> usize {
+    CPUS.load(Ordering::Relaxed)
 }
 
 /// Whether the host had CPUs to spare when it was last looked at, more than one of them.

@@ -10,8 +10,8 @@
 //! | `whole-handover` | as a target, this build writes handovers as builds do that do not know one ahead |
 //! | `skip-state-check` | state that KVM would not take is saved all the same |
 //! | `counting-device` | a guest that boots has a device that counts (devices/src/counting.rs) |
-//! | `vcpu-panic` | a vCPU thread of the next image panics as it restores; the file is gone then |
-//! | `vcpu-calls` | there it makes the system call of that number; the file is gone then |
+//! | `vcpu-panic` | whoever restores a vCPU in the next image panics; the file is gone then |
+//! | `vcpu-calls` | a vCPU thread of the next image makes the system call of that number; the file is gone then |
 //! | `probe` | questions that the target answers, asked for its verdict, in the file `probed` (test_hooks/probe.rs) |
 //! | `fault` | `PHASE:KIND[:N]`, see below; the option `--fault` of a test build does the same |
 //!
@@ -77,6 +77,9 @@ impl Seams for Hooks {
         if VCPU_PANICS.swap(false, Ordering::SeqCst) {
             panic!("panic of a thread (test)");
         }
+    }
+
+    fn prewarms_vcpu(&self) {
         if let call @ 0.. = VCPU_CALLS.swap(-1, Ordering::SeqCst) {
             // SAFETY: whatever it is, this thread's filter is there to stop it; null pointers.
             unsafe { libc::syscall(call, 0, 0, 0, 0, 0, 0) };
@@ -125,8 +128,8 @@ fn look_for_vcpus(moment: &str) {
         std::fs::remove_file(file).ok().map(|()| text)
     };
     match moment {
-        "prewarm" => {
-            VCPU_PANICS.store(take("vcpu-panic").is_some(), Ordering::SeqCst);
+        "prewarm" => VCPU_PANICS.store(take("vcpu-panic").is_some(), Ordering::SeqCst),
+        "exec" => {
             let call = take("vcpu-calls").and_then(|text| text.trim().parse().ok());
             VCPU_CALLS.store(call.unwrap_or(-1), Ordering::SeqCst);
         }

@@ -20,7 +20,7 @@ use super::state::MachineState;
 use super::{Host, Machine, MachineError, devices};
 use crate::timeline::{Phase, Timeline};
 use crate::vcpus::saved::EncodedVcpu;
-use crate::vcpus::{Start, Vcpus};
+use crate::vcpus::{Restoring, Start, Vcpus};
 
 /// How long page tables are filled before the guest stands still. What is missing then is filled in the background, as
 /// the guest runs.
@@ -51,6 +51,8 @@ fn may_fill(ram: &GuestRam, pinned: bool) -> bool {
 
 /// A machine that waits for its guest. Fields are dropped in this order, as those of [`Machine`] are.
 pub(crate) struct Prewarmed {
+    /// Once their states are here.
+    restoring: Option<Restoring>,
     vcpus: Vcpus,
     passthrough: PassthroughDevices,
     memory: Arc<MemoryListeners>,
@@ -92,7 +94,7 @@ impl Prewarmed {
         vm.commit_routes()?;
         crate::heap::warm(vcpus.count() as usize);
         let unfilled = fill_page_tables(&ram, !passthrough.ids().is_empty());
-        Ok(Self { unfilled, vcpus, passthrough, memory, vm, ram, buses })
+        Ok(Self { restoring: None, unfilled, vcpus, passthrough, memory, vm, ram, buses })
     }
 
     /// Its state is about to come.
@@ -100,9 +102,10 @@ impl Prewarmed {
         self.vcpus.awake();
     }
 
-    /// The vCPUs' part of the state of the paused guest, which their threads begin with. Then [`Prewarmed::restore`].
-    pub(crate) fn begin(&self, vcpus: Vec<EncodedVcpu>) -> Result<(), MachineError> {
-        Ok(self.vcpus.restore_early(vcpus)?)
+    /// With the vCPUs' part of the state of the paused guest. Then [`Prewarmed::restore`].
+    pub(crate) fn begin(&mut self, vcpus: Vec<EncodedVcpu>) -> Result<(), MachineError> {
+        self.restoring = Some(self.vcpus.restore_early(vcpus)?);
+        Ok(())
     }
 
     /// From the rest of the state of the paused guest. TSC offsets before the clock, the clock before the kvmclock
@@ -114,7 +117,7 @@ impl Prewarmed {
         claims: &mut Claims,
         timeline: &Timeline,
     ) -> Result<Machine, MachineError> {
-        let Self { vcpus, passthrough, memory, vm, ram, buses, unfilled } = self;
+        let Self { restoring, vcpus, passthrough, memory, vm, ram, buses, unfilled } = self;
         let MachineState {
             version,
             running: _,
@@ -126,12 +129,12 @@ impl Prewarmed {
             devices: set,
             passthrough: mend,
         } = state;
-        vcpus.all_ready()?;
+        restoring.map_or(Ok(()), |early| vcpus.finish(early))?;
         if let Some(error) = vm.restore_clock(&clock)? {
             log::debug!("kvmclock is off by {error} ns");
         }
         // Beside all that follows: KVM itself orders what interrupt controllers do to vCPUs that do not run.
-        vcpus.restore_late()?;
+        let late = vcpus.restore_late()?;
         timeline.pass(Phase::Vcpus)?;
 
         passthrough.mend(mend, claims)?;
@@ -140,7 +143,7 @@ impl Prewarmed {
         vm.restore_irqchip(&irqchip)?;
         vm.commit_routes()?;
         let devices = devices::restore(set, &vm, host, claims, &buses)?;
-        vcpus.all_ready()?;
+        vcpus.finish(late)?;
         timeline.pass(Phase::Devices)?;
 
         let clock = Some(clock);

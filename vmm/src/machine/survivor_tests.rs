@@ -175,6 +175,27 @@ fn one_thread_saves_what_all_do() {
     assert_same(&save(&machine, machine.vcpus.begin_save(&|| ()).unwrap()), &all);
 }
 
+#[test]
+fn a_save_that_is_given_up_holds_nobody() {
+    let Some(mut machine) = machine(&HALTS) else { return };
+    for round in 0..100 {
+        machine.resume().unwrap();
+        entered(&machine);
+        machine.pause(LONG).unwrap();
+        // Some threads may be about to begin with it, and some be at it.
+        let given_up = machine.vcpus.begin_save(&|| ()).unwrap();
+        if round % 2 == 0 {
+            std::thread::yield_now();
+        }
+        drop(given_up);
+        machine.resume().unwrap();
+        entered(&machine);
+        machine.pause(LONG).unwrap();
+        // What comes late of the other is not taken for its answers.
+        assert_eq!(machine.vcpus.begin_save(&|| ()).unwrap().finish().unwrap().len(), VCPUS as usize);
+    }
+}
+
 /// Or it could not be saved.
 #[test]
 fn a_paused_vcpu_has_left_nothing_to_be_done() {

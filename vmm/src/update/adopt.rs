@@ -104,7 +104,7 @@ pub(crate) fn adopt(
     let events = EventStream::claim(handover.events, &mut inbox.claims)?;
     let (hypervisor, fd_store) = (Arc::new(Hypervisor::from_kept(kvm)), inbox.fd_store.clone());
     let host = Host { hypervisor, fd_store, requests, seams: timeline.seams().clone() };
-    let prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose()?;
+    let mut prewarmed = machine.map(|state| Prewarmed::new(state, &host, &mut inbox.claims)).transpose()?;
     spin::look_for_room();
     timeline.pass(Phase::Prewarm)?;
     inbox.old.say(&ToOld::Ready)?;
@@ -123,7 +123,7 @@ pub(crate) fn adopt(
     // The guest stands still. Its vCPUs' threads begin before the rest is decoded.
     let mut state = Opened::new(StateReader::new(&bytes)?.expected(&mut expected))?;
     let vcpus = state.take_vcpus();
-    prewarmed.as_ref().map_or(Ok(()), |ready| ready.begin(vcpus))?;
+    prewarmed.as_mut().map_or(Ok(()), |ready| ready.begin(vcpus))?;
     let Saved { beside: Beside { mut handover, config, .. }, machine } = inbox.decode(state, ahead, fds)?;
     timeline.pass(Phase::Claim)?;
     let Inbox { old, mut claims, .. } = inbox;

@@ -1,29 +1,30 @@
 //! What the owner of the vCPU threads says to them, and what they answer.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::VcpuError;
-use super::saved::{EncodedVcpu, SavedVcpu};
+use super::round::{Done, Round};
+use super::saved::SavedVcpu;
 use crate::spin::Spin;
 
 pub(super) enum Command {
     /// The next one is about to come.
     Awake,
-    RestoreEarly(EncodedVcpu),
-    RestoreLate,
+    /// To be taken part in.
+    Round(Arc<Round>),
     Run,
     Pause,
-    /// Numbered: the answer to one that was given up may come later.
-    Save(u64),
     End,
 }
 
 pub(super) enum Event {
-    /// Created, restored early, or restored late; the error may be the last word of a thread that has panicked.
+    /// Created; the error may be the last word of a thread that has panicked.
     Ready(Result<(), VcpuError>),
     Paused,
-    Saved(u64, u32, Result<SavedVcpu, VcpuError>),
+    /// What a thread has done of the round with this number.
+    Done(u64, Vec<Done>),
 }
 
 /// What all threads answer.
@@ -37,7 +38,7 @@ impl Answers {
     pub(super) fn ready(&self, all: usize, within: Duration) -> Result<(), VcpuError> {
         match self.spin.receive_until(&self.events, Instant::now() + within) {
             Ok(Event::Ready(result)) => result,
-            Ok(Event::Paused | Event::Saved(..)) | Err(RecvTimeoutError::Disconnected) => Err(VcpuError::Gone),
+            Ok(Event::Paused | Event::Done(..)) | Err(RecvTimeoutError::Disconnected) => Err(VcpuError::Gone),
             Err(RecvTimeoutError::Timeout) => Err(VcpuError::Silent { missing: 1, all, within }),
         }
     }
@@ -49,49 +50,43 @@ impl Answers {
             match self.spin.receive_until(&self.events, deadline) {
                 Ok(Event::Paused) => done += 1,
                 // The answer to what was given up before.
-                Ok(Event::Ready(_) | Event::Saved(..)) => {}
+                Ok(Event::Ready(_) | Event::Done(..)) => {}
                 Err(_) => return Err(expected - done),
             }
         }
         Ok(())
     }
 
-    /// The states that `all` vCPUs have saved when they were asked for the `turn`th time, in order of their index.
-    /// `soon` is called when no more than one is missing.
-    pub(super) fn saved(
+    /// Waits until a round is over, of which the calling thread has done `done`. The states, where it has saved, in
+    /// order of their index. `soon` is called when no more than one vCPU is missing.
+    pub(super) fn of_round(
         &self,
-        turn: u64,
+        number: u64,
         all: usize,
+        mut done: Vec<Done>,
         within: Duration,
         soon: impl FnOnce(),
     ) -> Result<Vec<SavedVcpu>, VcpuError> {
         let deadline = Instant::now() + within;
-        let (mut states, mut failed) = (Vec::with_capacity(all), None);
-        let (mut answers, mut soon) = (0, Some(soon));
-        while answers < all {
-            if answers + 1 >= all
+        let mut soon = Some(soon);
+        while done.len() < all {
+            if done.len() + 1 >= all
                 && let Some(soon) = soon.take()
             {
                 soon();
             }
             match self.spin.receive_until(&self.events, deadline) {
-                Ok(Event::Saved(of, index, saved)) if of == turn => {
-                    answers += 1;
-                    match saved {
-                        Ok(saved) => states.push((index, saved)),
-                        Err(error) => failed = Some(error),
-                    }
-                }
+                Ok(Event::Done(of, theirs)) if of == number => done.extend(theirs),
                 Ok(Event::Ready(Err(error))) => return Err(error),
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(VcpuError::Silent { missing: all - answers, all, within });
+                    return Err(VcpuError::Silent { missing: all - done.len(), all, within });
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(VcpuError::Gone),
             }
         }
-        states.sort_by_key(|(index, _)| *index);
-        failed.map_or(Ok(states.into_iter().map(|(_, saved)| saved).collect()), Err)
+        done.sort_by_key(|done| done.index);
+        done.into_iter().filter_map(|done| done.result.transpose()).collect()
     }
 }
 
@@ -112,15 +107,20 @@ mod tests {
     fn answers_to_what_was_given_up_count_for_nothing() {
         let (sender, answers) = answers();
         let say = |event| sender.send(event).unwrap();
-        let saved = |turn, index| Event::Saved(turn, index, Err(VcpuError::Panicked { index, panic: String::new() }));
+        let done = |index: u32| Done {
+            index: index as usize,
+            result: Err(VcpuError::Panicked { index, panic: String::new() }),
+        };
+        let saved = |number, index| Event::Done(number, vec![done(index)]);
         say(saved(1, 0));
-        let silent = answers.saved(1, 2, SOON, || ());
+        let silent = answers.of_round(1, 2, Vec::new(), SOON, || ());
         assert!(matches!(silent, Err(VcpuError::Silent { missing: 1, all: 2, .. })));
         // The second one answers when nobody listens any more; then both stop and save anew.
         [saved(1, 1), Event::Paused, Event::Paused].into_iter().for_each(say);
         assert_eq!(answers.paused(2, Instant::now() + SOON), Ok(()));
         [saved(1, 1), saved(2, 7), saved(2, 8)].into_iter().for_each(say);
-        assert!(matches!(answers.saved(2, 2, SOON, || ()), Err(VcpuError::Panicked { index: 8, .. })));
+        let failed = answers.of_round(2, 3, vec![done(6)], SOON, || ());
+        assert!(matches!(failed, Err(VcpuError::Panicked { index: 6, .. })));
         say(Event::Paused);
         assert_eq!(answers.paused(3, Instant::now() + SOON), Err(2));
     }
@@ -129,6 +129,7 @@ mod tests {
     fn the_last_word_of_a_thread_is_the_reason() {
         let (sender, answers) = answers();
         sender.send(Event::Ready(Err(VcpuError::Panicked { index: 3, panic: "panic: x".into() }))).unwrap();
-        assert_eq!(answers.saved(1, 2, SOON, || ()).err().unwrap().to_string(), "vCPU 3: panic: x");
+        let failed = answers.of_round(1, 2, Vec::new(), SOON, || ());
+        assert_eq!(failed.err().unwrap().to_string(), "vCPU 3: panic: x");
     }
 }

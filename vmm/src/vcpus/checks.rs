@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use parking_lot::{Mutex, MutexGuard};
+use theseus_hypervisor::Vcpu;
 use theseus_hypervisor::vcpu::ExitFlag;
 use theseus_hypervisor::vcpu::mce::Check;
 use theseus_resources::survivor::look;
@@ -64,9 +65,33 @@ impl Checks {
         self.0.get(index as usize).map(|mailbox| std::mem::take(&mut *mailbox.lock())).unwrap_or_default()
     }
 
+    /// What waits for `vcpu`, which the calling thread has.
+    pub(super) fn deliver(&self, vcpu: &Vcpu) {
+        for check in self.take(vcpu.index()) {
+            inject(vcpu, check);
+            if matches!(check, Check::Optional(_)) && vcpu.broadcasts() {
+                self.post_others(vcpu.index(), Check::OfOther);
+            }
+        }
+    }
+
+    /// Tells the guest of a page that `vcpu`, which the calling thread has, has just needed, and that is lost.
+    pub(super) fn page_lost(&self, vcpu: &Vcpu, gpa: u64) {
+        inject(vcpu, Check::Required(gpa));
+        if vcpu.broadcasts() {
+            self.post_others(vcpu.index(), Check::OfOther);
+        }
+    }
+
     /// The same, left where they are.
     pub(super) fn waiting(&self, index: u32) -> Vec<Check> {
         self.0.get(index as usize).map(|mailbox| look(&mailbox.waiting).clone()).unwrap_or_default()
+    }
+}
+
+fn inject(vcpu: &Vcpu, check: Check) {
+    if let Err(error) = vcpu.inject(check) {
+        log::error!("vCPU {}: the guest is not told of a memory error: {error}", vcpu.index());
     }
 }
 

@@ -10,6 +10,7 @@ mod checks;
 mod owed;
 pub(crate) mod placement;
 mod processor;
+mod round;
 pub(crate) mod saved;
 mod signal;
 mod thread;
@@ -23,7 +24,6 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 use parking_lot::Mutex;
-use rustix::process::Pid;
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
@@ -35,11 +35,12 @@ use theseus_resources::threads::{self, Role, ThreadError};
 
 use crate::boot::{BootError, Entry};
 use crate::seams::Seams;
-use crate::spin::{Commander, Spin};
+use crate::spin::{self, Commander, Spin};
 use answers::{Answers, Command};
 use checks::Checks;
 use placement::{PinError, Placement};
 use processor::Processor;
+use round::{Job, Round, Seat};
 use saved::{EncodedVcpu, SavedVcpu};
 pub(crate) use signal::install_kick_handler;
 
@@ -104,7 +105,6 @@ pub(crate) struct Shared {
 /// One thread as its owner sees it.
 struct Handle {
     tid: libc::pid_t,
-    processor: Arc<Mutex<Processor>>,
     shape: VcpuShape,
     tsc_khz: u32,
     /// How many commands to come out of KVM_RUN it has not taken yet. A count, and the thread itself takes from it: a
@@ -141,7 +141,7 @@ impl Handle {
 /// What a thread says of itself once it has its vCPU.
 struct Introduction {
     tid: libc::pid_t,
-    processor: Arc<Mutex<Processor>>,
+    seat: Arc<Seat>,
     exit_flag: ExitFlag,
     shape: VcpuShape,
     tsc_khz: u32,
@@ -183,14 +183,16 @@ impl Starting {
             // One that has ended already has said why.
             let _ = newcomer.vm.send(vm.clone());
         }
+        let seats = Arc::new([]);
         let mut vcpus =
-            Vcpus { handles: Vec::new(), checks, answers, running: false, late: 0, saves: Cell::new(0), seams };
+            Vcpus { handles: Vec::new(), seats, checks, answers, running: false, late: 0, rounds: Cell::new(0), seams };
+        let mut seats = Vec::new();
         for Newcomer { placement: _, tid: _, vm: _, pauses, entered, commands, thread, introduced } in waiting {
             // A thread that failed before it had a vCPU has dropped its end; its reason is in the events.
-            if let Ok(Introduction { tid, processor, exit_flag, shape, tsc_khz }) = introduced.recv() {
+            if let Ok(Introduction { tid, seat, exit_flag, shape, tsc_khz }) = introduced.recv() {
+                seats.push(seat);
                 vcpus.handles.push(Handle {
                     tid,
-                    processor,
                     shape,
                     tsc_khz,
                     pauses,
@@ -204,21 +206,24 @@ impl Starting {
                 drop(commands);
                 let _ = thread.join();
             }
-            vcpus.ready()?;
+            vcpus.answers.ready(vcpus.handles.len(), ANSWER)?;
         }
+        vcpus.seats = seats.into();
         Ok(vcpus)
     }
 }
 
 pub(crate) struct Vcpus {
     handles: Vec<Handle>,
+    /// In order of their index, as the handles are.
+    seats: Arc<[Arc<Seat>]>,
     checks: Arc<Checks>,
     answers: Answers,
     running: bool,
     /// Acknowledgements of abandoned pauses that are still to come.
     late: usize,
-    /// How often their state was asked for.
-    saves: Cell<u64>,
+    /// How many there were.
+    rounds: Cell<u64>,
     seams: Arc<dyn Seams>,
 }
 
@@ -264,30 +269,45 @@ impl Vcpus {
         Ok(starting)
     }
 
-    fn ready(&self) -> Result<(), VcpuError> {
-        self.answers.ready(self.handles.len(), ANSWER)
-    }
-
-    /// Begins the first half of a restore, in parallel: `states` in order of their index, one for each vCPU. Then
-    /// [`Vcpus::all_ready`].
-    pub(crate) fn restore_early(&self, states: Vec<EncodedVcpu>) -> Result<(), VcpuError> {
+    /// Begins the first half of a restore, in parallel with the caller: `states` in order of their index, one for each
+    /// vCPU.
+    pub(crate) fn restore_early(&self, states: Vec<EncodedVcpu>) -> Result<Restoring, VcpuError> {
         if states.len() != self.handles.len() {
             return Err(VcpuError::Count { states: states.len(), vcpus: self.handles.len() });
         }
-        for (handle, state) in self.handles.iter().zip(states) {
-            handle.send(Command::RestoreEarly(state))?;
+        let states = states.into_iter().map(|state| Mutex::new(Some(state))).collect();
+        Ok(Restoring(self.begin(Job::RestoreEarly(states))?))
+    }
+
+    /// Begins the second half of a restore, once the VM's clock is set.
+    pub(crate) fn restore_late(&self) -> Result<Restoring, VcpuError> {
+        Ok(Restoring(self.begin(Job::RestoreLate)?))
+    }
+
+    /// Waits until all vCPUs are restored so far, and takes part in that.
+    pub(crate) fn finish(&self, Restoring(begun): Restoring) -> Result<(), VcpuError> {
+        self.finish_round(&begun, || ()).map(drop)
+    }
+
+    /// Tells as many threads of a round as should take part in it: all where each has a CPU to wait on ([`Spin`]).
+    fn begin(&self, job: Job) -> Result<Begun, VcpuError> {
+        let number = self.rounds.get() + 1;
+        self.rounds.set(number);
+        let begun = Begun(Arc::new(Round::new(number, &self.seats, job, &self.checks, &self.seams)));
+        let helpers = if self.answers.spin.is_spinning() {
+            (0..self.seats.len()).collect()
+        } else {
+            round::helpers(round::this_cpu(), self.seats.iter().map(|seat| seat.cpu()), spin::cpus_seen())
+        };
+        for handle in helpers.into_iter().filter_map(|index| self.handles.get(index)) {
+            handle.send(Command::Round(begun.0.clone()))?;
         }
-        Ok(())
+        Ok(begun)
     }
 
-    /// Waits for all to have done what they were told.
-    pub(crate) fn all_ready(&self) -> Result<(), VcpuError> {
-        self.handles.iter().try_for_each(|_| self.ready())
-    }
-
-    /// Begins the second half of a restore, in parallel, once the VM's clock is set. Then [`Vcpus::all_ready`].
-    pub(crate) fn restore_late(&self) -> Result<(), VcpuError> {
-        self.handles.iter().try_for_each(|handle| handle.send(Command::RestoreLate))
+    fn finish_round(&self, Begun(round): &Begun, soon: impl FnOnce()) -> Result<Vec<SavedVcpu>, VcpuError> {
+        let done = round.take_part(None);
+        self.answers.of_round(round.number, self.seats.len(), done, ANSWER, soon)
     }
 
     /// [`Vcpus::restore_early`] is about to come. Nothing where there is no CPU for each to wait on ([`Spin`]).
@@ -338,29 +358,14 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Has all (paused) vCPUs save their states, in parallel with each other and with the caller. `soon` is called when
-    /// no more than one is missing. The one vCPU of a VMM that has one CPU is saved by the caller: its thread would only
-    /// take that CPU from him, and he from it.
+    /// Begins to save the states of all (paused) vCPUs, in parallel with the caller. `soon` is called when no more than
+    /// one is missing.
     pub(crate) fn begin_save<'a>(&'a self, soon: &'a dyn Fn()) -> Result<Saving<'a>, VcpuError> {
-        if self.is_on_this_cpu() {
-            return Ok(self.begin_save_alone());
-        }
-        let turn = self.saves.get() + 1;
-        self.saves.set(turn);
-        for handle in &self.handles {
-            handle.send(Command::Save(turn))?;
-        }
-        Ok(Saving { vcpus: self, how: How::ByThreads { turn, soon } })
-    }
-
-    /// Whether there is one, whose thread may only be on the caller's one CPU.
-    fn is_on_this_cpu(&self) -> bool {
-        let of = |tid| rustix::thread::sched_getaffinity(tid).ok();
-        let [handle] = &self.handles[..] else { return false };
-        of(None).is_some_and(|own| own.count() == 1 && of(Pid::from_raw(handle.tid)) == Some(own))
+        Ok(Saving { vcpus: self, how: How::InRound { begun: self.begin(Job::Save)?, soon } })
     }
 
     /// The same, but the caller's thread will do it alone, in [`Saving::finish`].
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the rescue after a crash: docs/architecture.md"))]
     pub(crate) fn begin_save_alone(&self) -> Saving<'_> {
         Saving { vcpus: self, how: How::Alone }
     }
@@ -371,7 +376,7 @@ impl Vcpus {
         if self.running && !survivor::is_alone() {
             return Err(VcpuError::Run);
         }
-        let processors: Vec<_> = self.handles.iter().map(|handle| look(&handle.processor)).collect();
+        let processors: Vec<_> = self.seats.iter().map(|seat| look(&seat.processor)).collect();
         if let Some(processor) = processors.iter().find(|processor| processor.vcpu.has_unhandled_exit()) {
             return Err(VcpuError::Unhandled(processor.index));
         }
@@ -398,7 +403,7 @@ impl Vcpus {
     /// How many threads have their vCPU locked.
     #[cfg(test)]
     pub(crate) fn in_hand(&self) -> usize {
-        self.handles.iter().filter(|handle| handle.processor.is_locked()).count()
+        self.seats.iter().filter(|seat| seat.processor.is_locked()).count()
     }
 
     pub(crate) fn count(&self) -> u32 {
@@ -439,6 +444,18 @@ impl Vcpus {
     }
 }
 
+/// A round, which is given up where this is dropped.
+struct Begun(Arc<Round>);
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        self.0.give_up();
+    }
+}
+
+/// vCPUs that are being restored: [`Vcpus::finish`].
+pub(crate) struct Restoring(Begun);
+
 /// States that are being saved.
 pub(crate) struct Saving<'a> {
     vcpus: &'a Vcpus,
@@ -446,8 +463,8 @@ pub(crate) struct Saving<'a> {
 }
 
 enum How<'a> {
-    ByThreads {
-        turn: u64,
+    InRound {
+        begun: Begun,
         soon: &'a dyn Fn(),
     },
     /// By whoever calls [`Saving::finish`].
@@ -458,7 +475,7 @@ impl Saving<'_> {
     /// In order of their index.
     pub(crate) fn finish(self) -> Result<Vec<SavedVcpu>, VcpuError> {
         match self.how {
-            How::ByThreads { turn, soon } => self.vcpus.answers.saved(turn, self.vcpus.handles.len(), ANSWER, soon),
+            How::InRound { begun, soon } => self.vcpus.finish_round(&begun, soon),
             How::Alone => self.vcpus.save_alone(),
         }
     }

@@ -5,15 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 
-use parking_lot::Mutex;
 use theseus_devices::interrupt::GuestRequest;
-use theseus_hypervisor::vcpu::mce::Check;
-use theseus_hypervisor::{Exit, ReadyVm, Vcpu, VcpuState};
+use theseus_hypervisor::{Exit, ReadyVm, Vcpu};
 
 use super::answers::{Command, Event};
 use super::checks::Checks;
-use super::owed::Owed;
 use super::processor::Processor;
+use super::round::{Job, Seat};
 use super::saved;
 use super::{Introduction, Shared, Start, VcpuError, placement};
 use crate::boot;
@@ -59,6 +57,7 @@ impl Body {
         if let Start::Prewarm(_, placement) = &start {
             // In its cgroup by now, where other CPUs may be its own.
             placement.apply(self.index);
+            self.shared.seams.prewarms_vcpu();
         }
         let vcpu = match self.create(start, &vm) {
             Ok(vcpu) => vcpu,
@@ -66,55 +65,32 @@ impl Body {
         };
         self.checks.introduce(self.index, tid, vcpu.exit_flag());
         let (exit_flag, shape, tsc_khz) = (vcpu.exit_flag(), vcpu.shape(), vcpu.tsc_khz());
-        let processor = Processor { index: self.index, vcpu, vm, owed: Owed::default() };
-        let processor = Arc::new(Mutex::new(processor));
-        let _ = introduce.send(Introduction { tid, processor: processor.clone(), exit_flag, shape, tsc_khz });
+        let seat = Arc::new(Seat::new(Processor::new(self.index, vcpu, vm)));
+        let _ = introduce.send(Introduction { tid, seat: seat.clone(), exit_flag, shape, tsc_khz });
         self.tell(Event::Ready(Ok(())));
-        // Of which the late part is still to come.
-        let mut restored = None;
         // Whether the next command is about to come. Not so after a save: its CPU is wanted for the new VMM.
         let mut is_expected = false;
         let expect = || self.spin.receive(&self.commands, &self.commander);
         while let Ok(command) = if is_expected { expect() } else { self.commands.recv() } {
-            is_expected = !matches!(command, Command::Save(_) | Command::Run);
-            let processor = &mut *processor.lock();
-            match command {
-                Command::Awake => {}
-                Command::RestoreEarly(encoded) => {
-                    self.shared.seams.restores_vcpu();
-                    let result = encoded.decode(self.index).and_then(|(mut state, handles)| {
-                        processor.owed.0 = std::mem::take(&mut state.owed);
-                        let state = restored.insert(state);
-                        processor.vcpu.restore_early(state, &handles).map_err(|source| self.error(source))
-                    });
-                    self.tell(Event::Ready(result));
+            is_expected = match command {
+                Command::Awake => true,
+                Command::Round(round) => {
+                    self.tell(Event::Done(round.number, round.take_part(Some(self.index))));
+                    !matches!(round.job, Job::Save)
                 }
-                Command::RestoreLate => {
-                    let result = restored.take().map_or(Ok(()), |state| self.restore_late(processor, &state));
-                    self.tell(Event::Ready(result.map_err(|source| self.error(source))));
+                Command::Run => {
+                    self.run(&mut seat.processor.lock());
+                    seat.was_here();
+                    false
                 }
-                Command::Run => self.run(processor),
                 Command::Pause => {
                     self.pauses.fetch_sub(1, Ordering::SeqCst);
                     self.tell(Event::Paused);
-                }
-                Command::Save(turn) => {
-                    self.take_checks(&processor.vcpu);
-                    let saved = processor.save().map(|mut saved| {
-                        self.shared.seams.saved_vcpu(&mut saved.refused);
-                        saved
-                    });
-                    self.tell(Event::Saved(turn, self.index, saved));
+                    true
                 }
                 Command::End => return,
-            }
+            };
         }
-    }
-
-    fn restore_late(&self, processor: &mut Processor, state: &VcpuState) -> Result<(), theseus_hypervisor::Error> {
-        processor.vcpu.restore_late(state)?;
-        // A kick too many is legal, one too few a guest that waits for a spin lock for ever.
-        if state.may_have_been_kicked() { processor.vm.kick_halted(self.index) } else { Ok(()) }
     }
 
     fn error(&self, source: theseus_hypervisor::Error) -> VcpuError {
@@ -131,30 +107,6 @@ impl Body {
         // Who was wanted before the line above has the exit flag cleared by it: look again.
         if self.is_wanted() {
             vcpu.set_immediate_exit(true);
-        }
-    }
-
-    /// Tells the guest of a page that it has just needed, and that is lost.
-    fn page_lost(&self, vcpu: &Vcpu, gpa: u64) {
-        self.inject(vcpu, Check::Required(gpa));
-        if vcpu.broadcasts() {
-            self.checks.post_others(self.index, Check::OfOther);
-        }
-    }
-
-    /// Machine checks that others have for this vCPU.
-    fn take_checks(&self, vcpu: &Vcpu) {
-        for check in self.checks.take(self.index) {
-            self.inject(vcpu, check);
-            if matches!(check, Check::Optional(_)) && vcpu.broadcasts() {
-                self.checks.post_others(self.index, Check::OfOther);
-            }
-        }
-    }
-
-    fn inject(&self, vcpu: &Vcpu, check: Check) {
-        if let Err(error) = vcpu.inject(check) {
-            log::error!("vCPU {}: the guest is not told of a memory error: {error}", self.index);
         }
     }
 
@@ -199,7 +151,7 @@ impl Body {
     /// In the guest until a pause is asked for, until it cannot go on, or until its machine is about to end: a vCPU
     /// that has asked for that waits like one that is stopped, and so do the others from their next exit on.
     fn run(&self, processor: &mut Processor) {
-        let Processor { index: _, vcpu, vm: _, owed } = processor;
+        let Processor { vcpu, owed, .. } = processor;
         let Shared { pio, mmio, .. } = &self.shared;
         let is_wanted = || self.is_wanted();
         if !owed.pay(pio, mmio, &is_wanted) {
@@ -208,7 +160,7 @@ impl Body {
         self.clear_exit_flag(vcpu);
         // Whatever it stood still for: a pause that was asked for, an update, an update that was undone.
         vcpu.note_pause();
-        self.take_checks(vcpu);
+        self.checks.deliver(vcpu);
         self.entered.store(timeline::now_ns(), Ordering::Relaxed);
         while !self.shared.requests.pending() {
             if !owed.0.is_empty() {
@@ -231,14 +183,14 @@ impl Body {
                 // KVM completes what the last exit left pending before it looks at the exit flag, so here nothing is.
                 Ok(Exit::Interrupted) => {
                     if let Some(gpa) = memory_errors::required() {
-                        self.page_lost(vcpu, gpa);
+                        self.checks.page_lost(vcpu, gpa);
                     }
                     if self.is_wanted() {
                         return;
                     }
                     self.clear_exit_flag(vcpu);
                     // After that: who posts one raises the flag again.
-                    self.take_checks(vcpu);
+                    self.checks.deliver(vcpu);
                 }
                 Ok(Exit::Reset) => {
                     log::info!("vCPU {}: triple fault: the guest resets", self.index);
