@@ -3,15 +3,19 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_sregs2, kvm_x86_mce};
+use kvm_bindings::{
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_pre_fault_memory, kvm_sregs2, kvm_x86_mce,
+};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
+use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
 
 ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
 ioctl_ior_nr!(KVM_X86_GET_MCE_CAP_SUPPORTED, KVMIO, 0x9d, u64);
@@ -73,4 +77,10 @@ pub(crate) fn setup_mce(vcpu: &VcpuFd, cap: u64) -> io::Result<()> {
 pub(crate) fn set_mce(vcpu: &VcpuFd, mce: &kvm_x86_mce) -> io::Result<()> {
     // SAFETY: a vCPU fd, and the kernel reads one kvm_x86_mce.
     check(unsafe { ioctl_with_ref(vcpu, KVM_X86_SET_MCE(), mce) })
+}
+
+/// `range` is then what is left of it.
+pub(crate) fn pre_fault_memory(vcpu: &VcpuFd, range: &mut kvm_pre_fault_memory) -> io::Result<()> {
+    // SAFETY: a vCPU fd, and the kernel reads and writes one kvm_pre_fault_memory.
+    check(unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), range) })
 }

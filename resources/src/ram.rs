@@ -3,6 +3,7 @@
 //! Always a memfd: it is what the next image maps again. Sealed against resizing only; write seals would forbid that
 //! mapping.
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -266,12 +267,32 @@ impl GuestRam {
     /// memory: a fault would allocate it, for reading too (shmem_fault). Not so with huge pages of hugetlbfs, which
     /// shows no holes (default_llseek): all of them are allocated.
     pub fn populate_page_tables(&self, go_on: impl Fn() -> bool) -> Result<(), RamError> {
+        self.each_with_memory(&go_on, |range, part| self.advise(range, part, Advice::LinuxPopulateRead, &go_on))
+    }
+
+    /// The parts that have memory, as `populate_page_tables` finds them, in pieces: calls `each` with guest physical
+    /// address and size, both in bytes.
+    pub fn each_piece<E: From<RamError>>(
+        &self,
+        go_on: impl Fn() -> bool,
+        mut each: impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.each_with_memory(&go_on, |range, part| {
+            pieces(part, &go_on).try_for_each(|(start, len)| each(range.gpa + start, len))
+        })
+    }
+
+    fn each_with_memory<E: From<RamError>>(
+        &self,
+        go_on: impl Fn() -> bool,
+        mut each: impl FnMut(&RamRange, Range<u64>) -> Result<(), E>,
+    ) -> Result<(), E> {
         for range in &self.ranges {
             let mut at = 0;
             while go_on()
                 && let Some((start, end)) = self.data(range, at)?
             {
-                self.advise(range, start..end, Advice::LinuxPopulateRead, &go_on)?;
+                each(range, start..end)?;
                 at = end;
             }
         }
@@ -299,22 +320,29 @@ impl GuestRam {
     fn advise(
         &self,
         range: &RamRange,
-        part: std::ops::Range<u64>,
+        part: Range<u64>,
         advice: Advice,
         go_on: impl Fn() -> bool,
     ) -> Result<(), RamError> {
         // Piece by piece: vCPU faults queue behind a writer that waits for the mmap_lock which a piece holds.
-        let mut done = part.start;
-        while done < part.end && go_on() {
-            let len = (part.end - done).min(HUGE);
+        pieces(part, go_on).try_for_each(|(start, len)| {
             // SAFETY: inside one of our mappings; populating changes no contents.
-            unsafe { rustix::mm::madvise((range.hva + done) as *mut _, len as usize, advice) }
-                .map_err(|source| RamError::Map { size: len, offset: range.offset + done, source: source.into() })?;
-            done += len;
+            unsafe { rustix::mm::madvise((range.hva + start) as *mut _, len as usize, advice) }
+                .map_err(|source| RamError::Map { size: len, offset: range.offset + start, source: source.into() })?;
             std::thread::yield_now();
-        }
-        Ok(())
+            Ok(())
+        })
     }
+}
+
+/// Start and length of each, as long as `go_on` says so.
+fn pieces(part: Range<u64>, go_on: impl Fn() -> bool) -> impl Iterator<Item = (u64, u64)> {
+    let mut done = part.start;
+    std::iter::from_fn(move || {
+        let (start, len) = (done, (part.end - done).min(HUGE));
+        done += len;
+        (len > 0 && go_on()).then_some((start, len))
+    })
 }
 
 fn huge_flag(bytes: u64) -> Result<MemfdFlags, RamError> {

@@ -10,6 +10,7 @@ mod refused;
 mod restore_tests;
 #[cfg(test)]
 mod run_tests;
+mod second_stage;
 mod state;
 
 use std::ptr::NonNull;

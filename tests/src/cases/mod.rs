@@ -17,6 +17,7 @@ mod jobs;
 mod keeper;
 mod limits;
 mod meetings;
+mod memory;
 mod operator;
 mod poison;
 mod probes;
@@ -143,6 +144,7 @@ const CASES: &[Case] = &[
     plain("power_management_timer", time::power_management_timer),
     plain("without_kvmclock", time::without_kvmclock),
     plain("affinity_kept", frozen::affinity_kept),
+    plain("second_stage_is_there", memory::second_stage),
     shared("update_igb_traffic", traffic::igb),
     shared("clock_20_updates", time::clock_updates),
     shared("resources_flat_20_updates", resources::flat),

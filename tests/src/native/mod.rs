@@ -38,6 +38,8 @@ const LARGE: u64 = 8 << 30;
 const HUGE: usize = 2 << 20;
 /// Over which the guest's speed is taken, µs.
 const WINDOW_US: u64 = 20_000;
+/// How long its speed before an update is taken.
+const SAMPLED: Duration = Duration::from_secs(1);
 /// How long the guest may take to be back at its speed.
 const BACK: Duration = Duration::from_secs(60);
 const BACK_PERCENT: u64 = 95;
@@ -126,8 +128,9 @@ fn pinned() -> Result<()> {
     Ok(())
 }
 
-/// `hooks`: whether the VMM looks for test hooks, which one that users have does not.
-fn bare(size: u64, cpus: u32, options: &str, hooks: bool) -> Result<Vm> {
+/// [`guest`] with `size` bytes, and further `options` of `--memory`. `hooks`: whether the VMM looks for test hooks,
+/// which one that users have does not.
+pub fn bare(size: u64, cpus: u32, options: &str, hooks: bool) -> Result<Vm> {
     let kernel = std::env::temp_dir().join(format!("guest-{}", std::process::id()));
     guest::write(&kernel, size)?;
     let vm = Vm::bare(&kernel, cpus, &format!("size={}M{options}", size >> 20), hooks)?;
@@ -147,9 +150,11 @@ fn measure(size: u64, options: &str) -> Result<(Vec<u64>, Vec<u64>)> {
     let (mut pauses, mut backs) = (Vec::new(), Vec::new());
     for _ in 0..UPDATES {
         vm.settled_facts()?;
+        // One round over the memory since the last update, so that all tables are there: only then is it at its speed.
+        let round = counter.get() + guest::pages(size);
+        wait_for("the guest to write all of its memory", || Ok((counter.get() > round).then_some(())))?;
         let sampler = Sampler::start(counter.clone());
-        // One round over the memory at least, which is its speed with all tables there.
-        sleep(Duration::from_millis(300 + 100 * (size >> 30)));
+        sleep(SAMPLED);
         let asked = sampler.now();
         let report = vm.update()?;
         let answered = sampler.now();

@@ -249,6 +249,11 @@ impl PassthroughDevices {
         self.settle(vm);
     }
 
+    /// [`DmaDomain::is_coherent`] of all; so it is where there is none.
+    pub(super) fn are_coherent(&self) -> bool {
+        self.registry.domains().iter().all(|domain| domain.is_coherent())
+    }
+
     fn domains(&self) -> Vec<Arc<dyn DmaDomain>> {
         self.seams.dma_domains(self.registry.domains())
     }

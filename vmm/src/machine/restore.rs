@@ -26,25 +26,34 @@ use crate::vcpus::{Restoring, Start, Vcpus};
 /// the guest runs.
 const FILL: Duration = Duration::from_secs(20);
 
-/// So that the guest does not fault its memory in page by page. `pinned`: all of it is there. Whether something is left
+/// So that the guest does not fault its memory in page by page, in either stage. Whether something of the first is left
 /// to do.
-fn fill_page_tables(ram: &GuestRam, pinned: bool) -> bool {
+fn fill_page_tables(ram: &GuestRam, vcpus: &Vcpus, passthrough: &PassthroughDevices) -> bool {
     let until = Instant::now() + FILL;
     let in_time = || Instant::now() < until;
-    if !may_fill(ram, pinned) {
+    if !may_fill(ram, !passthrough.ids().is_empty()) {
         return false;
     }
-    match ram.populate_page_tables(in_time) {
-        Ok(()) => !in_time(),
-        Err(error) => {
-            log::debug!("page tables: {error}");
-            false
-        }
+    if let Err(error) = ram.populate_page_tables(in_time) {
+        log::debug!("page tables: {error}");
+        return false;
     }
+    let unfilled = !in_time();
+    // KVM empties it as the first group is added to the VM that is not coherent
+    // (kvm_noncoherent_dma_assignment_start_or_stop), which is in the pause.
+    if passthrough.are_coherent()
+        && let Err(error) = ram.each_piece(in_time, |gpa, size| {
+            vcpus.fill_second_stage(gpa, size)?;
+            Ok::<_, MachineError>(())
+        })
+    {
+        log::debug!("second stage: {error}");
+    }
+    unfilled
 }
 
 /// hugetlbfs does not tell which pages there are (its SEEK_DATA finds no holes): all of them only where they are
-/// pinned.
+/// `pinned`, and so are there.
 fn may_fill(ram: &GuestRam, pinned: bool) -> bool {
     pinned || !matches!(ram.pages(), Pages::Huge(_))
 }
@@ -93,7 +102,7 @@ impl Prewarmed {
         // Likely ones: most guests leave their vectors where they are.
         vm.commit_routes()?;
         crate::heap::warm(vcpus.count() as usize);
-        let unfilled = fill_page_tables(&ram, !passthrough.ids().is_empty());
+        let unfilled = fill_page_tables(&ram, &vcpus, &passthrough);
         Ok(Self { restoring: None, unfilled, vcpus, passthrough, memory, vm, ram, buses })
     }
 

@@ -65,6 +65,10 @@ impl DmaDomain for Faulty {
         self.domain.maps()
     }
 
+    fn is_coherent(&self) -> bool {
+        self.domain.is_coherent()
+    }
+
     fn maps_device_memory(&self) -> bool {
         self.domain.maps_device_memory()
     }
@@ -164,6 +168,10 @@ mod tests {
 
         fn maps(&self) -> Vec<DmaMap> {
             vec![self.map.lock().clone()]
+        }
+
+        fn is_coherent(&self) -> bool {
+            unimplemented!()
         }
 
         fn maps_device_memory(&self) -> bool {

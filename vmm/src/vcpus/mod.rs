@@ -269,6 +269,12 @@ impl Vcpus {
         Ok(starting)
     }
 
+    /// Makes the second stage of `size` bytes from the guest physical address `gpa` on, for all of them: before they run.
+    pub(crate) fn fill_second_stage(&self, gpa: u64, size: u64) -> Result<(), VcpuError> {
+        let filled = self.seats.first().map_or(Ok(()), |seat| seat.processor.lock().vcpu.fill_second_stage(gpa, size));
+        filled.map_err(|source| VcpuError::Hypervisor { index: 0, source })
+    }
+
     /// Begins the first half of a restore, in parallel with the caller: `states` in order of their index, one for each
     /// vCPU.
     pub(crate) fn restore_early(&self, states: Vec<EncodedVcpu>) -> Result<Restoring, VcpuError> {

@@ -97,6 +97,10 @@ pub trait DmaDomain: MemoryListener {
     /// Whether memory of devices can be mapped: where not, no device reaches another one's BARs.
     fn maps_device_memory(&self) -> bool;
 
+    /// Whether all its devices always see what CPUs have in their caches, whatever they ask for. Where not, KVM follows
+    /// the guest's own memory types.
+    fn is_coherent(&self) -> bool;
+
     /// Lets the devices reach `size` bytes of a BAR at `vaddr` under `iova`. Refused where
     /// [`DmaDomain::maps_device_memory`] is false.
     ///

@@ -140,6 +140,10 @@ impl DmaDomain for RamOnly {
         self.0.maps()
     }
 
+    fn is_coherent(&self) -> bool {
+        true
+    }
+
     fn maps_device_memory(&self) -> bool {
         false
     }

@@ -12,7 +12,7 @@ use theseus_resources::memory_listener::{MemoryListener, RamBlock, Rank, Refusal
 use theseus_resources::survivor::look;
 use theseus_resources::{FdKind, FdStore, StoredFd};
 use vfio_bindings::bindings::vfio::{
-    VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_VADDR, VFIO_DMA_MAP_FLAG_WRITE,
+    VFIO_API_VERSION, VFIO_DMA_CC_IOMMU, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_VADDR, VFIO_DMA_MAP_FLAG_WRITE,
     VFIO_DMA_UNMAP_FLAG_ALL, VFIO_DMA_UNMAP_FLAG_VADDR, VFIO_TYPE1v2_IOMMU, VFIO_UNMAP_ALL, VFIO_UPDATE_VADDR,
 };
 
@@ -172,6 +172,10 @@ impl DmaDomain for Container {
 
     fn maps(&self) -> Vec<DmaMap> {
         look(&self.maps).clone()
+    }
+
+    fn is_coherent(&self) -> bool {
+        self.type1.has_extension(VFIO_DMA_CC_IOMMU).unwrap_or(false)
     }
 
     fn maps_device_memory(&self) -> bool {

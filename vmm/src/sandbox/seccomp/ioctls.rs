@@ -69,6 +69,7 @@ pub(super) const MACHINE: &[u32] = &[
     kvm(0x7b), // KVM_SET_CLOCK
     kvm(0x7c), // KVM_GET_CLOCK
     kvm(0x9a), // KVM_NMI
+    kvm(0xd5), // KVM_PRE_FAULT_MEMORY
     kvm(0xe0), // KVM_CREATE_DEVICE
     vfio(0),   // VFIO_GET_API_VERSION
     vfio(1),   // VFIO_CHECK_EXTENSION
