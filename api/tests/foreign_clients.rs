@@ -188,7 +188,7 @@ fn they_read_the_answer_of_the_next_image() {
         let frozen = f.server.freeze(Some(waiting.connection()), SOON).unwrap();
         let stream = frozen.caller().unwrap().as_fd().try_clone_to_owned().unwrap().into();
         let listener = frozen.listener().try_clone_to_owned().unwrap().into();
-        let kept = vec![KeptConnection { stream, answer: Some(reply) }];
+        let kept = vec![KeptConnection { stream, answer: Some(reply), ends: false }];
         let backend = Arc::new(Fake(Mutex::new(mpsc::channel().0)));
         let next = Server::start(listener, kept, backend).unwrap();
         assert_eq!(read_as_they_do(&mut caller), Ok((status, body)));

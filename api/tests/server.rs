@@ -435,9 +435,11 @@ fn connections_go_over_to_the_next_server() {
     assert_eq!(frozen.idle().count(), 2);
     ahead.write_all(PING).unwrap();
 
-    let mut kept: Vec<_> = frozen.idle().map(|(_, fd)| KeptConnection { stream: dup(fd), answer: None }).collect();
+    let mut kept: Vec<_> =
+        frozen.idle().map(|(_, fd)| KeptConnection { stream: dup(fd), answer: None, ends: false }).collect();
     let report = json!({"outcome": "updated", "text": "x".repeat(1 << 20)});
-    kept.push(KeptConnection { stream: dup(frozen.caller().unwrap()), answer: Some(Ok(Body::Json(report.clone()))) });
+    let answer = Some(Ok(Body::Json(report.clone())));
+    kept.push(KeptConnection { stream: dup(frozen.caller().unwrap()), answer, ends: frozen.caller_ends() });
     let next = Fixture::successor(frozen.listener(), kept);
 
     let (answer, ping) = waiting.join().unwrap();
@@ -459,12 +461,40 @@ fn a_caller_that_sent_ahead_loses_nothing() {
     let reply = f.held();
     let frozen = f.server.freeze(Some(reply.connection()), SOON).unwrap();
     let refusal = Err(ApiError::conflict("no"));
-    let kept = vec![KeptConnection { stream: dup(frozen.caller().unwrap()), answer: Some(refusal) }];
+    let kept = vec![KeptConnection { stream: dup(frozen.caller().unwrap()), answer: Some(refusal), ends: false }];
     let next = Fixture::successor(frozen.listener(), kept);
     let (head, body) = read_response(&mut caller);
     assert!(head.starts_with("HTTP/1.1 409 ") && body == r#"["no"]"#, "{head}{body}");
     assert!(read_response(&mut caller).0.starts_with("HTTP/1.1 200"));
     next.stop();
+}
+
+#[test]
+fn a_caller_that_wants_its_connection_closed_sees_its_end() {
+    let close = |version: &str, header: &str| {
+        let f = Fixture::new();
+        let mut caller = f.raw();
+        let head = format!("PUT /api/v1/vm.update {version}\r\nhost: x\r\n{header}content-length: 2\r\n\r\n{{}}");
+        caller.write_all(head.as_bytes()).unwrap();
+        let reply = f.held();
+        let frozen = f.server.freeze(Some(reply.connection()), SOON).unwrap();
+        let (stream, ends) = (dup(frozen.caller().unwrap()), frozen.caller_ends());
+        let next = Fixture::successor(
+            frozen.listener(),
+            vec![KeptConnection { stream, answer: Some(Ok(Body::EmptyOk)), ends }],
+        );
+        if ends {
+            let mut all = String::new();
+            caller.read_to_string(&mut all).unwrap();
+            assert!(all.starts_with("HTTP/1.1 200 ") && all.contains("Connection: close"), "{all}");
+        }
+        next.stop();
+        ends
+    };
+    assert!(close("HTTP/1.1", "connection: x, Close\r\n"));
+    assert!(close("HTTP/1.0", ""));
+    assert!(!close("HTTP/1.1", ""));
+    assert!(!close("HTTP/1.0", "connection: keep-alive\r\n"));
 }
 
 #[test]

@@ -72,6 +72,8 @@ struct State {
     /// When it came, or its last request ended.
     idle_since: Instant,
     scanner: HeadScanner,
+    /// Whether it ends after the answer to the request that it is at.
+    ends: bool,
     /// The task, when a read had to wait for something else than the socket.
     reader: Option<Waker>,
 }
@@ -85,8 +87,8 @@ pub(super) struct Conn {
 
 impl Conn {
     pub(super) fn new(id: ConnId, stream: UnixStream, gate: Arc<Gate>) -> Self {
-        let state =
-            State { phase: Phase::Idle, idle_since: Instant::now(), scanner: HeadScanner::default(), reader: None };
+        let (idle_since, scanner) = (Instant::now(), HeadScanner::default());
+        let state = State { phase: Phase::Idle, idle_since, scanner, ends: false, reader: None };
         Self { id, stream, gate, state: Mutex::new(state) }
     }
 
@@ -119,6 +121,14 @@ impl Conn {
         }
         drop(state);
         self.gate.changed();
+    }
+
+    pub(super) fn set_ends(&self, ends: bool) {
+        self.state().ends = ends;
+    }
+
+    pub(super) fn ends(&self) -> bool {
+        self.state().ends
     }
 
     /// Since when it stands between two requests, with none waiting to be read.

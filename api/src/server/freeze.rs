@@ -76,6 +76,11 @@ impl Frozen<'_> {
         self.snapshot.caller.as_deref().map(AsFd::as_fd)
     }
 
+    /// Whether the caller's connection is to be closed after that answer.
+    pub fn caller_ends(&self) -> bool {
+        self.snapshot.caller.as_deref().is_some_and(Conn::ends)
+    }
+
     /// The socket on which it listens, for the next image. What connects meanwhile waits in its backlog.
     pub fn listener(&self) -> BorrowedFd<'_> {
         self.server.listener.as_fd()

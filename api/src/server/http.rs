@@ -10,10 +10,10 @@ use std::error::Error;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Bytes, Incoming};
 use hyper::ext::ReasonPhrase;
-use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, EXPECT, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Response, StatusCode};
+use hyper::{Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
@@ -30,12 +30,14 @@ const MAX_DROPPED: u64 = 64 << 20;
 /// Bytes of a request line and its headers.
 const MAX_HEAD: usize = 64 << 10;
 
-/// Serves a connection to its end, after the answer it may still owe.
-pub(super) async fn serve(entry: Registered, answer: Option<Reply>) {
+/// Serves a connection to its end, after the answer it may still owe, or only to that if it then `ends`.
+pub(super) async fn serve(entry: Registered, answer: Option<Reply>, ends: bool) {
     let conn = &entry.conn;
     if let Some(reply) = answer {
         conn.set_phase(Phase::Answering { begun: true });
-        match tokio::time::timeout(conn.patience(), write_all(conn.stream(), &encode(&reply, true))).await {
+        match tokio::time::timeout(conn.patience(), write_all(conn.stream(), &encode(&reply, !ends))).await {
+            // The old image may have it open for a while yet.
+            Ok(Ok(())) if ends => return conn.close(),
             Ok(Ok(())) => conn.set_phase(Phase::Idle),
             failed => return log::debug!("API: a client did not take its answer: {failed:?}"),
         }
@@ -65,6 +67,7 @@ fn handle(
 ) -> impl Future<Output = Result<Response<Full<Bytes>>, Infallible>> {
     let length = request.body().size_hint().exact();
     entry.conn.set_phase(Phase::Body(length));
+    entry.conn.set_ends(ends(request.version(), request.headers()));
     async move {
         let (parts, body) = request.into_parts();
         let expects = parts.headers.contains_key(EXPECT);
@@ -84,6 +87,15 @@ fn handle(
         }
         Ok(response)
     }
+}
+
+/// Whether a client wants its connection closed after the answer (RFC 9112, 9.3).
+fn ends(version: Version, headers: &HeaderMap) -> bool {
+    let has = |option: &str| {
+        let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|one| one.trim().eq_ignore_ascii_case(option))
+    };
+    has("close") || version == Version::HTTP_10 && !has("keep-alive")
 }
 
 async fn submit(entry: &Registered, request: Request) -> Reply {

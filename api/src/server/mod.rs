@@ -98,6 +98,8 @@ pub struct KeptConnection {
     pub stream: UnixStream,
     /// The answer its client still waits for.
     pub answer: Option<Reply>,
+    /// Whether it ends after that answer, as its client has asked for with its request ([`Frozen::caller_ends`]).
+    pub ends: bool,
 }
 
 enum Control {
@@ -124,7 +126,7 @@ impl Shared {
     /// Takes a new connection, if its client may use the API.
     fn accept(self: &Arc<Self>, stream: tokio::net::UnixStream) {
         match Peer::of(&stream) {
-            Ok(peer) if self.peers.admit(&peer) => self.adopt(stream, None),
+            Ok(peer) if self.peers.admit(&peer) => self.adopt(stream, None, false),
             Ok(Peer { uid, .. }) => {
                 REFUSED.warn(|| format!("API: user {uid} is refused: --api-uid {uid} would let them in"));
                 let cause = format!("user {uid} may not use this API: the VMM's user, root and those of --api-uid may");
@@ -135,14 +137,14 @@ impl Shared {
     }
 
     /// Serves a connection in a task of its own.
-    fn adopt(self: &Arc<Self>, stream: tokio::net::UnixStream, answer: Option<Reply>) {
+    fn adopt(self: &Arc<Self>, stream: tokio::net::UnixStream, answer: Option<Reply>, ends: bool) {
         if self.conns().len() >= MAX_CONNECTIONS && !self.close_an_idle_one() {
             let cause = format!("{MAX_CONNECTIONS} requests are being served: try again later");
             return self.refuse(stream, ApiError::busy(cause));
         }
         let conn = self.connection(stream);
         self.conns().insert(conn.id(), conn.clone());
-        tokio::spawn(http::serve(Registered { shared: self.clone(), conn, refusal: None }, answer));
+        tokio::spawn(http::serve(Registered { shared: self.clone(), conn, refusal: None }, answer, ends));
     }
 
     fn connection(&self, stream: tokio::net::UnixStream) -> Arc<Conn> {
@@ -168,7 +170,7 @@ impl Shared {
             return;
         }
         let entry = Registered { shared: self.clone(), conn: self.connection(stream), refusal: Some(refusal) };
-        tokio::spawn(tokio::time::timeout(REFUSAL_PATIENCE, http::serve(entry, None)));
+        tokio::spawn(tokio::time::timeout(REFUSAL_PATIENCE, http::serve(entry, None, false)));
     }
 }
 
@@ -235,10 +237,10 @@ impl Server {
         listener.set_nonblocking(true)?;
         let listener = Arc::new(tokio::net::UnixListener::from_std(listener)?);
         let mut adopted = Vec::new();
-        for KeptConnection { stream, answer } in kept {
+        for KeptConnection { stream, answer, ends } in kept {
             prepare(&stream)?;
             stream.set_nonblocking(true)?;
-            adopted.push((tokio::net::UnixStream::from_std(stream)?, answer));
+            adopted.push((tokio::net::UnixStream::from_std(stream)?, answer, ends));
         }
         drop(entered);
 
@@ -254,8 +256,8 @@ impl Server {
         let accepting = listener.clone();
         let thread = threads::spawn(Role::Api, move || {
             runtime.block_on(async {
-                for (stream, answer) in adopted {
-                    shared.adopt(stream, answer);
+                for (stream, answer, ends) in adopted {
+                    shared.adopt(stream, answer, ends);
                 }
                 run(accepting, shared, orders).await;
             })

@@ -187,31 +187,34 @@ struct ClaimedApi {
     listener: StoredFd,
     idle: Vec<StoredFd>,
     caller: Option<StoredFd>,
+    caller_ends: bool,
 }
 
 impl ClaimedApi {
     fn new(slots: ApiSlots, claims: &mut Claims) -> Result<Self, UpdateError> {
-        let ApiSlots { listener, idle, caller } = slots;
+        let ApiSlots { listener, idle, caller, caller_ends } = slots;
         let mut claim = |slot, kind| claims.claim(slot, kind);
         Ok(Self {
             listener: claim(listener, FdKind::ApiListener)?,
             idle: idle.into_iter().map(|slot| claim(slot, FdKind::ApiConnection)).collect::<Result<_, _>>()?,
             caller: caller.map(|slot| claim(slot, FdKind::ApiConnection)).transpose()?,
+            caller_ends,
         })
     }
 
     /// Hands them to the server, the caller's with its answer.
     fn open(self, report: &UpdateReport) -> std::io::Result<AdoptedApi> {
         use std::os::fd::AsFd;
-        let Self { listener, idle, caller } = self;
+        let Self { listener, idle, caller, caller_ends } = self;
         let stream = |kept: &StoredFd| kept.as_fd().try_clone_to_owned().map(UnixStream::from);
         let answer: Reply = Ok(Body::Json(serde_json::to_value(report)?));
         let mut connections = Vec::new();
         let all = idle.iter().map(|kept| (kept, None)).chain(caller.iter().map(|kept| (kept, Some(answer.clone()))));
         for (kept, answer) in all {
+            let ends = answer.is_some() && caller_ends;
             // Its client is lost, the others are not.
             match stream(kept) {
-                Ok(stream) => connections.push(KeptConnection { stream, answer }),
+                Ok(stream) => connections.push(KeptConnection { stream, answer, ends }),
                 Err(error) => log::error!("{}: {error}", kept.name()),
             }
         }

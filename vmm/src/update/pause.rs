@@ -120,6 +120,7 @@ fn keep_api(frozen: &Frozen<'_>, fd_store: &FdStore, kept: &mut Vec<StoredFd>) -
             .caller()
             .map(|fd| keep("API connection of the caller", FdKind::ApiConnection, fd))
             .transpose()?,
+        caller_ends: frozen.caller_ends(),
     })
 }
 

@@ -81,6 +81,9 @@ pub(crate) struct ApiSlots {
     pub idle: Vec<Slot>,
     /// The one that waits for the answer to this update.
     pub caller: Option<Slot>,
+    /// Whether that one is to be closed after its answer.
+    #[serde(default)]
+    pub caller_ends: bool,
 }
 
 /// Of every section that this build writes.
