@@ -30,7 +30,7 @@ impl Vcpu {
 #[cfg(test)]
 mod tests {
     use std::io::{self, Read};
-    use std::os::fd::{AsRawFd, FromRawFd};
+    use std::os::fd::FromRawFd;
     use std::os::unix::fs::FileExt;
 
     use theseus_resources::FdStore;
@@ -48,7 +48,6 @@ mod tests {
         assert!(fd >= 0, "{}", io::Error::last_os_error());
         // SAFETY: new, and nobody else's.
         let mut file = unsafe { std::fs::File::from_raw_fd(fd) };
-        assert!(file.as_raw_fd() >= 0);
         let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
         let mut header = [0; 24];
         file.read_exact(&mut header).unwrap();

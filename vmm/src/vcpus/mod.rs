@@ -23,7 +23,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
-use parking_lot::Mutex;
 use theseus_devices::bus::Bus;
 use theseus_devices::interrupt::GuestRequests;
 use theseus_hypervisor::vcpu::ExitFlag;
@@ -281,7 +280,6 @@ impl Vcpus {
         if states.len() != self.handles.len() {
             return Err(VcpuError::Count { states: states.len(), vcpus: self.handles.len() });
         }
-        let states = states.into_iter().map(|state| Mutex::new(Some(state))).collect();
         Ok(Restoring(self.begin(Job::RestoreEarly(states))?))
     }
 

@@ -52,7 +52,7 @@ pub(super) fn this_cpu() -> usize {
 pub(super) enum Job {
     Save,
     /// From these, in order of their index.
-    RestoreEarly(Vec<Mutex<Option<EncodedVcpu>>>),
+    RestoreEarly(Vec<EncodedVcpu>),
     RestoreLate,
 }
 
@@ -111,7 +111,7 @@ impl Round {
             }
             Job::RestoreEarly(states) => {
                 self.seams.restores_vcpu();
-                states[index].lock().take().map_or(Ok(()), |state| processor.restore_early(&state)).map(|()| None)
+                processor.restore_early(&states[index]).map(|()| None)
             }
             Job::RestoreLate => processor.restore_late().map(|()| None),
         };
