@@ -345,12 +345,12 @@ impl<'a> StateReader<'a> {
     }
 
     /// Whatever is taken is decoded once more, for `expected`.
-    pub fn expects(self, expected: &'a mut Expected) -> Self {
+    pub fn remembering(self, expected: &'a mut Expected) -> Self {
         Self { foresight: Foresight::Adds(expected), ..self }
     }
 
-    /// What is just as it was in a state that was read with [`StateReader::expects`] is not decoded again.
-    pub fn expected(self, expected: &'a mut Expected) -> Self {
+    /// What is just as it was in a state that was read with [`StateReader::remembering`] is not decoded again.
+    pub fn knowing(self, expected: &'a mut Expected) -> Self {
         Self { foresight: Foresight::Uses(expected), ..self }
     }
 
@@ -370,7 +370,7 @@ impl<'a> StateReader<'a> {
     }
 
     /// Takes out all sections whose names begin with `prefix`, if they are just those of a state that was read with
-    /// [`StateReader::expects`]. Whether they are.
+    /// [`StateReader::remembering`]. Whether they are.
     pub fn take_unchanged(&mut self, prefix: &str) -> bool {
         let Foresight::Uses(Expected(expected)) = &self.foresight else { return false };
         let found: Vec<_> = self.sections.iter().filter(|(name, _)| name.starts_with(prefix)).collect();
@@ -510,25 +510,25 @@ mod tests {
         };
         let (first, second, third) = (state(1, 2), state(1, 3), state(1, 2));
         let mut expected = Expected::default();
-        let mut reader = StateReader::new(&first).unwrap().expects(&mut expected);
+        let mut reader = StateReader::new(&first).unwrap().remembering(&mut expected);
         let mut take = |name| reader.take::<Counted>(name, &ONE).unwrap().1;
         assert_eq!((take("same"), take("other")), (Counted(1), Counted(2)));
         reader.finish().unwrap();
 
         DECODED.set(0);
-        let mut reader = StateReader::new(&second).unwrap().expected(&mut expected);
+        let mut reader = StateReader::new(&second).unwrap().knowing(&mut expected);
         assert!(reader.take::<Counted>("same", &Format::new("thing", 3)).is_err(), "of a version that is not read");
-        let mut reader = StateReader::new(&second).unwrap().expected(&mut expected);
+        let mut reader = StateReader::new(&second).unwrap().knowing(&mut expected);
         let mut take = |name| reader.take::<Counted>(name, &ONE).unwrap().1;
         assert_eq!((take("same"), take("other"), DECODED.get()), (Counted(1), Counted(3), 1));
-        let mut reader = StateReader::new(&second).unwrap().expected(&mut expected);
+        let mut reader = StateReader::new(&second).unwrap().knowing(&mut expected);
         assert!(!reader.take_unchanged("o"), "it is another");
         assert!(reader.has("other"));
-        let mut reader = StateReader::new(&third).unwrap().expected(&mut expected);
+        let mut reader = StateReader::new(&third).unwrap().knowing(&mut expected);
         assert!(reader.take_unchanged("o") && reader.has("same") && !reader.has("other"));
         assert!(!StateReader::new(&third).unwrap().take_unchanged("o"), "nothing is expected");
         // Once, and for no other type.
-        let mut reader = StateReader::new(&third).unwrap().expected(&mut expected);
+        let mut reader = StateReader::new(&third).unwrap().knowing(&mut expected);
         assert_eq!(reader.take::<u32>("other", &ONE).unwrap().1, 2);
         assert_eq!((reader.take::<Counted>("same", &ONE).unwrap().1, DECODED.get()), (Counted(1), 2));
     }

@@ -95,7 +95,7 @@ pub(crate) fn adopt(
     let mut inbox = Inbox { old, fd_store: FdStore::new(), claims: Claims::default() };
     let Arrived { bytes, fds, .. } = inbox.old.state(&[ToNew::Rehearsal], || ())?;
     let mut expected = Expected::default();
-    let reader = StateReader::new(&bytes)?.expects(&mut expected);
+    let reader = StateReader::new(&bytes)?.remembering(&mut expected);
     let Saved { beside: Beside { mut handover, .. }, machine } = inbox.decode(Opened::new(reader)?, None, fds)?;
     if let Err(error) = LogConfig::restore(std::mem::take(&mut handover.log)).start_held() {
         crate::emit(std::io::stderr(), &format!("after an update: {error:#}"));
@@ -121,7 +121,7 @@ pub(crate) fn adopt(
     }
     let Arrived { bytes, fds, .. } = arrived;
     // The guest stands still. Its vCPUs' threads begin before the rest is decoded.
-    let mut state = Opened::new(StateReader::new(&bytes)?.expected(&mut expected))?;
+    let mut state = Opened::new(StateReader::new(&bytes)?.knowing(&mut expected))?;
     let vcpus = state.take_vcpus();
     prewarmed.as_mut().map_or(Ok(()), |ready| ready.begin(vcpus))?;
     let Saved { beside: Beside { mut handover, config, .. }, machine } = inbox.decode(state, ahead, fds)?;
