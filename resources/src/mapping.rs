@@ -10,7 +10,10 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
 /// How often another thread may take the free space that was found.
-const TRIES: u32 = 100;
+const TRIES: usize = 100;
+
+/// How far apart from others is enough, in bytes: a process has 128 TiB.
+const FAR: usize = 1 << 40;
 
 /// A part of a file, shared with all who have it mapped, as long as this lives. No Rust object is ever in it but by who
 /// owns this.
@@ -36,15 +39,15 @@ impl Mapping {
     pub fn aligned(file: impl AsFd, offset: u64, len: usize, align: u64, reserved: bool) -> Result<Self, Errno> {
         let lasting = if reserved { MapFlags::empty() } else { MapFlags::NORESERVE };
         let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE | lasting;
-        let mut tries = 0..TRIES;
-        loop {
-            let start = free_space(len, align)? as *mut c_void;
+        for apart in 0..TRIES {
+            let start = free_space(len, align, apart)? as *mut c_void;
             // SAFETY: a new mapping, which replaces nothing.
-            let mapped = unsafe { mmap(start, len, READ_WRITE, flags, &file, offset) };
-            if mapped != Err(Errno::EXIST) || tries.next().is_none() {
-                return Self::of(mapped?, len);
+            match unsafe { mmap(start, len, READ_WRITE, flags, &file, offset) } {
+                Err(Errno::EXIST) => std::thread::yield_now(),
+                mapped => return Self::of(mapped?, len),
             }
         }
+        Err(Errno::EXIST)
     }
 
     fn of(start: *mut c_void, len: usize) -> Result<Self, Errno> {
@@ -75,11 +78,13 @@ impl Drop for Mapping {
     }
 }
 
-/// An aligned address where so many bytes are free, or just were. Nothing is kept there: a mapping with MAP_FIXED over
+/// An aligned address where so many bytes are free, or just were, and above it `apart` times as many: the kernel gives
+/// others the highest space that is free, so the further from there the less likely somebody takes it. Nothing is kept there: a mapping with MAP_FIXED over
 /// a reservation would leave a hole where it fails (mmap_region unmaps first), and unmapping that again would take the
 /// stack of a thread that has started in it.
-fn free_space(len: usize, align: u64) -> Result<u64, Errno> {
-    let space = usize::try_from(align).ok().and_then(|align| len.checked_add(align)).ok_or(Errno::NOMEM)?;
+fn free_space(len: usize, align: u64, apart: usize) -> Result<u64, Errno> {
+    let least = usize::try_from(align).ok().and_then(|align| len.checked_add(align)).ok_or(Errno::NOMEM)?;
+    let space = least.checked_add(len.saturating_mul(apart).min(FAR)).ok_or(Errno::NOMEM)?;
     // SAFETY: a fresh mapping, and unmapped as it was mapped.
     let base = unsafe {
         let base = mmap_anonymous(null_mut(), space, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE)?;
@@ -135,6 +140,16 @@ mod tests {
         let maps = read_to_string("/proc/self/maps").unwrap();
         let start = format!("{address:x}-");
         maps.lines().any(|line| line.starts_with(&start) && line.contains("mapping-test"))
+    }
+
+    /// All look for free space at the same time, and find the same.
+    #[test]
+    fn threads_that_map_at_once_all_find_room() {
+        let map = || {
+            let file = file();
+            (0..300).for_each(|_| drop(Mapping::aligned(&file, 0, LEN, 2 << 20, false).unwrap()));
+        };
+        std::thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(map))));
     }
 
     #[test]
