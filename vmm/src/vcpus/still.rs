@@ -38,7 +38,8 @@ impl Vcpus {
         self.finish_round(&begun, || ()).map(drop)
     }
 
-    /// Tells as many threads of a round as should take part in it: all where each has a CPU to wait on ([`Spin`]).
+    /// Tells as many threads of a round as should take part in it: all where each has a CPU to wait on
+    /// ([`crate::spin::Spin`]).
     fn begin(&self, job: Job) -> Result<Begun, VcpuError> {
         let number = self.rounds.get() + 1;
         self.rounds.set(number);
